@@ -1,0 +1,316 @@
+"""Every setting a user can change, as frozen dataclasses, and how YAML and the command line fill them.
+
+Three layers, the later over the earlier: the defaults below, a YAML file (`--config`), and dotted
+overrides (`students.0.layers=8`). Unknown keys and values of the wrong type are errors, never ignored.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import pydantic
+import yaml
+
+from engine.models.presets import PRESETS
+
+# pydantic reads this attribute off a dataclass: unknown keys are refused, and 1e-3 may not stand for a string.
+C = TypeVar("C")
+
+Count = Annotated[int, pydantic.Field(ge=1)]
+Natural = Annotated[int, pydantic.Field(ge=0)]
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # it becomes a folder's name
+
+_STRICT = pydantic.ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes token ids. Trained on the training split alone."""
+
+    __pydantic_config__ = _STRICT
+    kind: Literal["sentencepiece", "byte-bpe"] = "sentencepiece"  # BPE with byte fallback | byte-level BPE (Baby Llama)
+    pieces: Count | None = None  # vocabulary size; None: 16000 for real text, 1000 for the generated grammar
+    normalization: Literal["nfkc", "none"] = "nfkc"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it is prepared; two equal ones name the same prepared folder."""
+
+    __pydantic_config__ = _STRICT
+    path: str = (
+        "grammar"  # grammar | wikipedia-leads | a folder of *.txt or *.train | a Hugging Face dataset | prepared
+    )
+    words: Count | None = (
+        None  # grammar: words to generate (None: 1,000,000); other text: use at most so many (None: all)
+    )
+    cleaner: Literal["none", "baby-llama"] = "none"  # per-corpus cleaners of Baby Llama, chosen by file name
+    quirks: bool = False  # with the cleaner: also reproduce the quirks of the published notebook
+    boundary: bool = True  # a boundary token before every document; False: none at all, as Baby Llama did
+    validation: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.05  # share of documents held out
+    seed: Natural = 0  # of the grammar and of the split
+    folder: str = "prepared"  # where token files are kept
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """One student: its shape, its learning rate, its seed. `preset` names a published shape (engine.models.PRESETS)."""
+
+    __pydantic_config__ = _STRICT
+    name: Name
+    layers: Count
+    hidden: Count
+    heads: Count
+    ffn: Count
+    preset: str | None = None
+    kv_heads: Count | None = None  # None: as many as heads
+    tied: bool = True  # the head shares the embedding's weight
+    positions: Count = 256  # longest sequence
+    rope_theta: Positive = 10000.0
+    norm_eps: Positive = 1e-6
+    learning_rate: Positive = 1e-3
+    seed: Natural = 0  # of the initial weights
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """loss_i = ce · CE_i + Σ_{j≠i} peers/(S−1) · T² · KL(p_j ‖ p_i), the peers constant (Zhang et al. 2018)."""
+
+    __pydantic_config__ = _STRICT
+    ce: NonNegative = 1.0
+    peers: NonNegative = 1.0  # 0: the students train side by side, independently
+    temperature: Positive = 1.0
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; matrices decay, norms and biases do not. The schedule multiplies each student's own learning rate."""
+
+    __pydantic_config__ = _STRICT
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip: NonNegative = 1.0  # largest gradient norm, per student; 0: no clipping
+    schedule: Literal["cosine", "linear", "trapezoid", "constant"] = "cosine"
+    warmup: Natural = 50  # steps
+    decay: Share = 0.2  # trapezoid: the share of all steps, at the end, over which the rate falls
+    floor: Share = 0.0  # the last learning rate, as a share of the highest
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. Results depend on none of micro_batch, zero_stage, recompute and the number of ranks."""
+
+    __pydantic_config__ = _STRICT
+    steps: Count = 500
+    batch: Count = 16  # sequences a step, over all ranks
+    micro_batch: Count | None = None  # sequences a rank takes at once; None: all of its share
+    length: Annotated[int, pydantic.Field(ge=2)] = 128  # tokens a sequence
+    chunks: Literal["fixed", "random"] = "fixed"  # random: each epoch cuts the text at another offset
+    seed: Natural = 0  # of the data order
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    recompute: bool = False  # recompute activations in the backward pass: less memory, about a third more time
+    compile: bool = False  # torch.compile the students' bodies
+    skip_limit: Count = 5  # so many skipped steps in a row stop the run
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured during training, on the held-out split."""
+
+    __pydantic_config__ = _STRICT
+    every: Count = 100  # steps; the last step always is
+    tokens: Count = 100_000  # of the held-out split, from its start
+    pairs: str = "auto"  # minimal pairs: auto (the prepared folder's own) | none | a file or folder of *.jsonl
+    samples: Natural = 3  # texts each student generates for the report
+    sample_tokens: Count = 60
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved. The best by mean validation loss is kept beside the last `keep`."""
+
+    __pydantic_config__ = _STRICT
+    every: Count = 200  # steps; the last step always is
+    keep: Count = 2
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, and whether it goes on from its last checkpoint."""
+
+    __pydantic_config__ = _STRICT
+    name: Name = "mutual"
+    folder: str = "runs"
+    resume: Literal["auto", "never", "always"] = "auto"  # never: an existing run is an error; always: a missing one is
+    log_every: Count = 1  # steps between lines of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, whole: what `runs/<name>/config.yaml` holds."""
+
+    __pydantic_config__ = _STRICT
+    students: tuple[StudentConfig, ...]
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Preparation alone, without a run."""
+
+    __pydantic_config__ = _STRICT
+    data: DataConfig = DataConfig()
+
+
+def load(cls: type[C], argv: Sequence[str], *, description: str, default: Path) -> C:
+    """The run's settings: defaults, then `--config` (or the recipe's own YAML), then `key=value` overrides.
+
+    Raises ValueError naming the key, what was expected and the nearest known key.
+    """
+    arguments = argument_parser(description, default).parse_args(argv)
+    return build(cls, read_yaml(arguments.config), arguments.overrides)
+
+
+def argument_parser(description: str, default: Path) -> argparse.ArgumentParser:
+    """The command line every recipe has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=default, help=f"YAML file of settings (default: {default.name})")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=1000 students.0.layers=8")
+    return parser
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file; name a YAML file of settings")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config {path}: expected a mapping of settings, got {type(settings).__name__}")
+    return settings
+
+
+def build(cls: type[C], settings: dict[str, Any], overrides: Sequence[str] = ()) -> C:
+    """Fill dataclass `cls` from nested settings and `a.b.0.c=value` overrides; ValueError for what does not fit."""
+    for override in overrides:
+        _override(settings, override)
+    settings = _with_presets(settings)
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(settings)
+    except pydantic.ValidationError as error:
+        raise ValueError(_one_line(cls, error)) from None
+
+
+def save(config: Config, path: Path, **extra: str) -> None:
+    """Write the resolved settings as YAML, with `extra` (the git commit) as leading comment lines."""
+    comments = "".join(f"# {key}: {value}\n" for key, value in extra.items())
+    path.write_text(comments + yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain dictionaries and lists, equal to what YAML reads back."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """A user's mistake (ValueError) ends the command with one line on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    """Set one `a.b.0.c=value` in nested dictionaries and lists, in place."""
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ValueError(f"{override!r}: expected key=value, such as train.steps=1000")
+    *parents, last = path.split(".")
+    place: Any = settings
+    for depth, key in enumerate(parents):
+        if isinstance(place, list):
+            place = place[_index(place, key, path)]
+        elif isinstance(place.setdefault(key, {}), dict | list):
+            place = place[key]
+        else:
+            raise ValueError(f"{override!r}: {'.'.join(parents[: depth + 1])} is a value and has no {last!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{override!r}: the value is not YAML; put quotes around text with special signs") from None
+    if isinstance(place, list):
+        place[_index(place, last, path)] = value
+    else:
+        place[last] = value
+
+
+def _index(items: list[Any], key: str, path: str) -> int:
+    if not key.isdecimal() or int(key) >= len(items):
+        raise ValueError(f"{path}: {key!r} is not one of its {len(items)} places (0 to {len(items) - 1})")
+    return int(key)
+
+
+def _with_presets(settings: dict[str, Any]) -> dict[str, Any]:
+    """Students that name a preset take its shape; what they say themselves goes over it."""
+    students = settings.get("students")
+    if not isinstance(students, list):
+        return settings
+    return {**settings, "students": [_with_preset(s) if isinstance(s, dict) else s for s in students]}
+
+
+def _with_preset(student: dict[str, Any]) -> dict[str, Any]:
+    name = student.get("preset")
+    if name is None:
+        return student
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is not known: expected one of {', '.join(PRESETS)}")
+    return {**PRESETS[name], **student}
+
+
+def _one_line(cls: type, error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        known = _keys_at(cls, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        return f"unknown key {key!r}: " + (
+            f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+        )
+    if first["type"] == "missing":
+        return f"{key} is missing: give it a value"
+    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _keys_at(cls: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the dataclass that stands at a location such as ("students", 0)."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        kind = {f.name: f.type for f in dataclasses.fields(cls)}[part]
+        cls = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    return [f.name for f in dataclasses.fields(cls)]
