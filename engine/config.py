@@ -81,6 +81,7 @@ class StudentConfig:
     norm_eps: Positive = 1e-6
     learning_rate: Positive = 1e-3
     seed: Natural = 0  # of the initial weights
+    init: str | None = None  # start from this Hugging Face folder of a LLaMA instead
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class PrepareConfig:
     data: DataConfig = DataConfig()
 
 
-def load(cls: type[C], argv: Sequence[str], *, description: str, default: Path) -> C:
+def load(cls: type[C], argv: Sequence[str], *, description: str | None, default: Path) -> C:
     """The run's settings: defaults, then `--config` (or the recipe's own YAML), then `key=value` overrides.
 
     Raises ValueError naming the key, what was expected and the nearest known key.
@@ -191,7 +192,7 @@ def load(cls: type[C], argv: Sequence[str], *, description: str, default: Path) 
     return build(cls, read_yaml(arguments.config), arguments.overrides)
 
 
-def argument_parser(description: str, default: Path) -> argparse.ArgumentParser:
+def argument_parser(description: str | None, default: Path) -> argparse.ArgumentParser:
     """The command line every recipe has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=default, help=f"YAML file of settings (default: {default.name})")

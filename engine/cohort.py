@@ -1,0 +1,292 @@
+"""The students: each a model in a DeepSpeed engine of its own, all stepping together or not at all.
+
+Every rank holds every student; ZeRO shards a student's optimizer state, gradients and, at stage 3, parameters.
+Gradients reach an engine through its own loss alone, so that no graph is shared between engines.
+
+B sequences, L positions, N tokens, D hidden, V vocabulary, S students.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from engine.config import OptimizerConfig, StudentConfig, TrainConfig
+from engine.data import Batch
+from engine.models.llama import Llama, LlamaShape, initialise
+from engine.runtime import Runtime
+from kernels import Projected
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's own default, far above what a small student needs
+
+Record = Mapping[
+    str, Tensor
+]  # one student's fp32 state on the CPU: "weight/<name>", "exp_avg/<name>", "exp_avg_sq/<name>"
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent on one student's own work: on a GPU between events on its stream, else by the wall clock."""
+
+    device: torch.device
+    _wall: float = 0.0
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._wall += time.perf_counter() - begin
+
+    def take(self) -> float:
+        """Seconds since the last call; on a GPU, waits for the events."""
+        seconds = self._wall
+        for begin, end in self._events:
+            end.synchronize()
+            seconds += begin.elapsed_time(end) / 1000
+        self._wall, self._events = 0.0, []
+        return seconds
+
+
+class Student:
+    """One model and its engine."""
+
+    def __init__(
+        self,
+        config: StudentConfig,
+        vocabulary: int,
+        train: TrainConfig,
+        optimizer: OptimizerConfig,
+        runtime: Runtime,
+        weights: Record | None,
+    ) -> None:
+        self.config, self.name, self.runtime, self.zero_stage = config, config.name, runtime, train.zero_stage
+        self.shape = LlamaShape.of(config, vocabulary)
+        model = Llama(self.shape, recompute=train.recompute)
+        if weights is None:
+            initialise(model, config.seed)
+        else:  # before the engine is made: it copies, casts and shards what the model holds
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(weights[f"weight/{name}"])
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.clock = Stopwatch(runtime.device)
+        self.optimizer = torch.optim.AdamW(
+            decay_groups(model, optimizer.weight_decay),
+            lr=config.learning_rate,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            fused=True,
+        )
+        self.engine: Any = deepspeed.initialize(
+            model=model.to(runtime.device),
+            optimizer=self.optimizer,
+            config=engine_settings(train, optimizer, self.parameters, runtime.world),
+        )[0]
+        self.model: Llama = self.engine.module
+        self._make_moments()
+        if train.compile:
+            self.engine.compile()
+
+    def body(self, batch: Batch) -> Tensor:
+        """Hidden states [N, D] of the batch, through the engine, so that its hooks see the pass."""
+        with self.clock.running():
+            return self.engine(batch.tokens_BL)
+
+    def project(self, hidden_ND: Tensor) -> Projected:
+        return Projected(hidden_ND, self.model.head, None)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of `loss`; `last` micro-batch of a step: also reduce it over the ranks.
+
+        ZeRO divides by the number of ranks, but the loss is normalised by the tokens of all of them: hence the factor.
+        """
+        with self.clock.running():
+            self.engine.set_gradient_accumulation_boundary(last)
+            self.engine.backward(loss * self.runtime.world, scale_wrt_gas=False)
+
+    def squared_gradient_norm(self) -> Tensor:
+        """This rank's share of the squared gradient norm, 0-d fp32, after the last micro-batch's reduction."""
+        if self.zero_stage == 0:  # every rank holds the whole gradient
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            share = 1 / self.runtime.world
+        else:
+            gradients = [g for group in self.engine.optimizer.averaged_gradients.values() for g in group]
+            share = 1.0
+        return nn.utils.get_total_norm(gradients).float().square() * share
+
+    def step(self, learning_rate: float) -> None:
+        with self.clock.running():
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.engine.step()
+
+    def discard(self) -> None:
+        """Forget the accumulated gradients; parameters and optimizer state stay bit for bit."""
+        if self.zero_stage == 0:
+            self.engine.zero_grad()
+            return
+        # ZeRO keeps reduced gradients in many places and knows how to drop them all in one case: when it meets a NaN
+        # on its way to the update. So it meets one, on every rank.
+        for group in self.engine.optimizer.averaged_gradients.values():
+            for gradient in group:
+                gradient.fill_(math.nan)
+        self.engine.step()
+
+    def record(self) -> dict[str, Tensor]:
+        """The whole fp32 state, on every rank, whatever shards it; a collective call.
+
+        DeepSpeed's accessors gather what ZeRO shards; they know nothing of stage 0, where all is read off directly.
+        """
+        record: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            if self.zero_stage == 0:
+                state = self.optimizer.state[parameter]
+                values = [parameter.detach(), *(state[moment] for moment in MOMENTS)]
+            else:
+                values = [safe_get_full_fp32_param(parameter)]
+                values += [safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS]
+            for kind, value in zip(("weight", *MOMENTS), values, strict=True):
+                record[f"{kind}/{name}"] = value.to("cpu", copy=True)
+        return record
+
+    def restore(self, record: Record, updates: int) -> None:
+        """Set fp32 weights and moments from `record`, after `updates` steps; the model was made with these weights."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(updates)
+        for name, parameter in self.model.named_parameters():
+            if self.zero_stage > 0:
+                safe_set_full_fp32_param(parameter, record[f"weight/{name}"].to(self.runtime.device))
+            for moment in MOMENTS:
+                value = record[f"{moment}/{name}"].to(self.runtime.device)
+                if self.zero_stage == 0:
+                    self.optimizer.state[parameter][moment].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _make_moments(self) -> None:
+        """Give AdamW its state now, on whatever tensors ZeRO put in the parameters' place.
+
+        By itself it would do so in its first step. But DeepSpeed's accessors, which checkpoints need, link to the state
+        after the first parameter group has stepped, and so would find none for the second; nor any before a step.
+        """
+        if self.zero_stage == 0:
+            optimized = list(self.model.parameters())
+        elif self.zero_stage == 3:
+            optimized = self.engine.optimizer.fp32_partitioned_groups_flat
+        else:
+            optimized = self.engine.optimizer.single_partition_of_fp32_groups
+        for tensor in optimized:
+            self.optimizer.state[tensor] = {
+                "step": torch.zeros((), device=tensor.device),
+                **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
+            }
+        if self.zero_stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended, the same on every rank."""
+
+    gradient_norms: list[float]  # per student, before clipping; NaN or infinite where that student's step was bad
+    bad: list[int]  # students whose loss or gradient is not finite; if there is one, nobody stepped
+    stop: bool  # some rank was asked to stop
+
+
+class Cohort(Sequence[Student]):
+    """All students of a run."""
+
+    def __init__(self, students: Sequence[Student], runtime: Runtime) -> None:
+        self._students, self._runtime = list(students), runtime
+
+    def __len__(self) -> int:
+        return len(self._students)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._students[index]
+
+    @contextmanager
+    def heads(self) -> Iterator[None]:
+        """Every head whole on every rank: under ZeRO 3 for forward, loss and backward together."""
+        sharded = [student.model.head for student in self if student.zero_stage == 3]
+        with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
+            yield
+
+    def step(self, losses_S: Tensor, learning_rates: Sequence[float], *, stop: bool) -> Outcome:
+        """Every student steps, or none if the loss or the gradient of one is not finite on any rank.
+
+        `losses_S` are this rank's, summed over micro-batches. One collective and one wait for the device decide it, and
+        carry the wish to stop along.
+        """
+        squares_S = torch.stack([student.squared_gradient_norm() for student in self])
+        # Multiplied by zero, a finite loss vanishes, and one that is not makes its student's entry NaN.
+        verdict = torch.cat([squares_S + 0.0 * losses_S.float(), squares_S.new_tensor([float(stop)])])
+        *squares, stops = self._runtime.agree(verdict)
+        norms = [math.sqrt(square) if square >= 0 else math.nan for square in squares]
+        bad = [i for i, norm in enumerate(norms) if not math.isfinite(norm)]
+        for student, learning_rate in zip(self, learning_rates, strict=True):
+            if bad:
+                student.discard()
+            else:
+                student.step(learning_rate)
+        return Outcome(norms, bad, stop=stops > 0)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        for student in self:
+            student.engine.eval()
+        with torch.no_grad(), self.heads():
+            yield
+        for student in self:
+            student.engine.train()
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases, the vectors, do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def engine_settings(train: TrainConfig, optimizer: OptimizerConfig, parameters: int, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for one student: the loop owns batches and boundaries, it reduces and updates."""
+    bucket = min(parameters, LARGEST_BUCKET)  # allocated whole, for each student: its default would be 2 GB
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # it wants one; the loop makes its own batches
+        "train_batch_size": world,
+        "gradient_clipping": optimizer.clip,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "bf16" if train.precision == "bf16" else "fp32"},
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": LARGEST_BUCKET,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }

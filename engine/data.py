@@ -1,0 +1,150 @@
+"""Token files to steps. What a step reads depends on the seed and the step's number alone.
+
+The stream of tokens is cut into chunks of L tokens; an epoch visits every chunk once, in an order drawn from the seed
+and the epoch's number; step t takes the sequences (t−1)·G to t·G of the endless row of epochs, G the global batch.
+Ranks and micro-batches only divide a step among themselves, so neither changes what is learnt, and a resumed run needs
+the step's number and nothing else.
+
+B sequences, L positions, N = B·L tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100  # a target that is not to be predicted
+
+# Every kind of draw has a stream of its own, so that adding one changes no other.
+_ORDER, _OFFSET = 0, 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank takes at once."""
+
+    tokens_BL: Tensor  # int64
+    targets_N: Tensor  # int64, the token after each position; IGNORED where there is none to predict
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step reads on this rank."""
+
+    number: int  # from 1
+    epoch: float  # epochs begun and finished before this step ends
+    valid_tokens: int  # predicted in this step, over all ranks and micro-batches
+    micro_batches: list[Batch]
+
+
+class TokenFile:
+    """Memory-mapped token ids, read in sequences of `length` tokens and the one that follows."""
+
+    def __init__(self, path: Path, dtype: str, length: int) -> None:
+        self.tokens = np.memmap(path, dtype=dtype, mode="r")
+        self.length = length
+        self.chunks = (len(self.tokens) - 1) // length
+
+    def sequence(self, start: int) -> np.ndarray:
+        return self.tokens[start : start + self.length + 1].astype(np.int64)
+
+    def batch(self, starts: list[int], device: torch.device) -> Batch:
+        """[B, L] inputs and their [B·L] targets, from the tokens at `starts`."""
+        read = torch.from_numpy(np.stack([self.sequence(start) for start in starts])).to(device)
+        return Batch(read[:, :-1].contiguous(), read[:, 1:].reshape(-1))
+
+
+class TrainingData:
+    """The training split as steps."""
+
+    def __init__(
+        self,
+        file: TokenFile,
+        *,
+        batch: int,
+        micro_batch: int | None,
+        seed: int,
+        random_offsets: bool,
+        rank: int,
+        world: int,
+        device: torch.device,
+    ) -> None:
+        """Raises ValueError where the batch does not divide among ranks, or the text is smaller than one batch."""
+        if batch % world:
+            raise ValueError(f"train.batch={batch} does not divide among {world} ranks: choose a multiple of {world}")
+        self.share = batch // world
+        self.micro_batch = micro_batch or self.share
+        if self.share % self.micro_batch:
+            raise ValueError(
+                f"train.micro_batch={micro_batch} does not divide a rank's {self.share} sequences a step: "
+                f"choose a divisor of {self.share}"
+            )
+        # A sequence that starts late in the last chunk would run over the end.
+        self.chunks = file.chunks - 1 if random_offsets else file.chunks
+        if self.chunks < batch:
+            raise ValueError(
+                f"the training split holds {self.chunks} sequences of {file.length} tokens, fewer than one batch of "
+                f"train.batch={batch}: give more text, or a smaller train.batch or train.length"
+            )
+        self.file, self.batch, self.seed, self.random_offsets = file, batch, seed, random_offsets
+        self.rank, self.device = rank, device
+
+    def start_of(self, sample: int) -> int:
+        """Where, in tokens, the `sample`-th sequence of the endless row of epochs begins."""
+        epoch, place = divmod(sample, self.chunks)
+        chunk = int(_permutation(self.seed, epoch, self.chunks)[place])
+        offset = 0
+        if self.random_offsets:
+            offset = int(np.random.default_rng([self.seed, _OFFSET, epoch, chunk]).integers(self.file.length))
+        return chunk * self.file.length + offset
+
+    def steps(self, first: int, last: int) -> Iterator[Step]:
+        """The steps numbered `first` to `last`, both included, from 1."""
+        for number in range(first, last + 1):
+            begin = (number - 1) * self.batch + self.rank * self.share
+            starts = [self.start_of(sample) for sample in range(begin, begin + self.share)]
+            yield Step(
+                number=number,
+                epoch=number * self.batch / self.chunks,
+                valid_tokens=self.batch * self.file.length,
+                micro_batches=[
+                    self.file.batch(starts[i : i + self.micro_batch], self.device)
+                    for i in range(0, self.share, self.micro_batch)
+                ],
+            )
+
+
+class HeldOutData:
+    """The first tokens of the held-out split, cut without gaps, in batches that divide evenly among the ranks."""
+
+    def __init__(
+        self, file: TokenFile, *, tokens: int, batch: int, rank: int, world: int, device: torch.device
+    ) -> None:
+        """Raises ValueError where the split is shorter than one sequence."""
+        if file.chunks == 0:
+            raise ValueError(
+                f"the held-out split holds {len(file.tokens)} tokens, fewer than one sequence of {file.length}: "
+                "raise data.validation or give more text"
+            )
+        self.file, self.batch, self.device = file, batch, device
+        used = min(file.chunks, max(1, tokens // file.length))
+        self.rounds = -(-used // (batch * world))
+        self.mine = range(rank, used, world)
+
+    def batches(self) -> Iterator[Batch]:
+        """As many batches on every rank: where one has no sequences left it gets some that count for nothing."""
+        for turn in range(self.rounds):
+            chunks = list(self.mine[turn * self.batch : (turn + 1) * self.batch])
+            batch = self.file.batch([chunk * self.file.length for chunk in chunks or [0]], self.device)
+            if not chunks:
+                batch.targets_N.fill_(IGNORED)
+            yield batch
+
+
+@lru_cache(maxsize=2)  # a step may touch two epochs
+def _permutation(seed: int, epoch: int, chunks: int) -> np.ndarray:
+    return np.random.default_rng([seed, _ORDER, epoch]).permutation(chunks)

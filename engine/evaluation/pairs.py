@@ -1,0 +1,120 @@
+"""Minimal pairs: of a grammatical sentence and one that differs from it in a word or two, which is the likelier?
+
+A sentence's score is the sum of its tokens' log-probabilities, the boundary token in front, as BabyLM scores them.
+
+B sentences, L positions, N = B·L tokens, S students.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.cohort import Cohort
+from engine.data import IGNORED, Batch
+from engine.runtime import Runtime
+from engine.tokenizer import Tokenizer
+from kernels import linear_ensemble_kl
+
+TOKENS_A_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Pair:
+    good: str
+    bad: str
+    phenomenon: str
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Shares of pairs decided rightly, per student; a tie counts as half."""
+
+    accuracy: list[float]  # mean over all pairs
+    by_phenomenon: list[dict[str, float]]
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Pairs of a JSON-lines file, or of all in a folder: sentence_good, sentence_bad and, else the file's name,
+    phenomenon. ValueError names the file and line that has neither sentence."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ValueError(f"evaluation.pairs={path}: expected a file or folder of *.jsonl with minimal pairs")
+    pairs = []
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                item = json.loads(line)
+                pairs.append(Pair(item["sentence_good"], item["sentence_bad"], item.get("phenomenon", file.stem)))
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise ValueError(f"{file}:{number}: expected sentence_good and sentence_bad as JSON") from None
+    return pairs
+
+
+class PairScorer:
+    """Minimal pairs as batches of token ids, made once and scored as often as wanted."""
+
+    def __init__(self, pairs: list[Pair], tokenizer: Tokenizer, runtime: Runtime, *, positions: int) -> None:
+        """Raises ValueError for a sentence longer than the students' positions."""
+        self.pairs, self.runtime = pairs, runtime
+        # Without a trained boundary token the first token goes unscored: nothing trained could stand in front of it.
+        front = [] if tokenizer.boundary is None else [tokenizer.boundary]
+        sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
+        self.ids = [front + ids for ids in tokenizer.encode_batch(sentences)]
+        for sentence, ids in zip(sentences, self.ids, strict=True):
+            if len(ids) > positions + 1:
+                raise ValueError(f"{sentence!r}: {len(ids)} tokens, more than the students' {positions} positions")
+        self.rounds = self._plan()
+
+    def _plan(self) -> list[list[int]]:
+        """Sentences sorted by length, in batches of bounded size: their number is the same on every rank."""
+        order = sorted(range(len(self.ids)), key=lambda i: len(self.ids[i]))
+        rounds: list[list[int]] = [[]]
+        for i in order:
+            if (len(rounds[-1]) + 1) * len(self.ids[i]) > TOKENS_A_BATCH * self.runtime.world and rounds[-1]:
+                rounds.append([])
+            rounds[-1].append(i)
+        return rounds
+
+    def scores(self, cohort: Cohort) -> PairScores:
+        """A collective call: every rank takes every world-th sentence of a round."""
+        scores_SI = torch.zeros(len(cohort), len(self.ids), dtype=torch.float64, device=self.runtime.device)
+        ones_S = torch.ones(len(cohort), device=self.runtime.device)
+        with cohort.evaluating():
+            for indices in self.rounds:
+                mine = indices[self.runtime.rank :: self.runtime.world]
+                batch = self._batch(mine or indices[:1])
+                streams = [student.project(student.body(batch)) for student in cohort]
+                ce_SN = linear_ensemble_kl(
+                    streams, [], batch.targets_N, ce_weight=ones_S, kl_weight=None, normalizer=1, ignore_index=IGNORED
+                ).ce
+                if mine:
+                    scores_SI[:, mine] = -ce_SN.double().unflatten(1, (len(mine), -1)).sum(-1)
+        if self.runtime.world > 1:
+            torch.distributed.all_reduce(scores_SI)
+        if not scores_SI.isfinite().all():
+            raise ValueError("a minimal pair's score is not finite: the students have diverged")
+        return self._judge(scores_SI.cpu())
+
+    def _batch(self, indices: list[int]) -> Batch:
+        width = max(2, max(len(self.ids[i]) for i in indices))
+        read = torch.full((len(indices), width), IGNORED)
+        for row, i in enumerate(indices):
+            read[row, : len(self.ids[i])] = torch.tensor(self.ids[i])
+        read = read.to(self.runtime.device)
+        # Padding stands behind the text, where causal attention never looks; any id will do.
+        return Batch(read[:, :-1].clamp(min=0), read[:, 1:].reshape(-1))
+
+    def _judge(self, scores_SI: Tensor) -> PairScores:
+        margin = scores_SI[:, 0::2] - scores_SI[:, 1::2]
+        right = (margin > 0).double() + 0.5 * (margin == 0).double()
+        places: dict[str, list[int]] = defaultdict(list)
+        for place, pair in enumerate(self.pairs):
+            places[pair.phenomenon].append(place)
+        return PairScores(
+            accuracy=right.mean(dim=1).tolist(),
+            by_phenomenon=[{name: row[at].mean().item() for name, at in places.items()} for row in right],
+        )

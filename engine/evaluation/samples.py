@@ -1,0 +1,36 @@
+"""Text that the students write, for the report.
+
+B samples, L positions, D hidden, V vocabulary.
+"""
+
+import torch
+
+from engine.cohort import Cohort, Student
+from engine.data import Batch
+from engine.tokenizer import Tokenizer
+
+TEMPERATURE = 0.8
+
+
+def samples(cohort: Cohort, tokenizer: Tokenizer, count: int, tokens: int) -> list[list[str]]:
+    """`count` texts of up to `tokens` tokens from each student; a collective call, the same texts on every rank."""
+    with cohort.evaluating():
+        return [_write(student, tokenizer, count, tokens) for student in cohort]
+
+
+def _write(student: Student, tokenizer: Tokenizer, count: int, tokens: int) -> list[str]:
+    device = student.runtime.device
+    generator = torch.Generator().manual_seed(student.config.seed)
+    # Where the text has no boundary token, a newline is where something may begin.
+    first = [tokenizer.boundary] if tokenizer.boundary is not None else tokenizer.encode("\n")[-1:]
+    written_BL = torch.tensor([first] * count, device=device)
+    for _ in range(min(tokens, student.shape.positions - 1)):
+        hidden_BLD = student.body(Batch(written_BL, written_BL)).unflatten(0, (count, -1))
+        logits_BV = (hidden_BLD[:, -1] @ student.model.head.T).float().cpu()
+        chosen_B1 = torch.multinomial((logits_BV / TEMPERATURE).softmax(-1), 1, generator=generator)
+        written_BL = torch.cat([written_BL, chosen_B1.to(device)], dim=1)
+    texts = []
+    for row in written_BL[:, len(first) :].tolist():
+        end = row.index(tokenizer.boundary) if tokenizer.boundary in row else len(row)
+        texts.append(tokenizer.decode(row[:end]).strip())
+    return texts

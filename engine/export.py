@@ -1,0 +1,120 @@
+"""Students as Hugging Face folders, and back: `LlamaForCausalLM`, safetensors, a fast tokenizer with the same ids.
+
+V vocabulary.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.config import StudentConfig
+from engine.models.llama import LlamaShape
+from engine.tokenizer import Tokenizer
+
+_HEAD = "lm_head.weight"
+
+
+def export_student(folder: Path, shape: LlamaShape, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+    """Write `folder` whole: config.json, model.safetensors (fp32), the tokenizer.
+
+    `weights` are the model's parameters by their own names. The folder is written aside and comes into place by a
+    rename. Raises ValueError where the disk refuses.
+    """
+    aside = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        (aside / "config.json").write_text(json.dumps(_hf_config(shape, tokenizer), indent=2) + "\n")
+        tensors = {_hf_name(name): weight.contiguous() for name, weight in weights.items()}
+        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.export(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise ValueError(f"{folder} could not be written ({error}): make room and export again") from None
+
+
+def import_student(config: StudentConfig, shape: LlamaShape, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """The weights of the folder `config.init`, as a student's record (fp32, on the CPU).
+
+    Raises ValueError where the folder is not a whole LLaMA, has another shape, or another tokenizer: students learn
+    together over one vocabulary only.
+    """
+    assert config.init is not None
+    folder = Path(config.init)
+    key = f"students.{config.name}.init={folder}"
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{key}: no {name}; expected a Hugging Face folder of a LLaMA with safetensors")
+    found_hash = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    if found_hash != tokenizer.hash:
+        raise ValueError(
+            f"{key}: its tokenizer ({found_hash[:8]}) is not the data's ({tokenizer.hash[:8]}): students learn "
+            "together over one vocabulary; drop init, or prepare the data with the tokenizer it was trained with"
+        )
+    found = _shape_of(json.loads((folder / "config.json").read_text()), key)
+    if replace(found, positions=shape.positions) != shape:
+        raise ValueError(f"{key}: its shape {found} is not the student's {shape}: make the settings equal")
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{key}: model.safetensors is damaged ({error}); fetch it again") from None
+    return {f"weight/{name.removeprefix('model.')}": tensor.float() for name, tensor in tensors.items()}
+
+
+def _hf_name(name: str) -> str:
+    return name if name == _HEAD else f"model.{name}"
+
+
+def _hf_config(shape: LlamaShape, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": shape.positions,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": shape.tied,
+        "bos_token_id": tokenizer.boundary,
+        "eos_token_id": tokenizer.boundary,
+        "dtype": "float32",
+    }
+
+
+def _shape_of(config: dict[str, Any], key: str) -> LlamaShape:
+    if config.get("model_type") != "llama":
+        raise ValueError(f"{key}: model_type={config.get('model_type')!r}: expected 'llama'")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", "default") != "default" or config.get("attention_bias") or config.get("mlp_bias"):
+        raise ValueError(f"{key}: scaled rotary positions or biases, which this LLaMA does not have")
+    return LlamaShape(
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        ffn=config["intermediate_size"],
+        vocabulary=config["vocab_size"],
+        positions=config["max_position_embeddings"],
+        tied=config.get("tie_word_embeddings", False),
+        rope_theta=rope.get("rope_theta") or config.get("rope_theta", 10000.0),
+        norm_eps=config["rms_norm_eps"],
+    )

@@ -1,0 +1,432 @@
+"""A run's life around the loop: how it begins or resumes, what it records, when it evaluates and saves, how it ends.
+
+    runs/<name>/
+        config.yaml       the settings, resolved, with the commit of the code
+        metrics.jsonl     engine.metrics
+        tensorboard/
+        checkpoints/      engine.checkpoint
+        students/<name>/  Hugging Face folders of the best checkpoint
+        summary.json      the final table
+        report.html
+        ranks.pid         the ranks' process ids while it trains: where to send SIGTERM or SIGUSR1
+
+S students, R streams.
+"""
+
+import json
+import math
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from engine import checkpoint, schedule
+from engine import config as settings
+from engine.checkpoint import State
+from engine.cohort import Cohort, Outcome, Student
+from engine.config import Config
+from engine.corpus.prepare import prepare
+from engine.data import HeldOutData, Step, TokenFile, TrainingData
+from engine.evaluation.held_out import validation_losses
+from engine.evaluation.pairs import PairScorer, PairScores, read_pairs
+from engine.evaluation.samples import samples
+from engine.export import export_student, import_student
+from engine.metrics import MetricsLog, Progress, Record, StudentSummary, Summary, final_table
+from engine.models.llama import LlamaShape
+from engine.report import write_report
+from engine.runtime import Runtime, device_name, git_commit
+from engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from engine.train import Tally
+
+STUDENTS_AT_MOST = 8  # streams of one loss
+
+# A run may go on with other values of these: they change what it costs or shows, not what it learns.
+_FREE_TO_CHANGE = (
+    "run.resume",
+    "run.log_every",
+    "run.folder",
+    "data.folder",
+    "train.micro_batch",
+    "train.zero_stage",
+    "train.recompute",
+    "train.compile",
+    "train.skip_limit",
+    "checkpoint",
+)
+
+
+def check(config: Config) -> None:
+    """What can be known to be wrong before anything starts. Raises ValueError."""
+    names = [student.name for student in config.students]
+    if not 1 <= len(names) <= STUDENTS_AT_MOST:
+        raise ValueError(f"students: {len(names)} of them; expected 1 to {STUDENTS_AT_MOST}")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"students: {name!r} stands {names.count(name)} times; give each a name of its own")
+    for student in config.students:
+        try:
+            LlamaShape.of(student, vocabulary=1)
+        except ValueError as error:
+            raise ValueError(f"students.{student.name}: {error}") from None
+        if student.positions < config.train.length:
+            raise ValueError(
+                f"students.{student.name}.positions={student.positions} is less than train.length="
+                f"{config.train.length}: raise it"
+            )
+    if config.optimizer.warmup >= config.train.steps:
+        raise ValueError(
+            f"optimizer.warmup={config.optimizer.warmup} is not less than train.steps={config.train.steps}: lower it"
+        )
+    if config.train.precision == "bf16" and config.train.zero_stage == 0:
+        raise ValueError(
+            "train.zero_stage=0 with train.precision=bf16: DeepSpeed keeps no fp32 weights that can be read there; "
+            "take train.zero_stage=1, which on one rank costs nothing"
+        )
+
+
+class Run:
+    """Everything the loop works on, made ready to go on from where the run stands."""
+
+    def __init__(self, config: Config, runtime: Runtime, stack: ExitStack) -> None:
+        self.config, self.runtime, self._stack = config, runtime, stack
+        self.folder = Path(config.run.folder) / config.run.name
+        self.checkpoints = self.folder / "checkpoints"
+        found = self._found()
+
+        with runtime.main_first():  # the others find it prepared
+            self.prepared = prepare(config.data, say=print if runtime.is_main else lambda _: None)
+        train_file = TokenFile(self.prepared.train, self.prepared.manifest["dtype"], config.train.length)
+        held_out_file = TokenFile(self.prepared.validation, self.prepared.manifest["dtype"], config.train.length)
+        self.data = TrainingData(
+            train_file,
+            batch=config.train.batch,
+            micro_batch=config.train.micro_batch,
+            seed=config.train.seed,
+            random_offsets=config.train.chunks == "random",
+            rank=runtime.rank,
+            world=runtime.world,
+            device=runtime.device,
+        )
+        self.held_out = HeldOutData(
+            held_out_file,
+            tokens=config.evaluation.tokens,
+            batch=self.data.micro_batch,
+            rank=runtime.rank,
+            world=runtime.world,
+            device=runtime.device,
+        )
+        self.pairs = self._pairs()
+
+        self.state = State(self.prepared.identity) if found is None else checkpoint.read_state(found)
+        if self.state.data != self.prepared.identity:
+            raise ValueError(
+                f"{self.folder} was trained on data {self.state.data[:8]}, and data.path={config.data.path} is now "
+                f"{self.prepared.identity[:8]}: restore the text, or choose another run.name"
+            )
+        self.cohort = self._cohort(found)
+
+        self._begin_folder(found, stack)
+        self._logged, self._logged_step = time.monotonic(), self.state.step  # when and at which step metrics went out
+
+    def _found(self) -> Path | None:
+        """The checkpoint to go on from. ValueError where the folder is another run's, or not as `resume` wants it."""
+        resume, exists = self.config.run.resume, (self.folder / "config.yaml").is_file()
+        if exists and resume == "never":
+            raise ValueError(f"{self.folder} exists and run.resume=never: choose another run.name, or run.resume=auto")
+        if exists:
+            _compare(self.config, self.folder / "config.yaml")
+        found = checkpoint.latest(self.checkpoints)
+        if found is None and resume == "always":
+            raise ValueError(f"{self.checkpoints} holds no checkpoint and run.resume=always: take run.resume=auto")
+        return found
+
+    def _pairs(self) -> PairScorer | None:
+        if self.config.evaluation.pairs == "none":
+            return None
+        own = self.config.evaluation.pairs == "auto"
+        path = self.prepared.pairs if own else Path(self.config.evaluation.pairs)
+        positions = min(student.positions for student in self.config.students)
+        return PairScorer(read_pairs(path), self.prepared.tokenizer, self.runtime, positions=positions)
+
+    def _cohort(self, found: Path | None) -> Cohort:
+        vocabulary = self.prepared.tokenizer.size
+        students = []
+        for config in self.config.students:
+            record = None
+            if found is not None:
+                record = checkpoint.read_student(found, config.name)
+            elif config.init is not None:
+                record = import_student(config, LlamaShape.of(config, vocabulary), self.prepared.tokenizer)
+            student = Student(config, vocabulary, self.config.train, self.config.optimizer, self.runtime, record)
+            if found is not None:
+                student.restore(record, self.state.updates)
+            students.append(student)
+        if found is not None:
+            checkpoint.set_random_state(self.state.random_state)
+        return Cohort(students, self.runtime)
+
+    def _begin_folder(self, found: Path | None, stack: ExitStack) -> None:
+        self._log: MetricsLog | None = None
+        pids = [None] * self.runtime.world
+        dist.all_gather_object(pids, os.getpid())
+        if self.runtime.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            settings.save(self.config, self.folder / "config.yaml", git_commit=git_commit())
+            self._log = stack.enter_context(MetricsLog(self.folder, self.state.metrics_position))
+            pid_file = self.folder / "ranks.pid"
+            pid_file.write_text(" ".join(map(str, pids)) + "\n")
+            stack.callback(pid_file.unlink, missing_ok=True)
+        self._progress = stack.enter_context(
+            Progress(self.config.train.steps, start=self.state.step, rank=self.runtime.rank)
+        )
+        if found is None:
+            self._write({"kind": "streams", "step": 0, "students": [s.name for s in self.cohort], "teachers": []})
+        elif self.runtime.is_main:
+            print(f"going on from {found}, step {self.state.step} of {self.config.train.steps}")
+
+    def learning_rates(self, step: Step) -> list[float]:
+        factor = schedule.factor(self.config.optimizer, step.number, self.config.train.steps)
+        return [student.config.learning_rate * factor for student in self.cohort]
+
+    def record(self, step: Step, tally: "Tally", outcome: Outcome) -> None:
+        """Write down what the step did; evaluate and save where that is due."""
+        skipped = bool(outcome.bad)
+        self.state = replace(
+            self.state,
+            step=step.number,
+            updates=self.state.updates + (not skipped),
+            skipped_in_a_row=self.state.skipped_in_a_row + 1 if skipped else 0,
+        )
+        if step.number % self.config.run.log_every == 0 or skipped:
+            self._log_step(step, tally, outcome)
+        if skipped:
+            self._skip(outcome)
+        last = step.number == self.config.train.steps
+        improved = (last or step.number % self.config.evaluation.every == 0) and self._evaluate()
+        if improved or last or outcome.stop or step.number % self.config.checkpoint.every == 0:
+            self._save()
+
+    def _log_step(self, step: Step, tally: "Tally", outcome: Outcome) -> None:
+        students = len(self.cohort)
+        sums = (
+            [tally.losses_S, tally.ce_S] if tally.kl_SR is None else [tally.losses_S, tally.ce_S, tally.kl_SR.flatten()]
+        )
+        summed = self.runtime.agree(torch.cat(sums))
+        losses = summed[:students]
+        ce, kl = (
+            [x / step.valid_tokens for x in part] for part in (summed[students : 2 * students], summed[2 * students :])
+        )
+        now = time.monotonic()
+        seconds, self._logged = now - self._logged, now
+        own_seconds = [student.clock.take() for student in self.cohort]
+        so_far = self.state.student_seconds or [0.0] * students
+        self.state = replace(
+            self.state,
+            seconds=self.state.seconds + seconds,
+            student_seconds=tuple(a + b for a, b in zip(so_far, own_seconds, strict=True)),
+        )
+        steps = step.number - self._logged_step
+        self._logged_step = step.number
+        tokens = steps * step.valid_tokens
+        clip = self.config.optimizer.clip
+        self._write(
+            {
+                "kind": "step",
+                "step": step.number,
+                "epoch": step.epoch,
+                "tokens": step.number * step.valid_tokens,
+                "seconds": seconds / steps,
+                "tokens_per_second": tokens / seconds,
+                "students": {
+                    student.name: {
+                        "loss": losses[i],
+                        "ce": ce[i],
+                        "grad_norm": outcome.gradient_norms[i],
+                        "lr": self.learning_rates(step)[i],
+                        "tokens_per_second": tokens / own_seconds[i],
+                        "model_flops_per_second": tokens
+                        * student.shape.training_flops(self.config.train.length)
+                        / seconds,
+                        "clipped": 0 < clip < outcome.gradient_norms[i],
+                    }
+                    for i, student in enumerate(self.cohort)
+                },
+                "kl": [kl[i : i + len(kl) // students] for i in range(0, len(kl), len(kl) // students or 1)],
+            }
+        )
+
+    def _skip(self, outcome: Outcome) -> None:
+        names = [self.cohort[i].name for i in outcome.bad]
+        self._write(
+            {
+                "kind": "skipped",
+                "step": self.state.step,
+                "students": names,
+                "reason": "loss or gradient not finite; no student stepped",
+            }
+        )
+        if self.state.skipped_in_a_row >= self.config.train.skip_limit:
+            raise ValueError(
+                f"{', '.join(names)}: loss or gradient not finite {self.state.skipped_in_a_row} steps in a row, up to "
+                f"step {self.state.step}; lower the learning rate; the last checkpoint is "
+                f"{checkpoint.latest(self.checkpoints) or 'none'}"
+            )
+
+    def _evaluate(self) -> bool:
+        """Evaluate every student; whether the mean validation loss is the best so far."""
+        losses = validation_losses(self.cohort, self.held_out, self.runtime)
+        pairs = None if self.pairs is None else self.pairs.scores(self.cohort)
+        self._write(
+            {
+                "kind": "evaluation",
+                "step": self.state.step,
+                "students": {
+                    student.name: {
+                        "validation_loss": losses[i],
+                        "pairs_accuracy": None if pairs is None else pairs.accuracy[i],
+                    }
+                    for i, student in enumerate(self.cohort)
+                },
+            }
+        )
+        mean = sum(losses) / len(losses)
+        improved = math.isfinite(mean) and (self.state.best_loss is None or mean < self.state.best_loss)
+        if improved:
+            self.state = replace(
+                self.state, best_step=self.state.step, best_loss=mean, best=tuple(self._describe(losses, pairs))
+            )
+        self._logged = time.monotonic()  # evaluation is not training time
+        return improved
+
+    def _describe(self, losses: list[float], pairs: PairScores | None) -> list[dict[str, Any]]:
+        texts = samples(
+            self.cohort, self.prepared.tokenizer, self.config.evaluation.samples, self.config.evaluation.sample_tokens
+        )
+        return [
+            {
+                "validation_loss": losses[i],
+                "pairs_accuracy": None if pairs is None else pairs.accuracy[i],
+                "pairs_by_phenomenon": {} if pairs is None else pairs.by_phenomenon[i],
+                "samples": texts[i],
+            }
+            for i in range(len(self.cohort))
+        ]
+
+    def _save(self) -> None:
+        position = self._log.position() if self._log else 0
+        self.state = replace(self.state, metrics_position=position, random_state=checkpoint.random_state())
+        checkpoint.save(self.checkpoints, self.cohort, self.state, self.runtime, keep=self.config.checkpoint.keep)
+        self._logged = time.monotonic()
+
+    def _write(self, record: Record) -> None:
+        if self._log is not None:
+            self._log.write(record)
+            self._progress.show(record)
+
+    def pause(self) -> None:
+        """Asked to stop: the checkpoint is written; say how to go on."""
+        if self.runtime.is_main:
+            write_report(self.folder)
+            self._stack.close()
+            print(f"stopped at step {self.state.step} as asked; the same command goes on from there")
+        self.runtime.barrier()
+
+    def finish(self) -> None:
+        """Export the best checkpoint's students, write the summary and the report, print the table."""
+        with self.runtime.main_first():
+            if self.runtime.is_main:
+                export_run(self.folder, self.config, self.prepared.tokenizer, self.state.best_step)
+                summary = self._summary()
+                (self.folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+                write_report(self.folder)
+                self._stack.close()  # the progress display ends before the table begins
+                print(final_table(summary))
+
+    def _summary(self) -> Summary:
+        manifest, state = self.prepared.manifest, self.state
+        tokens = state.step * self.config.train.batch * self.config.train.length
+        held_out = manifest["splits"]["validation"]
+        tokens_per_word = held_out["tokens"] / held_out["words"]
+        students: list[StudentSummary] = [
+            {
+                "name": student.name,
+                "parameters": student.parameters,
+                "validation_loss": best["validation_loss"],
+                "validation_loss_per_word": best["validation_loss"] * tokens_per_word,
+                "pairs_accuracy": best["pairs_accuracy"],
+                "pairs_by_phenomenon": best["pairs_by_phenomenon"],
+                "tokens_per_second": tokens / seconds,
+                "folder": str(self.folder / "students" / student.name),
+                "best_step": state.best_step or state.step,
+                "samples": best["samples"],
+            }
+            for student, best, seconds in zip(self.cohort, state.best, state.student_seconds, strict=True)
+        ]
+        return {
+            "run": self.config.run.name,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "git_commit": git_commit(),
+            "steps": state.step,
+            "tokens": tokens,
+            "seconds": state.seconds,
+            "world_size": self.runtime.world,
+            "zero_stage": self.config.train.zero_stage,
+            "device": device_name(self.runtime.device),
+            "data": {
+                "name": manifest["name"],
+                "train_tokens": manifest["splits"]["train"]["tokens"],
+                "train_words": manifest["splits"]["train"]["words"],
+                "tokens_per_word": tokens_per_word,
+                "entropy_per_word": manifest["entropy_per_word"],
+            },
+            "students": students,
+            "report": str(self.folder / "report.html"),
+        }
+
+
+def export_run(run: Path, config: Config, tokenizer: Tokenizer, step: int | None, to: Path | None = None) -> list[Path]:
+    """Write every student of a run's checkpoint (None: the last) as a Hugging Face folder under `to` (run/students)."""
+    checkpoints = run / "checkpoints"
+    source = checkpoint.latest(checkpoints) if step is None else checkpoint.at_step(checkpoints, step)
+    if source is None or not source.is_dir():
+        raise ValueError(f"{source or checkpoints}: no such checkpoint; train first, or name a step that was kept")
+    checkpoint.read_state(source)  # checks every file
+    folders = []
+    for student in config.students:
+        record = checkpoint.read_student(source, student.name)
+        weights = {name.removeprefix("weight/"): w for name, w in record.items() if name.startswith("weight/")}
+        folders.append((to or run / "students") / student.name)
+        export_student(folders[-1], LlamaShape.of(student, tokenizer.size), weights, tokenizer)
+    return folders
+
+
+def _compare(config: Config, path: Path) -> None:
+    """Refuse to go on with other settings than the run began with, but for those that change no result."""
+    before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    now = _flat(settings.as_dict(config))
+    for key in sorted(before.keys() | now.keys()):
+        if key.startswith(_FREE_TO_CHANGE) or before.get(key) == now.get(key):
+            continue
+        raise ValueError(
+            f"{path.parent} is a run of another configuration: {key} was {before.get(key)!r} and is now "
+            f"{now.get(key)!r}; choose another run.name, or set it back"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {key: leaf for name, item in items for key, leaf in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}

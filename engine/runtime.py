@@ -1,0 +1,142 @@
+"""The process group, the device, threads, and how a run learns that it should stop."""
+
+import os
+import platform
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+# Its warnings are of steps it skips, which the engine makes it skip and logs itself.
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+
+import deepspeed  # after both variables: it reads them when imported
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process's place among the ranks of a run."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, values: torch.Tensor) -> list[float]:
+        """The sum over ranks of a small float tensor, as numbers: one collective, one wait for the device."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the block before the others. If it fails there, every rank raises the same ValueError."""
+        problem: list[str | None] = [None]
+        failure: BaseException | None = None
+        if not self.is_main:
+            self._receive(problem)
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            problem[0], failure = str(error), error
+        finally:
+            if self.is_main and self.world > 1:
+                dist.broadcast_object_list(problem, src=0)
+        if failure is not None:
+            raise failure
+
+    def _receive(self, problem: list[str | None]) -> None:
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise ValueError(problem[0])
+
+
+def start() -> Runtime:
+    """Join the run's process group: the launcher's, or a group of one where a recipe is run by plain python.
+
+    Each of the ranks on a node takes its share of the cores: without that every one would start a thread for each.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    # DeepSpeed would compile its shared-memory all-reduce first, half a minute for an operator only inference calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+class StopSignal:
+    """Whether this rank was asked to stop: by SIGTERM or SIGUSR1, or because its launcher is gone.
+
+    Only a wish: the ranks agree on it at a step's end, so that all of them save the same step.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._launcher = os.getppid()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def __bool__(self) -> bool:
+        return self._asked or os.getppid() != self._launcher
+
+
+def device_name(device: torch.device) -> str:
+    """What the run computed on, as its maker names it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = (
+        re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    )
+    return f"{names[0] if names else platform.processor() or 'CPU'}, {torch.get_num_threads()} threads a rank"
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, with `+changes` where the tree differs from it; `unknown` outside git."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(folder, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    finished = subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True)
+    return finished.stdout.strip()
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

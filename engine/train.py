@@ -1,0 +1,70 @@
+"""The one loop. Pretraining, distillation and mutual learning differ in streams and coefficients alone.
+
+N tokens, S students, R streams.
+"""
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from engine.cohort import Cohort
+from engine.config import Config
+from engine.data import IGNORED, Step
+from engine.objective import Coefficients, coefficients
+from engine.run import Run, check
+from engine.runtime import StopSignal, start
+from kernels import LinearEnsembleKL, linear_ensemble_kl
+
+
+def train(config: Config) -> None:
+    """Train the students of `config`, or go on where the run of that name stopped.
+
+    Raises ValueError for whatever a user can mend, before anything is written where that can be known before.
+    """
+    check(config)
+    runtime = start()
+    stop = StopSignal()
+    with ExitStack() as stack:
+        run = Run(config, runtime, stack)
+        objective = coefficients(config.objective, len(run.cohort), runtime.device)
+        for step in run.data.steps(run.state.step + 1, config.train.steps):
+            tally = accumulate(run.cohort, step, objective)
+            outcome = run.cohort.step(tally.losses_S, run.learning_rates(step), stop=bool(stop))
+            run.record(step, tally, outcome)  # logs; evaluates and saves where due
+            if outcome.stop:
+                run.pause()
+                return
+        run.finish()
+
+
+def accumulate(cohort: Cohort, step: Step, objective: Coefficients) -> "Tally":
+    """Every student's gradient of its loss over the step's micro-batches: S forwards, one loss, S backwards."""
+    tally = Tally(len(cohort), step.micro_batches[0].targets_N.device)
+    for batch in step.micro_batches:
+        hidden = [student.body(batch) for student in cohort]
+        with cohort.heads():  # gathered under ZeRO 3
+            streams = [student.project(hidden_ND) for student, hidden_ND in zip(cohort, hidden, strict=True)]
+            result = linear_ensemble_kl(
+                streams, [], batch.targets_N, normalizer=step.valid_tokens, ignore_index=IGNORED, **vars(objective)
+            )
+            for student, loss in zip(cohort, result.losses, strict=True):
+                student.backward(loss, last=batch is step.micro_batches[-1])
+        tally.add(result)
+    return tally
+
+
+class Tally:
+    """What a step's micro-batches add up to on this rank; it stays on the device until something is logged."""
+
+    def __init__(self, students: int, device: torch.device) -> None:
+        self.losses_S = torch.zeros(students, dtype=torch.float64, device=device)
+        self.ce_S = torch.zeros(students, dtype=torch.float64, device=device)
+        self.kl_SR: Tensor | None = None
+
+    def add(self, result: LinearEnsembleKL) -> None:
+        self.losses_S += torch.stack(result.losses).detach()
+        self.ce_S += result.ce.sum(-1, dtype=torch.float64)
+        if result.kl is not None:
+            kl_SR = result.kl.sum(-1, dtype=torch.float64)
+            self.kl_SR = kl_SR if self.kl_SR is None else self.kl_SR + kl_SR

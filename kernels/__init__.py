@@ -1,0 +1,27 @@
+"""The kernels of a training engine: normalisation, rotary embedding, SwiGLU, attention, and the losses of distillation
+and mutual learning. They know nothing of training; `kernels.ops.<op>.reference` defines each, in plain torch.
+"""
+
+from kernels.dispatch import backend
+from kernels.namesake import refuse_namesake
+from kernels.ops.attention import attention
+from kernels.ops.ensemble_kl import EnsembleKL, ensemble_kl
+from kernels.ops.linear_ensemble_kl import LinearEnsembleKL, Projected, linear_ensemble_kl
+from kernels.ops.rms_norm import rms_norm
+from kernels.ops.rotary import rotary
+from kernels.ops.swiglu import swiglu
+
+__all__ = [
+    "EnsembleKL",
+    "LinearEnsembleKL",
+    "Projected",
+    "attention",
+    "backend",
+    "ensemble_kl",
+    "linear_ensemble_kl",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+]
+
+refuse_namesake()

@@ -1,0 +1,108 @@
+"""Which backend runs an op: auto, triton, native or reference.
+
+An op is a folder `kernels/ops/<op>`; a backend of it is the module of that name inside: `reference.py` and, where they
+exist, `triton.py` and `native` (the extension module built from `native.cpp`). Each defines the same function. So a
+backend is added to an op by adding the module: nothing is registered.
+
+The choice is made when an op is called. Its backward is part of what was chosen, so it does not matter that autograd
+runs it in another thread, perhaps after the choice has changed.
+"""
+
+import functools
+import importlib
+import os
+import pkgutil
+from importlib.util import find_spec
+from types import ModuleType
+
+from torch import Tensor
+
+NAMES = ("auto", "triton", "native", "reference")
+ENVIRONMENT = "KERNELS_BACKEND"
+
+_FASTEST = {"cuda": "triton", "cpu": "native"}
+_REMEDY = {
+    "triton": "install Triton with `pip install 'creche[gpu]'`",
+    "native": "build the C++ kernels by reinstalling creche with g++ and cmake at hand",
+}
+
+_process_default: str | None = None  # None: not chosen by this process, so the environment decides
+
+
+class _Backend:
+    """The choice made by `backend(name)`: in force from construction; undone on leaving a `with` block."""
+
+    def __init__(self, name: str | None) -> None:
+        global _process_default
+        self._before = _process_default
+        if name is not None:
+            _check(name, source="backend")
+            _process_default = name
+        self.name = current()
+
+    def __enter__(self) -> "_Backend":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _process_default
+        _process_default = self._before
+
+    def __repr__(self) -> str:
+        return f"backend({self.name!r})"
+
+
+def backend(name: str | None = None) -> _Backend:
+    """Choose the backend of every op, in every thread of the process.
+
+    `backend("reference")` alone sets the process's default. `with backend("reference"):` puts the previous choice back
+    at the end of the block. `backend()` chooses nothing; its `.name` is the choice in force.
+
+    Args:
+        name: "auto" takes, op by op, Triton for CUDA tensors and the native kernels for CPU tensors where they are
+            installed, else the reference. "triton", "native" and "reference" are taken at their word: an op without
+            that backend raises. Until the process chooses, the environment variable KERNELS_BACKEND does, else "auto".
+
+    Raises:
+        ValueError: an unknown name, or a backend which no op has in this installation.
+    """
+    return _Backend(name)
+
+
+def current() -> str:
+    """The name in force: the process's choice, else KERNELS_BACKEND, else "auto"."""
+    if _process_default is not None:
+        return _process_default
+    name = os.environ.get(ENVIRONMENT, "auto")
+    _check(name, source=ENVIRONMENT)
+    return name
+
+
+def implementation(op: str, tensor: Tensor) -> ModuleType:
+    """The module that runs `op` on the device of `tensor`.
+
+    Raises:
+        ValueError: the backend in force was chosen by name and `op` does not have it.
+    """
+    name = current()
+    if name == "auto":
+        name = _FASTEST.get(tensor.device.type, "reference")
+        if not _offers(op, name):
+            name = "reference"
+    elif not _offers(op, name):
+        raise ValueError(f"backend {name!r} has no {op} in this installation: {_REMEDY[name]}, or choose 'auto'")
+    return importlib.import_module(f"kernels.ops.{op}.{name}")
+
+
+@functools.cache
+def _check(name: str, source: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{source} is {name!r}: expected one of {', '.join(NAMES)}")
+    ops = importlib.import_module("kernels.ops")
+    if name != "auto" and not any(_offers(op.name, name) for op in pkgutil.iter_modules(ops.__path__)):
+        raise ValueError(f"{source} is {name!r}, which is not available: {_REMEDY[name]}, or choose 'auto'")
+
+
+@functools.cache
+def _offers(op: str, name: str) -> bool:
+    installed = name != "triton" or find_spec("triton") is not None
+    return installed and find_spec(f"kernels.ops.{op}.{name}") is not None

@@ -1,0 +1,102 @@
+"""`linear_ensemble_kl` in plain torch, a chunk of tokens at a time.
+
+Shapes: N tokens, D hidden, V vocabulary, S students, K teachers, R = S + K streams; n tokens of a chunk.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.ops.ensemble_kl.reference import loss_and_grad
+from kernels.ops.linear_ensemble_kl import Projected
+
+# What the [n, V] tensors of one chunk may take. On a CPU small chunks stay in cache; a GPU wants ≥ 1,000 rows.
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
+TEMPORARIES = 6  # [n, V] tensors alive within `loss_and_grad` beside logits, probabilities and gradients
+
+
+def losses_and_gradients(
+    students: Sequence[Projected],
+    teachers: Sequence[Projected],
+    targets: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor | None,
+    ce_rows: Tensor,
+    kl_rows: Tensor,
+    normalizer: int | Tensor,
+    temperature: float,
+    divergence: str,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]:
+    """The losses of `kernels.linear_ensemble_kl` and their gradients, without autograd (call it under no_grad).
+
+    Args:
+        ce_rows, kl_rows: [N] bool, the rows in which CE and KL count.
+        needs: per student, whether the gradients of (hidden, weight, bias) are wanted.
+        Otherwise as `kernels.linear_ensemble_kl`.
+
+    Returns:
+        losses [S]; ce [S, N]; kl [S, R, N], or None without `kl_weight`; per student the gradients of (hidden, weight,
+        bias), None where not wanted. All fp32, or float64 where a stream is.
+    """
+    streams = (*students, *teachers)
+    dtype = torch.float32
+    for x in (x for stream in streams for x in stream if x is not None):
+        dtype = torch.promote_types(dtype, x.dtype)
+    heads = [(weight.to(dtype), None if bias is None else bias.to(dtype)) for _, weight, bias in streams]
+    ce_weight = ce_weight.to(dtype) / normalizer
+    counted = ce_rows
+    if kl_weight is not None:
+        kl_weight = kl_weight.to(dtype) / normalizer
+        counted = ce_rows | kl_rows
+    gradients = [
+        [
+            torch.zeros_like(x, dtype=dtype) if x is not None and need else None
+            for x, need in zip(stream, own, strict=True)
+        ]
+        for stream, own in zip(students, needs, strict=True)
+    ]
+
+    device, (tokens, vocabulary) = targets.device, (len(targets), len(heads[0][0]))
+    ce_SN = torch.zeros(len(students), tokens, dtype=dtype, device=device)
+    kl_SRN = None if kl_weight is None else ce_SN.new_zeros(*kl_weight.shape, tokens)
+    per_row = (2 * len(streams) + 2 * len(students) + TEMPORARIES) * vocabulary * dtype.itemsize
+    chunk = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // per_row)
+    for start in range(0, tokens, chunk):
+        rows = slice(start, start + chunk)
+        # Rows that do not count may hold anything: as zeros they cannot spread a NaN through the GEMMs.
+        hidden = [stream.hidden[rows].to(dtype).masked_fill(~counted[rows, None], 0) for stream in streams]
+        logits = [torch.nn.functional.linear(h, *head) for h, head in zip(hidden, heads, strict=True)]
+        ce_SN[:, rows], kl, d_logits = loss_and_grad(
+            logits,
+            targets[rows],
+            ce_weight,
+            kl_weight,
+            ce_rows[rows],
+            kl_rows[rows],
+            temperature=temperature,
+            divergence=divergence,
+            wanted=[any(own) for own in needs],
+        )
+        if kl_SRN is not None and kl is not None:
+            kl_SRN[:, :, rows] = kl
+        for d, h, (weight, _), (d_hidden, d_weight, d_bias) in zip(d_logits, hidden, heads, gradients, strict=False):
+            if d is None:
+                continue
+            if d_hidden is not None:
+                torch.mm(d, weight, out=d_hidden[rows])
+            if d_weight is not None:
+                d_weight.addmm_(d.T, h)
+            if d_bias is not None:
+                d_bias.add_(d.sum(0))
+
+    losses = _weighted(ce_weight, ce_SN.sum(-1))
+    if kl_weight is not None and kl_SRN is not None:
+        losses += temperature**2 * _weighted(kl_weight, kl_SRN.sum(-1)).sum(-1)
+    return losses, ce_SN, kl_SRN, gradients
+
+
+def _weighted(weight: Tensor, loss: Tensor) -> Tensor:
+    """Their product; 0 where the weight is 0, even if the loss is infinite."""
+    return torch.where(weight == 0, 0, weight * loss)

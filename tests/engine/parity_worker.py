@@ -1,0 +1,196 @@
+"""One rank of the parity tests: every case in one process group, findings of rank 0 as JSON.
+
+Run by test_parity.py with RANK and its like set. A case trains two students by Crèche's cohort and by `plain_loop`,
+a loop in plain PyTorch that never heard of DeepSpeed, ranks, accumulation, chunks or fused losses.
+"""
+
+import itertools
+import json
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from engine import runtime
+from engine.cohort import Cohort, Student, decay_groups
+from engine.config import ObjectiveConfig, OptimizerConfig, StudentConfig, TrainConfig
+from engine.data import TokenFile, TrainingData
+from engine.models.llama import Llama, LlamaShape, initialise
+from engine.objective import coefficients
+from engine.train import accumulate
+from kernels import linear_ensemble_kl
+
+VOCABULARY, LENGTH, BATCH, STEPS = 61, 16, 8, 20
+OPTIMIZER = OptimizerConfig(clip=0.5, weight_decay=0.1)
+OBJECTIVE = ObjectiveConfig(temperature=2.0)
+
+
+def students(tied: bool) -> list[StudentConfig]:
+    return [
+        StudentConfig("a", 2, 32, 4, 48, kv_heads=2, tied=tied, learning_rate=3e-4, seed=1, positions=LENGTH),
+        StudentConfig("b", 1, 16, 2, 40, tied=tied, learning_rate=1e-3, seed=2, positions=LENGTH),
+        StudentConfig("c", 1, 24, 2, 24, tied=not tied, learning_rate=5e-4, seed=3, positions=LENGTH),
+    ]
+
+
+def data(file: TokenFile, micro_batch: int | None, rank: int, world: int) -> TrainingData:
+    return TrainingData(
+        file,
+        batch=BATCH,
+        micro_batch=micro_batch,
+        seed=7,
+        random_offsets=False,
+        rank=rank,
+        world=world,
+        device=torch.device("cpu"),
+    )
+
+
+@cache
+def plain_loop(tied: bool, path: Path) -> tuple[list[list[float]], list[dict[str, torch.Tensor]]]:
+    """Deep mutual learning from its equations (Zhang et al. 2018), whole batches, full logits, one autograd graph."""
+    file = TokenFile(path, "uint16", LENGTH)
+    models, optimizers = [], []
+    for config in students(tied):
+        model = Llama(LlamaShape.of(config, VOCABULARY))
+        initialise(model, config.seed)
+        models.append(model)
+        groups = decay_groups(model, OPTIMIZER.weight_decay)
+        optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps))
+    temperature, losses = OBJECTIVE.temperature, []
+    for step in data(file, None, 0, 1).steps(1, STEPS):
+        (batch,) = step.micro_batches
+        logits = [model(batch.tokens_BL) @ model.head.T for model in models]
+        logs = [F.log_softmax(z / temperature, -1) for z in logits]
+        losses.append([])
+        for i, model in enumerate(models):
+            loss = F.cross_entropy(logits[i], batch.targets_N)
+            for j in range(len(models)):
+                if j != i:
+                    kl = F.kl_div(logs[i], logs[j].detach(), reduction="batchmean", log_target=True)
+                    loss = loss + temperature**2 * kl / (len(models) - 1)
+            loss.backward()
+            losses[-1].append(loss.item())
+            torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses, [{n: p.detach().clone() for n, p in m.named_parameters()} for m in models]
+
+
+def cohort_of(configs: list[StudentConfig], train: TrainConfig, place: runtime.Runtime) -> Cohort:
+    return Cohort([Student(c, VOCABULARY, train, OPTIMIZER, place, None) for c in configs], place)
+
+
+def weights(cohort: Cohort) -> list[dict[str, torch.Tensor]]:
+    return [
+        {k.removeprefix("weight/"): v for k, v in student.record().items() if k.startswith("weight/")}
+        for student in cohort
+    ]
+
+
+def largest_difference(ours: list[dict], theirs: list[dict]) -> float:
+    """Over all tensors, |ours − theirs| / |theirs| in the Euclidean norm."""
+    return max(
+        ((a[name] - b[name]).norm() / b[name].norm()).item() for a, b in zip(ours, theirs, strict=True) for name in b
+    )
+
+
+def parity(place: runtime.Runtime, path: Path, stage: int, accumulation: int, tied: bool, recompute: bool) -> dict:
+    configs, file = students(tied), TokenFile(path, "uint16", LENGTH)
+    train = TrainConfig(zero_stage=stage, precision="fp32", recompute=recompute)  # pyright: ignore[reportArgumentType]
+    cohort = cohort_of(configs, train, place)
+    objective = coefficients(OBJECTIVE, len(cohort), place.device)
+    micro_batch = BATCH // place.world // accumulation
+    losses = []
+    for step in data(file, micro_batch, place.rank, place.world).steps(1, STEPS):
+        assert len(step.micro_batches) == accumulation
+        tally = accumulate(cohort, step, objective)
+        losses.append(place.agree(tally.losses_S.clone()))
+        cohort.step(tally.losses_S, [c.learning_rate for c in configs], stop=False)
+    expected_losses, expected_weights = plain_loop(tied, path)
+    return {
+        "losses": (torch.tensor(losses) / torch.tensor(expected_losses) - 1).abs().max().item(),
+        "weights": largest_difference(weights(cohort), expected_weights),
+        "fell": expected_losses[0][0] - expected_losses[-1][0],
+    }
+
+
+def poison(place: runtime.Runtime, file: TokenFile, stage: int, what: str, precision: str) -> dict:
+    """A NaN in student b's loss or gradient, on the last rank only: does anything move, and does the next step work?"""
+    configs = students(tied=True)
+    cohort = cohort_of(configs, TrainConfig(zero_stage=stage, precision=precision), place)  # pyright: ignore[reportArgumentType]
+    objective = coefficients(OBJECTIVE, len(cohort), place.device)
+    rates = [c.learning_rate for c in configs]
+    first, second, third = data(file, None, place.rank, place.world).steps(1, 3)
+    cohort.step(accumulate(cohort, first, objective).losses_S, rates, stop=False)
+    before = [student.record() for student in cohort]
+
+    bad_rank = place.rank == place.world - 1
+    hooks = []
+    if what == "gradient" and bad_rank:
+        hooks.append(cohort[1].model.norm.weight.register_hook(lambda g: g * float("nan")))
+    tally = accumulate(cohort, second, objective)
+    for hook in hooks:
+        hook.remove()
+    if what == "loss" and bad_rank:
+        tally.losses_S[1] = float("inf")
+    outcome = cohort.step(tally.losses_S, rates, stop=place.rank == 0)
+    after = [student.record() for student in cohort]
+    third_outcome = cohort.step(accumulate(cohort, third, objective).losses_S, rates, stop=False)
+    later = [student.record() for student in cohort]
+    return {
+        "bad": outcome.bad,
+        "stop": outcome.stop,
+        "moved": sum(not torch.equal(a[k], b[k]) for a, b in zip(before, after, strict=True) for k in a),
+        "later_bad": third_outcome.bad,
+        "later_moved": sum(not torch.equal(a[k], b[k]) for a, b in zip(after, later, strict=True) for k in a),
+        "later_finite": all(t.isfinite().all().item() for record in later for t in record.values()),
+        "tensors": sum(len(record) for record in before),
+    }
+
+
+def separate(place: runtime.Runtime, file: TokenFile) -> dict:
+    """Which students' parameters hold a gradient after one student's backward alone."""
+    cohort = cohort_of(students(tied=True), TrainConfig(zero_stage=0), place)
+    objective = coefficients(OBJECTIVE, len(cohort), place.device)
+    (step,) = data(file, None, place.rank, place.world).steps(1, 1)
+    (batch,) = step.micro_batches
+    streams = [student.project(student.body(batch)) for student in cohort]
+    result = linear_ensemble_kl(streams, [], batch.targets_N, normalizer=step.valid_tokens, **vars(objective))
+    seen = {}
+    for i, student in enumerate(cohort):
+        student.backward(result.losses[i], last=False)
+        seen[student.name] = [s.name for s in cohort if any(p.grad is not None for p in s.model.parameters())]
+        student.engine.zero_grad()
+    return seen
+
+
+def main(folder: Path) -> None:
+    place = runtime.start()
+    torch.set_num_threads(1)
+    path = folder / f"tokens-{place.world}.bin"
+    if place.is_main:
+        np.random.default_rng(0).zipf(1.3, 4000).clip(1, VOCABULARY - 1).astype(np.uint16).tofile(path)
+    place.barrier()
+    file = TokenFile(path, "uint16", LENGTH)
+    findings = {}
+    for stage, accumulation, tied in itertools.product((0, 1, 2, 3), (1, 4), (True, False)):
+        name = f"zero{stage}-accumulation{accumulation}-{'tied' if tied else 'untied'}"
+        findings[f"parity-{name}"] = parity(place, path, stage, accumulation, tied, recompute=False)
+    findings["parity-zero1-recompute"] = parity(place, path, 1, 1, True, recompute=True)
+    findings["parity-zero3-recompute"] = parity(place, path, 3, 4, True, recompute=True)
+    for stage, what in itertools.product((0, 1, 2, 3), ("loss", "gradient")):
+        findings[f"poison-zero{stage}-{what}-fp32"] = poison(place, file, stage, what, "fp32")
+    for stage in (1, 2, 3):
+        findings[f"poison-zero{stage}-gradient-bf16"] = poison(place, file, stage, "gradient", "bf16")
+    findings["separate"] = separate(place, file)
+    if place.is_main:
+        (folder / f"findings-{place.world}.json").write_text(json.dumps(findings))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,55 @@
+"""Crèche's loop against a plain one: same losses, same parameters, whatever the ranks, ZeRO stage, accumulation, head.
+
+Each world size is spawned once and runs every case inside (parity_worker.py); the tests here look at what it found.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOLERANCE = 1e-5
+PARITY = [
+    f"parity-zero{stage}-accumulation{accumulation}-{head}"
+    for stage in (0, 1, 2, 3)
+    for accumulation in (1, 4)
+    for head in ("tied", "untied")
+]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def findings(request: pytest.FixtureRequest, spawn_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("parity")
+    spawn_ranks(Path(__file__).with_name("parity_worker.py"), request.param, folder)
+    return json.loads((folder / f"findings-{request.param}.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*PARITY, "parity-zero1-recompute", "parity-zero3-recompute"])
+def test_twenty_steps_equal_a_plain_loop(findings: dict[str, Any], case: str) -> None:
+    found = findings[case]
+    assert found["fell"] > 0.1, "the plain loop learnt nothing, so agreement would mean nothing"
+    assert found["losses"] <= TOLERANCE
+    assert found["weights"] <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [f"poison-zero{stage}-{what}-fp32" for stage in (0, 1, 2, 3) for what in ("loss", "gradient")]
+    + [f"poison-zero{stage}-gradient-bf16" for stage in (1, 2, 3)],
+)
+def test_one_student_that_is_not_finite_stops_the_step_of_all(findings: dict[str, Any], case: str) -> None:
+    found = findings[case]
+    assert found["bad"] == [1]
+    assert found["moved"] == 0, "weights and moments stay bit for bit"
+    assert found["later_bad"] == []
+    assert found["later_moved"] == found["tensors"], "the next good step moves every one"
+    assert found["later_finite"]
+    assert found["stop"], "a wish to stop on one rank reaches all, also in a skipped step"
+
+
+@pytest.mark.slow
+def test_backward_of_one_student_leaves_the_others_without_gradient(findings: dict[str, Any]) -> None:
+    assert findings["separate"] == {"a": ["a"], "b": ["b"], "c": ["c"]}
