@@ -12,14 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import deepspeed
 import torch
 import torch.distributed as dist
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-# Its warnings are of steps it skips, which the engine makes it skip and logs itself.
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-
-import deepspeed  # after both variables: it reads them when imported
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,8 @@ class Runtime:
 def start() -> Runtime:
     """Join the run's process group: the launcher's, or a group of one where a recipe is run by plain python.
 
-    Each of the ranks on a node takes its share of the cores: without that every one would start a thread for each.
+    Each of the ranks on a node takes its share of the cores, unless OMP_NUM_THREADS says otherwise; by themselves every
+    one would start a thread for each core.
     """
     if "RANK" not in os.environ:
         os.environ.update(
@@ -84,7 +80,8 @@ def start() -> Runtime:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     # DeepSpeed would compile its shared-memory all-reduce first, half a minute for an operator only inference calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():

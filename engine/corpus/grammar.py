@@ -71,14 +71,18 @@ def _sample(rng: random.Random, start: Table) -> tuple[str, float]:
     return "".join(written).replace("\n ", "\n").lstrip(), total
 
 
+def _rng(seed: int) -> random.Random:
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; expected 0 or more: Python's generator would take it for {-seed}")
+    return random.Random(seed)
+
+
 def documents(seed: int) -> Iterator[Document]:
     """Scenes without end, independent of one another; the same on every platform for the same seed.
 
     Raises `ValueError` for a negative seed.
     """
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; the generator expects 0 or more: Python's generator ignores the sign")
-    rng = random.Random(seed)
+    rng = _rng(seed)
     while True:
         text, nats = _sample(rng, _any_topic())
         yield Document(text, len(text.split()), nats)
@@ -90,7 +94,7 @@ def generate(seed: int, words: int) -> Iterator[str]:
     Raises `ValueError` for a negative seed or less than one word.
     """
     if words < 1:
-        raise ValueError(f"words is {words}; the generator expects at least 1")
+        raise ValueError(f"words is {words}; expected at least 1")
     for document in documents(seed):
         yield document.text
         words -= document.words
@@ -120,8 +124,8 @@ def entropy() -> Entropy:
     """The entropy of the generated text.
 
     With M[A, B] the expected number of symbols B in one expansion of A, a scene holds n = (I − Mᵀ)⁻¹ e_Scene of each
-    symbol; its derivation has entropy Σ n_A H(rule | A) (Grenander 1967; Chi 1999), and being the only one, so has its
-    text. The first line gives the topic away, so topics add their own entropy.
+    symbol and its derivation has entropy Σ n_A H(expansion | A) (Grenander 1967; Soule 1974); so has its text, as the
+    derivation is the only one. The first line gives the topic away, so topics add their own entropy.
     """
     totals = np.zeros(3)
     for topic in TOPICS:
@@ -270,11 +274,9 @@ def minimal_pairs(seed: int, per_phenomenon: int, exclude: Container[str] = froz
     Pairs come in twos, one for each word of a contrast. Raises `ValueError` for a negative seed, for no pairs, or where
     `exclude` leaves too few lines.
     """
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; the generator expects 0 or more: Python's generator ignores the sign")
     if per_phenomenon < 1:
         raise ValueError(f"per_phenomenon is {per_phenomenon}; expected at least 1 pair")
-    rng = random.Random(seed)
+    rng = _rng(seed)
     found: list[MinimalPair] = []
     for phenomenon, contrasts in _contrasts().items():
         pairs: dict[MinimalPair, None] = {}
@@ -288,7 +290,7 @@ def minimal_pairs(seed: int, per_phenomenon: int, exclude: Container[str] = froz
             for frame, good, bad in zip(frames, words, reversed(words), strict=True):
                 *symbols, mark = frame.split()
                 filled = [_sample(rng, tables[s])[0] if s in tables else s for s in symbols]
-                lines = (" ".join(s.replace("_", w) for s in filled if s != "_" or w) + mark for w in (good, bad))
+                lines = (" ".join(filter(None, (w if s == "_" else s for s in filled))) + mark for w in (good, bad))
                 couple.append(MinimalPair(phenomenon, *lines))
             if not any(p in pairs or p.good in exclude or p.bad in exclude for p in couple):
                 pairs.update(dict.fromkeys(couple))

@@ -37,6 +37,7 @@ from engine.tokenizer import Tokenizer
 
 FORMAT = 1  # of the folder; raised when the same settings and text would give other files
 MANIFEST = "manifest.json"
+SIXTEEN_BITS = 1 << 16  # the most pieces whose ids fit
 BATCH_CHARACTERS = 1_000_000  # encoded at once
 PAIRS_PER_PHENOMENON = 100
 COUNTS = ("documents", "lines", "words", "characters", "tokens")  # of a source file and of a split
@@ -100,7 +101,7 @@ def prepare(config: DataConfig, *, say: Say = print) -> Prepared:
         splits = split(texts, validation=config.validation, seed=config.seed, words=limit)
     with _aside(folder) as aside:
         tokenizer = _train_tokenizer(splits.train, config, pieces, aside / "tokenizer", say)
-        dtype = np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
+        dtype = np.dtype("<u2" if tokenizer.size <= SIXTEEN_BITS else "<u4")
         counts = {
             name: _encode(documents, tokenizer, dtype, aside / f"{name}.bin", files, say)
             for name, documents in splits._asdict().items()
@@ -235,7 +236,7 @@ def _encode(
 ) -> dict[str, int]:
     """Write a split's token file, add to the counts of each source file, and return the split's own."""
     before, after = ([], "\n\n") if tokenizer.boundary is None else ([tokenizer.boundary], "")
-    totals = dict.fromkeys(COUNTS, 0)
+    totals: dict[str, int] = dict.fromkeys(COUNTS, 0)
     characters = sum(len(document.text) for document in documents)
     title = f"encoding {len(documents):,} documents for {path.stem}"
     with _stage(title, characters, say) as advance, path.open("wb") as stream:

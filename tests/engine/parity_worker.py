@@ -171,7 +171,6 @@ def separate(place: runtime.Runtime, file: TokenFile) -> dict:
 
 def main(folder: Path) -> None:
     place = runtime.start()
-    torch.set_num_threads(1)
     path = folder / f"tokens-{place.world}.bin"
     if place.is_main:
         np.random.default_rng(0).zipf(1.3, 4000).clip(1, VOCABULARY - 1).astype(np.uint16).tofile(path)

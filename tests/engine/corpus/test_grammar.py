@@ -1,7 +1,7 @@
 import math
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
 from itertools import islice
 
@@ -46,11 +46,11 @@ class Parser:
                 return {}
             if symbol not in self.rules:
                 return {begin + 1: scale}
-            ends: Counter[int] = Counter()
+            ends = defaultdict[int, float](float)
             for expansion, p in self.rules[symbol]:
                 reached = {begin: p}
                 for child in expansion:
-                    onward: Counter[int] = Counter()
+                    onward = defaultdict[int, float](float)
                     for at, q in reached.items():
                         for end, inner in inside(child, at).items():
                             onward[end] += q * inner
@@ -146,16 +146,16 @@ def test_entropy_agrees_with_sampled_text() -> None:
     sample = list(islice(documents(2), 4000))  # 50,000 lines
     exact = entropy()
     excess = [d.nats - exact.nats_per_word * d.words for d in sample]  # 0 on average: nats and words of one document
-    for values, mean in (
-        ([d.nats for d in sample], exact.nats_per_document),
-        ([d.words for d in sample], exact.words_per_document),
-        ([d.text.count("\n") + 1 for d in sample], exact.lines_per_document),
-        (excess, 0.0),
+    for values, mean, resolution in (
+        ([d.nats for d in sample], exact.nats_per_document, 3.0),
+        ([d.words for d in sample], exact.words_per_document, 1.0),
+        ([d.text.count("\n") + 1 for d in sample], exact.lines_per_document, 0.2),
+        (excess, 0.0, 0.4),
     ):
         average = sum(values) / len(values)
         error = math.sqrt(sum((v - average) ** 2 for v in values)) / len(values)
         assert abs(average - mean) < 3 * error
-        assert error < 0.02 * exact.nats_per_document  # so that an error of a few percent would show
+        assert error < resolution
 
 
 def test_entropy_of_grammars_that_can_be_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,9 +178,13 @@ def test_text_depends_on_the_seed_alone_and_more_words_extend_it() -> None:
     assert long[: len(short)] == short
     assert sum(len(d.split()) for d in short) >= 500 > sum(len(d.split()) for d in short[:-1])
     assert list(generate(6, 500)) != short
-    assert next(generate(0, 1)).splitlines()[:3] == ["PINNED"]
+    assert next(generate(0, 1)).splitlines()[:3] == [
+        "today we are at the zoo!",
+        "where is she?",
+        "she is on the bed, honey.",
+    ]
     for seed, words in ((-1, 10), (0, 0)):
-        with pytest.raises(ValueError, match="expects"):
+        with pytest.raises(ValueError, match="expected"):
             next(generate(seed, words))
 
 
@@ -200,9 +204,8 @@ def test_pairs_differ_in_a_word_and_word_frequency_tells_nothing(pairs: list[Min
     score: dict[str, list[float]] = {}
     for pair in pairs:
         good, bad = Counter(tokens(pair.good)), Counter(tokens(pair.bad))
-        assert (good - bad).total() <= 1 >= (bad - good).total() and good != bad
-        margin = sum((n - bad[w]) * math.log(frequency[w] + 1) for w, n in (good | bad).items() for n in [good[w]])
-        margin -= (good.total() - bad.total()) * math.log(frequency.total())
+        assert 1 <= len(good - bad) + len(bad - good) <= 2
+        margin = sum((good[w] - bad[w]) * math.log((frequency[w] + 1) / frequency.total()) for w in good | bad)
         score.setdefault(pair.phenomenon, []).append(0.5 * (1 + (margin > 0) - (margin < 0)))
     assert len(score) >= 8
     for phenomenon, values in score.items():
@@ -224,5 +227,5 @@ def test_pairs_are_distinct_and_keep_out_of_the_training_text(pairs: list[Minima
     with pytest.raises(ValueError, match="found 0 pairs for subject_verb_agreement"):
         minimal_pairs(0, 1, exclude=Everything())
     for seed, count in ((-1, 1), (0, 0)):
-        with pytest.raises(ValueError, match="expect"):
+        with pytest.raises(ValueError, match="expected"):
             minimal_pairs(seed, count)

@@ -1,0 +1,62 @@
+"""Two students and a tokenizer, in this process."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import runtime
+from engine import tokenizer as tokenization
+from engine.cohort import Cohort, Student
+from engine.config import OptimizerConfig, StudentConfig, TokenizerConfig, TrainConfig
+from engine.corpus.grammar import generate
+from engine.tokenizer import Tokenizer
+
+PIECES = 360
+POSITIONS = 48
+
+
+@pytest.fixture(scope="session")
+def place() -> Iterator[runtime.Runtime]:
+    """A process group of one; environment and threads are left as they were found."""
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    place = runtime.start()
+    torch.set_num_threads(1)
+    yield place
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def cohort(place: runtime.Runtime) -> Cohort:
+    """Two students of different shapes, under ZeRO 0 and 1, whose weights are large enough to have opinions."""
+    students = [
+        Student(config, PIECES, TrainConfig(zero_stage=stage), OptimizerConfig(), place, None)
+        for stage, config in (
+            (0, StudentConfig("a", 2, 32, 4, 48, kv_heads=2, seed=1, positions=POSITIONS)),
+            (1, StudentConfig("b", 1, 16, 2, 40, tied=False, seed=2, positions=POSITIONS)),
+        )
+    ]
+    with torch.no_grad():
+        for student in students:
+            for parameter in student.model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(10)
+    return Cohort(students, place)
+
+
+@pytest.fixture(scope="session")
+def train_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tokenizer]:
+    def train(*, boundary: bool) -> Tokenizer:
+        folder: Path = tmp_path_factory.mktemp("tokenizer")
+        return tokenization.train(generate(0, 3000), TokenizerConfig(), PIECES, folder, boundary=boundary)
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def tokenizer(train_tokenizer: Callable[..., Tokenizer]) -> Tokenizer:
+    return train_tokenizer(boundary=True)

@@ -1,0 +1,66 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from engine.cohort import Cohort
+from engine.data import Batch, HeldOutData, TokenFile
+from engine.evaluation.held_out import validation_losses
+from engine.runtime import Runtime
+
+LENGTH, CHUNKS = 12, 7
+VOCABULARY = 360
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> TokenFile:
+    ids = np.random.default_rng(0).integers(VOCABULARY, size=CHUNKS * LENGTH + 4)
+    ids.astype("<u2").tofile(tmp_path / "validation.bin")
+    return TokenFile(tmp_path / "validation.bin", "<u2", LENGTH)
+
+
+def data(file: TokenFile, tokens: int, batch: int, rank: int = 0, world: int = 1) -> HeldOutData:
+    return HeldOutData(file, tokens=tokens, batch=batch, rank=rank, world=world, device=torch.device("cpu"))
+
+
+def naive_losses(cohort: Cohort, file: TokenFile, chunks: int) -> list[float]:
+    """Chunk by chunk, full logits in float64."""
+    losses = []
+    for student in cohort:
+        nats = 0.0
+        for chunk in range(chunks):
+            ids = torch.from_numpy(file.tokens[chunk * LENGTH : (chunk + 1) * LENGTH + 1].astype(np.int64))
+            with torch.no_grad():
+                logits = (student.model(ids[None, :-1]) @ student.model.head.T).double()
+            nats += F.cross_entropy(logits, ids[1:], reduction="sum").item()
+        losses.append(nats / (chunks * LENGTH))
+    return losses
+
+
+@pytest.mark.parametrize(("tokens", "chunks"), [(10**9, CHUNKS), (5 * LENGTH + 3, 5)])
+def test_losses_equal_those_of_full_logits(
+    cohort: Cohort, place: Runtime, file: TokenFile, tokens: int, chunks: int
+) -> None:
+    expected = naive_losses(cohort, file, chunks)
+    assert abs(expected[0] - expected[1]) > 1e-2
+    for batch in (1, 2, 100):  # among them a last batch that is smaller than the others
+        assert validation_losses(cohort, data(file, tokens, batch), place) == pytest.approx(expected, rel=1e-6)
+    for student in cohort:
+        assert student.model.training
+        assert all(parameter.grad is None for parameter in student.model.parameters())
+
+
+def test_rounds_without_sequences_count_for_nothing(cohort: Cohort, place: Runtime, file: TokenFile) -> None:
+    class AllRanks:
+        def batches(self) -> Iterator[Batch]:
+            for rank in range(3):
+                yield from data(file, 10**9, 1, rank, 3).batches()  # 7 chunks: two ranks go without in the third round
+
+    ranks: Any = AllRanks()
+    assert len(list(ranks.batches())) == 9
+    expected = naive_losses(cohort, file, CHUNKS)
+    assert validation_losses(cohort, ranks, place) == pytest.approx(expected, rel=1e-6)

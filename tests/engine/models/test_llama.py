@@ -1,0 +1,207 @@
+"""The model against Hugging Face's, and what the engine relies on beyond that.
+
+B sequences, L positions, N = B·L tokens, D hidden, V vocabulary.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kernels
+from engine.config import StudentConfig
+from engine.export import _hf_name
+from engine.models import llama
+from engine.models.llama import Llama, LlamaShape, initialise
+from engine.models.presets import PRESETS
+
+# Grouped queries, and neither of Hugging Face's defaults for rotary positions and norms.
+SHAPE = LlamaShape(
+    layers=2,
+    hidden=32,
+    heads=4,
+    kv_heads=2,
+    ffn=48,
+    vocabulary=61,
+    positions=16,
+    tied=True,
+    rope_theta=500.0,
+    norm_eps=1e-3,
+)
+TOKENS = torch.randint(SHAPE.vocabulary, (3, 11), generator=torch.Generator().manual_seed(5))
+TOLERANCE = 1e-5
+
+
+def model_of(shape: LlamaShape = SHAPE, *, recompute: bool = False) -> Llama:
+    """A model whose weights are large enough for attention to choose and norms to matter."""
+    model = Llama(shape, recompute=recompute)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3, generator=generator)
+            else:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def logits(model: Llama, tokens_BL: Tensor, **arguments: Any) -> Tensor:
+    return model(tokens_BL, **arguments) @ model.head.T
+
+
+def gradients(model: Llama) -> dict[str, Tensor]:
+    model.zero_grad()
+    F.cross_entropy(logits(model, TOKENS[:, :-1]), TOKENS[:, 1:].flatten()).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [("baby-llama-58m", 58_343_936), ("llama-360m", 359_973_888), ("smol-llama-345m", 345_355_200)],
+)
+def test_published_shapes_have_the_published_sizes(preset: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = Llama(LlamaShape.of(StudentConfig(name="a", **PRESETS[preset]), vocabulary=16_000))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_logits_and_gradients_equal_hugging_faces(tied: bool, kv_heads: int) -> None:
+    shape = replace(SHAPE, tied=tied, kv_heads=kv_heads)
+    ours = model_of(shape)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.ffn,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=shape.positions,
+            rms_norm_eps=shape.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},  # pyright: ignore[reportArgumentType]
+            tie_word_embeddings=tied,
+            attn_implementation="eager",
+        )
+    )
+    missing = theirs.load_state_dict({_hf_name(n): p.detach() for n, p in ours.named_parameters()}, strict=False)
+    assert missing.unexpected_keys == []
+    assert missing.missing_keys == (["lm_head.weight"] if tied else [])
+    theirs.tie_weights()
+
+    found, expected = logits(ours, TOKENS), theirs(TOKENS).logits.flatten(0, 1)
+    assert distance(found, expected) <= TOLERANCE
+    F.cross_entropy(theirs(TOKENS[:, :-1]).logits.flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    expected_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    found_gradients = gradients(ours)
+    assert {_hf_name(name) for name in found_gradients} == expected_gradients.keys()
+    for name, gradient in found_gradients.items():
+        assert distance(gradient, expected_gradients[_hf_name(name)]) <= TOLERANCE, name
+
+
+def test_chosen_rows_are_the_rows_of_the_whole() -> None:
+    model, rows_N = model_of(), torch.tensor([32, 0, 7, 7])
+    assert torch.equal(model(TOKENS, rows_N=rows_N), model(TOKENS)[rows_N])
+
+
+def test_packed_documents_do_not_see_one_another_nor_padding() -> None:
+    model = model_of()
+    a, b = TOKENS[:1, :4], TOKENS[1:2, :7]
+    packed_BL = torch.cat([a, b, TOKENS[2:, :3]], dim=1)
+    segments_BL = torch.tensor([[0] * 4 + [1] * 7 + [-1] * 3])
+    found = logits(model, packed_BL, segments_BL=segments_BL)
+    # The second document stands at other rotary positions, which only differences enter.
+    torch.testing.assert_close(found[:4], logits(model, a), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[4:11], logits(model, b), rtol=1e-5, atol=1e-5)
+    assert found.isfinite().all()
+    assert not torch.allclose(logits(model, packed_BL)[4:11], found[4:11], atol=1e-2), "without segments they do"
+
+
+def test_recomputing_activations_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    swiglu = kernels.swiglu
+    monkeypatch.setattr(kernels, "swiglu", lambda *x: calls.append(1) or swiglu(*x))
+    kept, again = gradients(model_of()), gradients(model_of(recompute=True))
+    assert len(calls) == (1 + 2) * SHAPE.layers, "the second model runs every block twice"
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_a_sequence_longer_than_the_positions_is_refused() -> None:
+    assert model_of()(torch.zeros(1, 16, dtype=torch.int64)).shape == (16, 32)
+    with pytest.raises(ValueError, match="17 tokens is longer than the model's 16 positions"):
+        model_of()(torch.zeros(1, 17, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(hidden=30), "hidden=30 is not divisible by heads=4"),
+        (dict(hidden=12), "hidden/heads=3 is odd"),
+        (dict(kv_heads=3), "heads=4 is not divisible by kv_heads=3"),
+    ],
+)
+def test_a_shape_that_does_not_fit_together_is_refused(changed: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SHAPE, **changed)
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    def drawn(seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(torch.randint(1000, ()).item())  # pyright: ignore[reportArgumentType]
+        model = Llama(replace(SHAPE, hidden=64, tied=False))
+        initialise(model, seed)
+        return dict(model.state_dict())
+
+    first, again, other = drawn(1), drawn(1), drawn(2)
+    for name, weight in first.items():
+        assert torch.equal(weight, again[name])
+        if weight.ndim == 1:
+            assert torch.equal(weight, torch.ones_like(weight))
+            continue
+        assert not torch.equal(weight, other[name])
+        into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        assert weight.std().item() == pytest.approx(0.02 / (2 if into_residual else 1), rel=0.1)  # √(2·2 layers) = 2
+
+
+def test_rotary_tables_stay_fp32_in_a_bf16_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    rotary = kernels.rotary
+    monkeypatch.setattr(kernels, "rotary", lambda q, k, *table: seen.append((q.dtype, *table)) or rotary(q, k, *table))
+    model = model_of().to(torch.bfloat16)
+    assert model(TOKENS).dtype == torch.bfloat16
+    angle_Ld = torch.arange(11).double()[:, None] / 500.0 ** (torch.arange(4).double() / 4)
+    for dtype, cos, sin in seen:
+        assert dtype == torch.bfloat16
+        assert torch.equal(cos, angle_Ld.cos().float())
+        assert torch.equal(sin, angle_Ld.sin().float())
+
+
+def test_tables_made_in_inference_mode_serve_training_afterwards() -> None:
+    llama.rotary_table.cache_clear()
+    model = model_of()
+    with torch.inference_mode():
+        model(TOKENS[:, :-1])
+    assert gradients(model).keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_flops_are_those_torch_counts(tied: bool) -> None:
+    """Torch counts attention's whole squares, 2·2·D·L a token and layer; causality needs 2·2·D·(L+1)/2 of them."""
+    shape = replace(SHAPE, tied=tied)
+    model, (sequences, length) = model_of(shape), TOKENS.shape
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        logits(model, TOKENS).sum().backward()
+    above_the_diagonal = 3 * 2 * shape.layers * shape.hidden * (length - 1)
+    assert counter.get_total_flops() == sequences * length * (shape.training_flops(length) + above_the_diagonal)

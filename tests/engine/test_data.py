@@ -1,0 +1,159 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.data import IGNORED, HeldOutData, Step, TokenFile, TrainingData
+
+LENGTH = 8
+CHUNKS = 21  # odd, so that epochs end inside a step
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
+    """Tokens that are their own places; some are left over behind the last chunk."""
+    path = tmp_path_factory.mktemp("data") / "train.bin"
+    np.arange(CHUNKS * LENGTH + 5, dtype="<u2").tofile(path)
+    return TokenFile(path, "<u2", LENGTH)
+
+
+def training(file: TokenFile, rank: int = 0, world: int = 1, **changed: Any) -> TrainingData:
+    chosen: dict[str, Any] = dict(batch=8, micro_batch=None, seed=3, random_offsets=False)
+    return TrainingData(file, rank=rank, world=world, device=CPU, **chosen | changed)
+
+
+def tokens(step: Step) -> torch.Tensor:
+    return torch.cat([batch.tokens_BL for batch in step.micro_batches])
+
+
+def starts(data: TrainingData, first: int, last: int) -> list[int]:
+    """Where the sequences of these steps begin: the tokens are places."""
+    return [place for step in data.steps(first, last) for place in tokens(step)[:, 0].tolist()]
+
+
+@pytest.mark.parametrize("random_offsets", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_and_micro_batches_only_divide_what_the_step_reads(
+    file: TokenFile, world: int, accumulation: int, random_offsets: bool
+) -> None:
+    batch, micro_batch = 16, 16 // world // accumulation
+    whole = list(training(file, batch=batch, random_offsets=random_offsets).steps(1, 7))
+    chosen = dict(batch=batch, micro_batch=micro_batch, random_offsets=random_offsets)
+    ranks = [list(training(file, rank, world, **chosen).steps(1, 7)) for rank in range(world)]
+    for number, (step, *shares) in enumerate(zip(whole, *ranks, strict=True), 1):
+        assert torch.equal(torch.cat([tokens(share) for share in shares]), tokens(step))
+        targets = torch.cat([part.targets_N for share in shares for part in share.micro_batches])
+        assert torch.equal(targets, step.micro_batches[0].targets_N)
+        for share in shares:
+            assert [len(part.tokens_BL) for part in share.micro_batches] == [micro_batch] * accumulation
+            assert share.number == step.number == number
+            assert share.valid_tokens == step.valid_tokens == batch * LENGTH
+            assert share.epoch == step.epoch == number * batch / (CHUNKS - random_offsets)
+
+
+def test_targets_are_the_next_tokens(file: TokenFile) -> None:
+    for step in training(file, micro_batch=1).steps(1, 3):
+        for batch in step.micro_batches:
+            assert batch.tokens_BL.shape == (1, LENGTH)
+            assert batch.tokens_BL.dtype == batch.targets_N.dtype == torch.int64
+            assert torch.equal(batch.targets_N, batch.tokens_BL.flatten() + 1)
+
+
+def test_every_epoch_visits_every_chunk_once_in_an_order_of_its_own(file: TokenFile) -> None:
+    found = starts(training(file), 1, CHUNKS)  # 8 epochs; 21 chunks in steps of 8: epochs end inside steps
+    epochs = [found[i : i + CHUNKS] for i in range(0, len(found), CHUNKS)]
+    assert len(epochs) == 8
+    for epoch in epochs:
+        assert sorted(epoch) == [chunk * LENGTH for chunk in range(CHUNKS)]
+    assert len({tuple(epoch) for epoch in epochs}) == 8
+    assert len({tuple(starts(training(file, seed=seed), 1, 3)) for seed in range(5)}) == 5
+    assert found == starts(training(file), 1, CHUNKS)
+
+
+def test_random_offsets_move_the_cuts_in_every_epoch_and_stay_inside(file: TokenFile) -> None:
+    chunks = CHUNKS - 1  # one that begins late in the last chunk would run over the end
+    found = starts(training(file, random_offsets=True), 1, 10 * chunks // 8)
+    epochs = [found[i : i + chunks] for i in range(0, len(found), chunks)]
+    assert len(epochs) == 10
+    for epoch in epochs:
+        assert sorted(place // LENGTH for place in epoch) == list(range(chunks))
+    offsets = [[place % LENGTH for place in sorted(epoch)] for epoch in epochs]
+    assert {offset for epoch in offsets for offset in epoch} == set(range(LENGTH))
+    assert len({tuple(epoch) for epoch in offsets}) == 10
+    assert found == starts(training(file, random_offsets=True), 1, 10 * chunks // 8)
+    assert max(found) + LENGTH + 1 <= len(file.tokens)
+
+
+def test_offsets_never_run_over_a_file_without_spare_tokens(tmp_path: Path) -> None:
+    np.arange(3 * LENGTH + 1, dtype="<u2").tofile(tmp_path / "t")
+    data = training(TokenFile(tmp_path / "t", "<u2", LENGTH), batch=2, random_offsets=True)
+    assert all(tokens(step).shape == (2, LENGTH) for step in data.steps(1, 50))
+
+
+def test_a_resumed_run_reads_what_it_would_have_read(file: TokenFile) -> None:
+    whole = list(training(file, random_offsets=True).steps(1, 9))
+    for first in (1, 2, 5, 9):
+        tail = list(training(file, random_offsets=True).steps(first, 9))
+        assert [step.number for step in tail] == list(range(first, 10))
+        assert all(torch.equal(tokens(a), tokens(b)) for a, b in zip(tail, whole[first - 1 :], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(world=3), r"train\.batch=8 does not divide among 3 ranks: choose a multiple of 3"),
+        (dict(world=2, micro_batch=3), r"train\.micro_batch=3 does not divide a rank's 4 .* a divisor of 4"),
+        (dict(micro_batch=16), r"train\.micro_batch=16 .* choose a divisor of 8"),
+        (dict(batch=22), r"holds 21 sequences of 8 tokens, .* train\.batch=22: give more text, or a smaller"),
+        (dict(batch=21, random_offsets=True), r"holds 20 sequences of 8 tokens, .* train\.batch=21: give more"),
+    ],
+)
+def test_what_cannot_be_divided_or_filled_is_refused(file: TokenFile, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training(file, **changed)
+
+
+def test_a_batch_may_be_the_whole_text(file: TokenFile) -> None:
+    assert sorted(starts(training(file, batch=CHUNKS), 4, 4)) == [chunk * LENGTH for chunk in range(CHUNKS)]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    chunks=st.integers(1, CHUNKS), limit=st.integers(1, CHUNKS + 3), batch=st.integers(1, 5), world=st.integers(1, 5)
+)
+def test_held_out_ranks_cover_every_chunk_once_in_equally_many_rounds(
+    file: TokenFile, chunks: int, limit: int, batch: int, world: int
+) -> None:
+    shorter = TokenFile(file.tokens.filename, "<u2", LENGTH)
+    shorter.chunks = chunks
+    used = min(chunks, limit)
+    seen, rounds = [], set()
+    for rank in range(world):
+        data = HeldOutData(shorter, tokens=limit * LENGTH, batch=batch, rank=rank, world=world, device=CPU)
+        batches = list(data.batches())
+        rounds.add(len(batches))
+        for found in batches:
+            assert 1 <= len(found.tokens_BL) <= batch
+            assert found.tokens_BL.min() >= 0, "padding stays embeddable"
+            counted = found.targets_N[found.targets_N != IGNORED]
+            assert len(counted) in (0, found.tokens_BL.numel())
+            if len(counted):
+                assert torch.equal(counted, found.tokens_BL.flatten() + 1)
+                seen += found.tokens_BL[:, 0].tolist()
+    assert sorted(seen) == [chunk * LENGTH for chunk in range(used)]
+    assert rounds == {-(-used // (batch * world))}
+
+
+def test_held_out_takes_one_sequence_at_least_and_refuses_less_text(file: TokenFile, tmp_path: Path) -> None:
+    (batch,) = HeldOutData(file, tokens=1, batch=4, rank=0, world=1, device=CPU).batches()
+    assert batch.tokens_BL.tolist() == [list(range(LENGTH))]
+    np.arange(LENGTH, dtype="<u2").tofile(tmp_path / "t")
+    short = TokenFile(tmp_path / "t", "<u2", LENGTH)
+    with pytest.raises(ValueError, match=r"holds 8 tokens, fewer than one sequence of 8: raise data\.validation"):
+        HeldOutData(short, tokens=1, batch=4, rank=0, world=1, device=CPU)

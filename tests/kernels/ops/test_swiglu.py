@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+import kernels
+
+
+def make(dtype=torch.float64):
+    torch.manual_seed(0)
+    return torch.randn(3, 4, dtype=torch.float64).to(dtype), torch.randn(3, 4, dtype=torch.float64).to(dtype)
+
+
+def test_definition():
+    gate, up = make()
+    torch.testing.assert_close(kernels.swiglu(gate, up), gate / (1 + (-gate).exp()) * up)
+
+
+def test_bf16_is_rounded_once():
+    gate, up = make(torch.bfloat16)
+    got = kernels.swiglu(gate, up)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), kernels.swiglu(gate.double(), up.double()), rtol=2**-8, atol=0)
+
+
+def test_differentiable_twice_and_forward():
+    inputs = [x.requires_grad_() for x in make()]
+    assert torch.autograd.gradcheck(kernels.swiglu, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(kernels.swiglu, inputs)
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(3), r"up is \(3,\)"),
+        (torch.zeros(2), torch.zeros(2).bfloat16(), "up is .* torch.bfloat16"),
+        (torch.zeros(2, dtype=torch.int64), torch.zeros(2), "gate has dtype torch.int64"),
+    ],
+)
+def test_bad_input(gate, up, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.swiglu(gate, up)

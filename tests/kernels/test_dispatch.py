@@ -1,0 +1,99 @@
+import importlib
+import sys
+import threading
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+import torch
+
+import kernels
+from kernels import dispatch
+
+X = torch.ones(2, 4)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No choice made, no answer remembered."""
+    monkeypatch.setattr(dispatch, "_process_default", None)
+    monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
+    for cached in (dispatch._check, dispatch._offers):
+        cached.cache_clear()
+    yield
+    for cached in (dispatch._check, dispatch._offers):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def native_swiglu(monkeypatch):
+    """A native swiglu that returns its gate, as if its extension had been built."""
+    module = ModuleType("kernels.ops.swiglu.native")
+    module.__spec__ = ModuleSpec(module.__name__, None)
+    module.__dict__["swiglu"] = lambda gate, up: gate
+    importlib.import_module("kernels.ops.swiglu")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_a_plain_call_sets_the_process_default_in_every_thread():
+    kernels.backend("reference")
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(kernels.backend().name))
+    thread.start()
+    thread.join()
+    assert seen == ["reference"]
+    assert repr(kernels.backend()) == "backend('reference')"
+
+
+def test_a_block_puts_the_previous_choice_back():
+    with kernels.backend("reference") as chosen:
+        assert chosen.name == kernels.backend().name == "reference"
+        with kernels.backend("auto"):
+            assert kernels.backend().name == "auto"
+        assert kernels.backend().name == "reference"
+    assert kernels.backend().name == "auto"
+
+
+def test_the_environment_decides_until_the_process_does(monkeypatch):
+    monkeypatch.setenv("KERNELS_BACKEND", "reference")
+    assert kernels.backend().name == "reference"
+    kernels.backend("auto")
+    assert kernels.backend().name == "auto"
+
+
+def test_an_unknown_name(monkeypatch):
+    with pytest.raises(ValueError, match="backend is 'cuda': expected one of auto, triton, native, reference"):
+        kernels.backend("cuda")
+    assert kernels.backend().name == "auto"
+    monkeypatch.setenv("KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="KERNELS_BACKEND is 'fast'"):
+        kernels.swiglu(X, X)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("triton", r"pip install 'creche\[gpu\]'"), ("native", r"g\+\+ and cmake")]
+)
+def test_a_backend_that_is_not_installed(name, remedy, monkeypatch):
+    find_spec = dispatch.find_spec
+    absent = (name, f".{name}")
+    monkeypatch.setattr(dispatch, "find_spec", lambda module: None if module.endswith(absent) else find_spec(module))
+    with pytest.raises(ValueError, match=f"backend is '{name}', which is not available: .*{remedy}"):
+        kernels.backend(name)
+    assert torch.equal(kernels.swiglu(X, X), kernels.swiglu(X, X))  # auto takes what there is
+
+
+def test_auto_takes_the_native_kernel_of_an_op_that_has_one(native_swiglu):
+    assert torch.equal(kernels.swiglu(X, X), X)
+    with kernels.backend("reference"):
+        assert not torch.equal(kernels.swiglu(X, X), X)
+
+
+def test_a_backend_taken_at_its_word_raises_for_an_op_without_it(native_swiglu, monkeypatch):
+    find_spec = dispatch.find_spec
+    monkeypatch.setattr(
+        dispatch, "find_spec", lambda module: None if module == "kernels.ops.rms_norm.native" else find_spec(module)
+    )
+    with kernels.backend("native"):
+        assert torch.equal(kernels.swiglu(X, X), X)
+        with pytest.raises(ValueError, match="backend 'native' has no rms_norm in this installation"):
+            kernels.rms_norm(X, torch.ones(4))
