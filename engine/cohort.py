@@ -105,8 +105,6 @@ class Student:
         )[0]
         self.model: Llama = self.engine.module
         self._make_moments()
-        if train.compile:
-            self.engine.compile()
 
     def body(self, batch: Batch) -> Tensor:
         """Hidden states [N, D] of the batch, through the engine, so that its hooks see the pass."""

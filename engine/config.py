@@ -124,7 +124,6 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 1
     recompute: bool = False  # recompute activations in the backward pass: less memory, about a third more time
-    compile: bool = False  # torch.compile the students' bodies
     skip_limit: Count = 5  # so many skipped steps in a row stop the run
 
 

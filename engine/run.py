@@ -58,7 +58,6 @@ _FREE_TO_CHANGE = (
     "train.micro_batch",
     "train.zero_stage",
     "train.recompute",
-    "train.compile",
     "train.skip_limit",
     "checkpoint",
 )

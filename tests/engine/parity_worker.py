@@ -99,9 +99,17 @@ def largest_difference(ours: list[dict], theirs: list[dict]) -> float:
     )
 
 
-def parity(place: runtime.Runtime, path: Path, stage: int, accumulation: int, tied: bool, recompute: bool) -> dict:
+def parity(
+    place: runtime.Runtime,
+    path: Path,
+    stage: int,
+    accumulation: int,
+    tied: bool,
+    recompute: bool = False,
+    precision: str = "fp32",
+) -> dict:
     configs, file = students(tied), TokenFile(path, "uint16", LENGTH)
-    train = TrainConfig(zero_stage=stage, precision="fp32", recompute=recompute)  # pyright: ignore[reportArgumentType]
+    train = TrainConfig(zero_stage=stage, precision=precision, recompute=recompute)  # pyright: ignore[reportArgumentType]
     cohort = cohort_of(configs, train, place)
     objective = coefficients(OBJECTIVE, len(cohort), place.device)
     micro_batch = BATCH // place.world // accumulation
@@ -179,9 +187,11 @@ def main(folder: Path) -> None:
     findings = {}
     for stage, accumulation, tied in itertools.product((0, 1, 2, 3), (1, 4), (True, False)):
         name = f"zero{stage}-accumulation{accumulation}-{'tied' if tied else 'untied'}"
-        findings[f"parity-{name}"] = parity(place, path, stage, accumulation, tied, recompute=False)
+        findings[f"parity-{name}"] = parity(place, path, stage, accumulation, tied)
     findings["parity-zero1-recompute"] = parity(place, path, 1, 1, True, recompute=True)
     findings["parity-zero3-recompute"] = parity(place, path, 3, 4, True, recompute=True)
+    for stage in (1, 2, 3):
+        findings[f"parity-zero{stage}-bf16"] = parity(place, path, stage, 2, True, precision="bf16")
     for stage, what in itertools.product((0, 1, 2, 3), ("loss", "gradient")):
         findings[f"poison-zero{stage}-{what}-fp32"] = poison(place, file, stage, what, "fp32")
     for stage in (1, 2, 3):

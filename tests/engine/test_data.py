@@ -1,3 +1,4 @@
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_a_batch_may_be_the_whole_text(file: TokenFile) -> None:
 def test_held_out_ranks_cover_every_chunk_once_in_equally_many_rounds(
     file: TokenFile, chunks: int, limit: int, batch: int, world: int
 ) -> None:
-    shorter = TokenFile(file.tokens.filename, "<u2", LENGTH)
+    shorter = copy(file)
     shorter.chunks = chunks
     used = min(chunks, limit)
     seen, rounds = [], set()

@@ -35,6 +35,14 @@ def test_twenty_steps_equal_a_plain_loop(findings: dict[str, Any], case: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_follows_the_plain_loop_within_its_rounding(findings: dict[str, Any], stage: int) -> None:
+    found = findings[f"parity-zero{stage}-bf16"]
+    assert 1e-6 < found["losses"] < 5e-3, "rounded to 8 bits, and no worse"
+    assert found["weights"] < 2e-2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [f"poison-zero{stage}-{what}-fp32" for stage in (0, 1, 2, 3) for what in ("loss", "gradient")]

@@ -11,7 +11,8 @@ SCHEDULES = ("cosine", "linear", "trapezoid", "constant")
 
 
 def factors(schedule: Any, **changed: Any) -> dict[int, float]:
-    optimizer = OptimizerConfig(**dict(warmup=WARMUP, decay=0.2, floor=0.1, schedule=schedule) | changed)
+    chosen: dict[str, Any] = dict(warmup=WARMUP, decay=0.2, floor=0.1, schedule=schedule)
+    optimizer = OptimizerConfig(**chosen | changed)
     return {step: factor(optimizer, step, STEPS) for step in range(1, STEPS + 1)}
 
 

@@ -12,7 +12,7 @@ from engine.config import TokenizerConfig
 from engine.corpus import grammar
 from engine.tokenizer import Tokenizer, load, normalize, train
 
-LINES = 10_200
+LINES, PIECES = 10_200, 700
 ODD = [
     "", " ", "a", " a", "a ", "  two  spaces  ", "a\nb", "\na", "a\n", "\n\n", "\t", "a\tb", "a \n b", "a\n\n b",
     "A: How are you?\nB: I'm fine.", "*MOT:\tyou  see\n*CHI:\txxx .", "ﬁne ﬀ ½ ① ﷺ", "Å e\u0301 e\u0301\u0323 각",
@@ -36,7 +36,7 @@ def lines(request: pytest.FixtureRequest) -> list[str]:
 @pytest.fixture(scope="module", params=KINDS, ids=lambda c: f"{c.kind}-{c.normalization}")
 def trained(request: pytest.FixtureRequest, lines: list[str], tmp_path_factory) -> tuple[TokenizerConfig, Path]:
     folder = tmp_path_factory.mktemp("tokenizer")
-    train(["\n".join(lines[::5])], request.param, 1500, folder, boundary=True)
+    train(["\n".join(lines[::5])], request.param, PIECES, folder, boundary=True)
     return request.param, folder
 
 
@@ -45,16 +45,17 @@ def small(folder: Path, boundary: bool = True, **settings) -> Tokenizer:
 
 
 def test_the_exported_tokenizer_gives_the_same_ids(trained, lines: list[str], tmp_path: Path):
-    _, folder = trained
+    config, folder = trained
     tokenizer = load(folder)
     tokenizer.export(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     exported = AutoTokenizer.from_pretrained(tmp_path)
     assert exported.is_fast
-    assert len(exported) == tokenizer.size == 1500
+    assert len(exported) == tokenizer.size == PIECES
     assert exported.bos_token_id == exported.eos_token_id == tokenizer.boundary == 1
-    texts = lines + ODD + ["\n".join(lines[i : i + 3]) for i in range(0, 300, 3)]
-    assert len(texts) >= 10_000
+    assert len(lines) >= 10_000
+    some = lines if config.normalization == "nfkc" else lines[::5]
+    texts = some + ODD + ["\n".join(lines[i : i + 3]) for i in range(0, 300, 3)]
     ids = tokenizer.encode_batch(texts)
     assert exported(texts, add_special_tokens=False)["input_ids"] == ids
     assert exported(texts[-200:])["input_ids"] == [[1, *sentence] for sentence in ids[-200:]]
@@ -87,9 +88,9 @@ def test_offsets_point_at_the_text_of_each_token(trained, lines: list[str]):
 @pytest.mark.parametrize("normalization", ["nfkc", "none"])
 def test_lines_are_cut_as_sentencepiece_cuts_them(normalization: str, lines: list[str], tmp_path: Path):
     config = TokenizerConfig(normalization=normalization)  # pyright: ignore[reportArgumentType]
-    tokenizer = train(["\n".join(lines[::5])], config, 1500, tmp_path, boundary=True)
+    tokenizer = train(["\n".join(lines[::5])], config, PIECES, tmp_path, boundary=True)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sentencepiece.model"))
-    texts = lines + ODD
+    texts = (lines if normalization == "nfkc" else lines[::5]) + ODD
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         fields = [field for field in re.split(r"([\n\t])", normalize(text, config)) if field]
         assert ids == [i for f in fields for i in ([processor.PieceToId(f)] if f in "\n\t" else processor.Encode(f))]

@@ -57,6 +57,13 @@ def test_a_limit_takes_from_every_file_in_proportion():
     assert set(lines(splits.train)).isdisjoint(lines(splits.validation))
 
 
+def test_the_held_out_share_is_the_nearest_that_whole_documents_allow():
+    documents = "\n\n".join([" ".join("abcdefghij")] * 4)
+    for share, held_out in ((0.3, 10), (0.4, 20), (0.6, 20), (0.65, 30)):
+        splits = split({"even": documents}, validation=share, seed=0, words=None)
+        assert sum(document.words for document in splits.validation) == held_out
+
+
 def test_documents_are_cut_at_blank_lines_and_long_ones_at_line_ends():
     blocks = cut("a b\nc\n\n\n \nd e f\ng h\ni\nj k l m n o p q r\n", limit=6)
     assert [(b.document, b.text, b.words) for b in blocks] == [

@@ -33,13 +33,11 @@ def place() -> Iterator[runtime.Runtime]:
 @pytest.fixture(scope="session")
 def cohort(place: runtime.Runtime) -> Cohort:
     """Two students of different shapes, under ZeRO 0 and 1, whose weights are large enough to have opinions."""
-    students = [
-        Student(config, PIECES, TrainConfig(zero_stage=stage), OptimizerConfig(), place, None)
-        for stage, config in (
-            (0, StudentConfig("a", 2, 32, 4, 48, kv_heads=2, seed=1, positions=POSITIONS)),
-            (1, StudentConfig("b", 1, 16, 2, 40, tied=False, seed=2, positions=POSITIONS)),
-        )
+    configs = [
+        (TrainConfig(zero_stage=0), StudentConfig("a", 2, 32, 4, 48, kv_heads=2, seed=1, positions=POSITIONS)),
+        (TrainConfig(zero_stage=1), StudentConfig("b", 1, 16, 2, 40, tied=False, seed=2, positions=POSITIONS)),
     ]
+    students = [Student(config, PIECES, train, OptimizerConfig(), place, None) for train, config in configs]
     with torch.no_grad():
         for student in students:
             for parameter in student.model.parameters():

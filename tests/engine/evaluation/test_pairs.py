@@ -1,5 +1,6 @@
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.cohort import Cohort
+from engine.cohort import Cohort, Student
 from engine.corpus.grammar import minimal_pairs
 from engine.evaluation import pairs as pairs_module
-from engine.evaluation.pairs import Pair, PairScorer, read_pairs
+from engine.evaluation.pairs import Pair, PairScorer, PairScores, read_pairs
 from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
 
@@ -22,7 +23,7 @@ class Recorder(PairScorer):
 
     scores_SI: Tensor
 
-    def _judge(self, scores_SI: Tensor):
+    def _judge(self, scores_SI: Tensor) -> PairScores:
         self.scores_SI = scores_SI
         return super()._judge(scores_SI)
 
@@ -33,7 +34,7 @@ def grammar_pairs() -> list[Pair]:
 
 
 @torch.no_grad()
-def naive_score(student, front: list[int], ids: list[int]) -> float:
+def naive_score(student: Student, front: list[int], ids: list[int]) -> float:
     """Sum of log p(token | all before it), one sentence at a time, full logits in float64."""
     tokens = torch.tensor(front + ids)
     log_prob = (student.model(tokens[None]) @ student.model.head.T).double().log_softmax(-1)
@@ -45,7 +46,7 @@ def naive_score(student, front: list[int], ids: list[int]) -> float:
 def test_scores_equal_log_probabilities_summed_one_sentence_at_a_time(
     cohort: Cohort,
     place: Runtime,
-    train_tokenizer,
+    train_tokenizer: Callable[..., Tokenizer],
     grammar_pairs: list[Pair],
     monkeypatch: pytest.MonkeyPatch,
     tokens_a_batch: int,

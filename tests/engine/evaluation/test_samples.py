@@ -2,8 +2,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine.cohort import Cohort
+from engine.data import Batch
 from engine.evaluation.samples import samples
 from engine.tokenizer import Tokenizer
 
@@ -58,7 +60,7 @@ def test_without_a_boundary_token_a_text_begins_after_a_newline(
     seen: list[int] = []
     body = cohort[0].body
 
-    def spy(batch):
+    def spy(batch: Batch) -> Tensor:
         seen.append(batch.tokens_BL[0, 0].item())
         return body(batch)
 
