@@ -165,6 +165,7 @@ class Student:
                 values = [safe_get_full_fp32_param(parameter)]
                 values += [safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS]
             for kind, value in zip(("weight", *MOMENTS), values, strict=True):
+                assert value is not None, f"DeepSpeed has no fp32 {kind} for {name}"
                 record[f"{kind}/{name}"] = value.to("cpu", copy=True)
         return record
 

@@ -166,7 +166,7 @@ class Run:
             elif config.init is not None:
                 record = import_student(config, LlamaShape.of(config, vocabulary), self.prepared.tokenizer)
             student = Student(config, vocabulary, self.config.train, self.config.optimizer, self.runtime, record)
-            if found is not None:
+            if found is not None and record is not None:
                 student.restore(record, self.state.updates)
             students.append(student)
         if found is not None:

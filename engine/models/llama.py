@@ -172,6 +172,7 @@ class Llama(nn.Module):
                 )
             else:
                 branch_BLD, residual_BLD = layer(branch_BLD, residual_BLD, cos, sin, segments_BL)
+        assert residual_BLD is not None, "there is at least one layer"
         branch_ND, residual_ND = branch_BLD.flatten(0, 1), residual_BLD.flatten(0, 1)
         if rows_N is not None:
             branch_ND, residual_ND = branch_ND[rows_N], residual_ND[rows_N]

@@ -17,9 +17,11 @@ import torch
 
 from engine import runtime
 from engine.checkpoint import latest, read_state, read_student
+from engine.cohort import Outcome
 from engine.config import Config, build
+from engine.data import Step
 from engine.run import Run
-from engine.train import train
+from engine.train import Tally, train
 
 STEPS = 24  # an epoch is about 11
 STUDENTS = [
@@ -50,8 +52,8 @@ def at_step(number: int, act: Callable[[], None]) -> Any:
     """Do something when step `number` has been recorded."""
     original = Run.record
 
-    def record(self: Run, step: Any, *arguments: Any) -> None:
-        original(self, step, *arguments)
+    def record(self: Run, step: Step, tally: Tally, outcome: Outcome) -> None:
+        original(self, step, tally, outcome)
         if step.number == number:
             act()
 

@@ -218,10 +218,10 @@ def _add_divergences(
 def _add_differences(gradients: Sequence[Tensor | None], p_RNV: Sequence[Tensor], weight_SRN1: Tensor) -> None:
     """gradient_i += Σ_j weight_ij · (p_i − p_j)."""
     for i, gradient in enumerate(gradients):
-        if gradient is None:
-            continue
         peers = [j for j in range(len(p_RNV)) if j != i]
-        gradient.addcmul_(p_RNV[i], weight_SRN1[i, peers].sum(0))
+        if gradient is None or not peers:
+            continue
+        gradient.addcmul_(p_RNV[i], torch.stack([weight_SRN1[i, j] for j in peers]).sum(0))
         for j in peers:
             gradient.addcmul_(p_RNV[j], -weight_SRN1[i, j])
 

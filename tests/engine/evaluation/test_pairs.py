@@ -60,7 +60,7 @@ def test_scores_equal_log_probabilities_summed_one_sentence_at_a_time(
         assert len(batch) * max(len(scorer.ids[i]) for i in batch) <= tokens_a_batch
     found = scorer.scores(cohort)
 
-    front = [tokenizer.boundary] if boundary else []
+    front = [] if tokenizer.boundary is None else [tokenizer.boundary]
     for i, student in enumerate(cohort):
         expected = [
             (

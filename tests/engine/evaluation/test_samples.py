@@ -61,7 +61,7 @@ def test_without_a_boundary_token_a_text_begins_after_a_newline(
     body = cohort[0].body
 
     def spy(batch: Batch) -> Tensor:
-        seen.append(batch.tokens_BL[0, 0].item())
+        seen.append(int(batch.tokens_BL[0, 0]))
         return body(batch)
 
     monkeypatch.setattr(cohort[0], "body", spy)
