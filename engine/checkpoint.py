@@ -37,6 +37,7 @@ class State:
 
     data: str  # hash of the prepared data
     step: int = 0  # finished
+    tokens: int = 0  # predicted so far
     updates: int = 0  # optimizer steps applied: steps less those skipped
     skipped_in_a_row: int = 0
     seconds: float = 0.0  # spent training, over all sittings

@@ -1,14 +1,14 @@
 """Token files to steps. What a step reads depends on the seed and the step's number alone.
 
-The stream of tokens is cut into chunks of L tokens; an epoch visits every chunk once, in an order drawn from the seed
-and the epoch's number; step t takes the sequences (t−1)·G to t·G of the endless row of epochs, G the global batch.
-Ranks and micro-batches only divide a step among themselves, so neither changes what is learnt, and a resumed run needs
-the step's number and nothing else.
+The stream of tokens is cut into chunks of L tokens, the last one what is left; an epoch visits every chunk once, so
+that every token but the very first is predicted once, in an order drawn from the seed and the epoch's number; step t
+takes the sequences (t−1)·G to t·G of the endless row of epochs, G the global batch. Ranks and micro-batches only divide
+a step among themselves, so neither changes what is learnt, and a resumed run needs the step's number and nothing else.
 
 B sequences, L positions, N = B·L tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -45,17 +45,33 @@ class TokenFile:
     """Memory-mapped token ids, read in sequences of `length` tokens and the one that follows."""
 
     def __init__(self, path: Path, dtype: str, length: int) -> None:
+        """Raises ValueError where the text is shorter than one sequence."""
         self.tokens = np.memmap(path, dtype=dtype, mode="r")
         self.length = length
-        self.chunks = (len(self.tokens) - 1) // length
+        if len(self.tokens) <= length:
+            raise ValueError(
+                f"{path} holds {len(self.tokens):,} tokens, too few for one sequence of train.length={length}: "
+                "give more text (or raise data.validation, for a held-out split), or a smaller train.length"
+            )
+        self.chunks = -(-(len(self.tokens) - 1) // length)
 
-    def sequence(self, start: int) -> np.ndarray:
-        return self.tokens[start : start + self.length + 1].astype(np.int64)
+    def predicted(self, start: int) -> int:
+        """How many tokens a sequence from `start` predicts: `length`, and fewer near the end."""
+        return min(self.length, len(self.tokens) - 1 - start)
 
-    def batch(self, starts: list[int], device: torch.device) -> Batch:
-        """[B, L] inputs and their [B·L] targets, from the tokens at `starts`."""
-        read = torch.from_numpy(np.stack([self.sequence(start) for start in starts])).to(device)
-        return Batch(read[:, :-1].contiguous(), read[:, 1:].reshape(-1))
+    def batch(self, starts: Sequence[int], device: torch.device) -> Batch:
+        """Inputs [B, L] and targets [B·L] of the sequences at `starts`.
+
+        A sequence near the end is read from so much earlier that it is whole; what stands before its start is context,
+        and not predicted again.
+        """
+        latest = len(self.tokens) - 1 - self.length
+        read = np.stack([self.tokens[min(s, latest) : min(s, latest) + self.length + 1] for s in starts])
+        tokens = torch.from_numpy(read.astype(np.int64))
+        targets_BL = tokens[:, 1:].clone()
+        for row, start in enumerate(starts):
+            targets_BL[row, : max(0, start - latest)] = IGNORED
+        return Batch(tokens[:, :-1].contiguous().to(device), targets_BL.flatten().to(device))
 
 
 class TrainingData:
@@ -83,11 +99,9 @@ class TrainingData:
                 f"train.micro_batch={micro_batch} does not divide a rank's {self.share} sequences a step: "
                 f"choose a divisor of {self.share}"
             )
-        # A sequence that starts late in the last chunk would run over the end.
-        self.chunks = file.chunks - 1 if random_offsets else file.chunks
-        if self.chunks < batch:
+        if file.chunks < batch:
             raise ValueError(
-                f"the training split holds {self.chunks} sequences of {file.length} tokens, fewer than one batch of "
+                f"the training split holds {file.chunks} sequences of {file.length} tokens, fewer than one batch of "
                 f"train.batch={batch}: give more text, or a smaller train.batch or train.length"
             )
         self.file, self.batch, self.seed, self.random_offsets = file, batch, seed, random_offsets
@@ -95,24 +109,25 @@ class TrainingData:
 
     def start_of(self, sample: int) -> int:
         """Where, in tokens, the `sample`-th sequence of the endless row of epochs begins."""
-        epoch, place = divmod(sample, self.chunks)
-        chunk = int(_permutation(self.seed, epoch, self.chunks)[place])
-        offset = 0
+        epoch, place = divmod(sample, self.file.chunks)
+        chunk = int(_permutation(self.seed, epoch, self.file.chunks)[place])
+        start = chunk * self.file.length
         if self.random_offsets:
-            offset = int(np.random.default_rng([self.seed, _OFFSET, epoch, chunk]).integers(self.file.length))
-        return chunk * self.file.length + offset
+            offsets = np.random.default_rng([self.seed, _OFFSET, epoch, chunk])
+            start += int(offsets.integers(self.file.predicted(start)))
+        return start
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
         """The steps numbered `first` to `last`, both included, from 1."""
         for number in range(first, last + 1):
-            begin = (number - 1) * self.batch + self.rank * self.share
-            starts = [self.start_of(sample) for sample in range(begin, begin + self.share)]
+            starts = [self.start_of(sample) for sample in range((number - 1) * self.batch, number * self.batch)]
+            mine = starts[self.rank * self.share : (self.rank + 1) * self.share]
             yield Step(
                 number=number,
-                epoch=number * self.batch / self.chunks,
-                valid_tokens=self.batch * self.file.length,
+                epoch=number * self.batch / self.file.chunks,
+                valid_tokens=sum(map(self.file.predicted, starts)),
                 micro_batches=[
-                    self.file.batch(starts[i : i + self.micro_batch], self.device)
+                    self.file.batch(mine[i : i + self.micro_batch], self.device)
                     for i in range(0, self.share, self.micro_batch)
                 ],
             )
@@ -124,12 +139,6 @@ class HeldOutData:
     def __init__(
         self, file: TokenFile, *, tokens: int, batch: int, rank: int, world: int, device: torch.device
     ) -> None:
-        """Raises ValueError where the split is shorter than one sequence."""
-        if file.chunks == 0:
-            raise ValueError(
-                f"the held-out split holds {len(file.tokens)} tokens, fewer than one sequence of {file.length}: "
-                "raise data.validation or give more text"
-            )
         self.file, self.batch, self.device = file, batch, device
         used = min(file.chunks, max(1, tokens // file.length))
         self.rounds = -(-used // (batch * world))

@@ -134,7 +134,8 @@ class Run:
         self.cohort = self._cohort(found)
 
         self._begin_folder(found, stack)
-        self._logged, self._logged_step = time.monotonic(), self.state.step  # when and at which step metrics went out
+        self._logged = time.monotonic()  # when, and at which step and token, metrics last went out
+        self._logged_step, self._logged_tokens = self.state.step, self.state.tokens
 
     def _found(self) -> Path | None:
         """The checkpoint to go on from. ValueError where the folder is another run's, or not as `resume` wants it."""
@@ -202,6 +203,7 @@ class Run:
         self.state = replace(
             self.state,
             step=step.number,
+            tokens=self.state.tokens + step.valid_tokens,
             updates=self.state.updates + (not skipped),
             skipped_in_a_row=self.state.skipped_in_a_row + 1 if skipped else 0,
         )
@@ -233,16 +235,15 @@ class Run:
             seconds=self.state.seconds + seconds,
             student_seconds=tuple(a + b for a, b in zip(so_far, own_seconds, strict=True)),
         )
-        steps = step.number - self._logged_step
-        self._logged_step = step.number
-        tokens = steps * step.valid_tokens
+        steps, tokens = step.number - self._logged_step, self.state.tokens - self._logged_tokens
+        self._logged_step, self._logged_tokens = step.number, self.state.tokens
         clip = self.config.optimizer.clip
         self._write(
             {
                 "kind": "step",
                 "step": step.number,
                 "epoch": step.epoch,
-                "tokens": step.number * step.valid_tokens,
+                "tokens": self.state.tokens,
                 "seconds": seconds / steps,
                 "tokens_per_second": tokens / seconds,
                 "students": {
@@ -352,7 +353,6 @@ class Run:
 
     def _summary(self) -> Summary:
         manifest, state = self.prepared.manifest, self.state
-        tokens = state.step * self.config.train.batch * self.config.train.length
         held_out = manifest["splits"]["validation"]
         tokens_per_word = held_out["tokens"] / held_out["words"]
         students: list[StudentSummary] = [
@@ -363,7 +363,7 @@ class Run:
                 "validation_loss_per_word": best["validation_loss"] * tokens_per_word,
                 "pairs_accuracy": best["pairs_accuracy"],
                 "pairs_by_phenomenon": best["pairs_by_phenomenon"],
-                "tokens_per_second": tokens / seconds,
+                "tokens_per_second": state.tokens / seconds,
                 "folder": str(self.folder / "students" / student.name),
                 "best_step": state.best_step or state.step,
                 "samples": best["samples"],
@@ -375,7 +375,7 @@ class Run:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "git_commit": git_commit(),
             "steps": state.step,
-            "tokens": tokens,
+            "tokens": state.tokens,
             "seconds": state.seconds,
             "world_size": self.runtime.world,
             "zero_stage": self.config.train.zero_stage,

@@ -45,13 +45,23 @@ def read_pairs(path: Path) -> list[Pair]:
         raise ValueError(f"evaluation.pairs={path}: expected a file or folder of *.jsonl with minimal pairs")
     pairs = []
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                item = json.loads(line)
-                pairs.append(Pair(item["sentence_good"], item["sentence_bad"], item.get("phenomenon", file.stem)))
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(f"{file}:{number}: expected sentence_good and sentence_bad as JSON") from None
+        text = file.read_text(encoding="utf-8").rstrip("\n")
+        lines = text.split("\n") if text else []  # not splitlines: JSON may hold other line ends
+        pairs += [_pair(line, file, number) for number, line in enumerate(lines, 1)]
+    if not pairs:
+        raise ValueError(f"evaluation.pairs={path}: no pairs in it; evaluation.pairs=none does without")
     return pairs
+
+
+def _pair(line: str, file: Path, number: int) -> Pair:
+    try:
+        item = json.loads(line)
+        pair = Pair(item["sentence_good"], item["sentence_bad"], item.get("phenomenon", file.stem))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        pair = None
+    if pair is None or not all(isinstance(value, str) for value in vars(pair).values()):
+        raise ValueError(f"{file}:{number}: expected sentence_good and sentence_bad, as texts in a JSON object")
+    return pair
 
 
 class PairScorer:

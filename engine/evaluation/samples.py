@@ -14,6 +14,8 @@ TEMPERATURE = 0.8
 
 def samples(cohort: Cohort, tokenizer: Tokenizer, count: int, tokens: int) -> list[list[str]]:
     """`count` texts of up to `tokens` tokens from each student; a collective call, the same texts on every rank."""
+    if count == 0:
+        return [[] for _ in cohort]
     with cohort.evaluating():
         return [_write(student, tokenizer, count, tokens) for student in cohort]
 

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from engine.data import IGNORED, HeldOutData, Step, TokenFile, TrainingData
 
 LENGTH = 8
-CHUNKS = 21  # odd, so that epochs end inside a step
+CHUNKS = 21  # odd, so that epochs end inside a step; the last one predicts LEFT tokens only
+LEFT = 5
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
-    """Tokens that are their own places; some are left over behind the last chunk."""
+    """Tokens that are their own places."""
     path = tmp_path_factory.mktemp("data") / "train.bin"
-    np.arange(CHUNKS * LENGTH + 5, dtype="<u2").tofile(path)
+    np.arange((CHUNKS - 1) * LENGTH + LEFT + 1, dtype="<u2").tofile(path)
     return TokenFile(path, "<u2", LENGTH)
 
 
@@ -33,8 +34,13 @@ def tokens(step: Step) -> torch.Tensor:
 
 
 def starts(data: TrainingData, first: int, last: int) -> list[int]:
-    """Where the sequences of these steps begin: the tokens are places."""
-    return [place for step in data.steps(first, last) for place in tokens(step)[:, 0].tolist()]
+    """Where the sequences of these steps begin to predict: the tokens are places."""
+    return [
+        int(row[row != IGNORED][0]) - 1
+        for step in data.steps(first, last)
+        for batch in step.micro_batches
+        for row in batch.targets_N.unflatten(0, (-1, LENGTH))
+    ]
 
 
 @pytest.mark.parametrize("random_offsets", [False, True])
@@ -54,8 +60,8 @@ def test_ranks_and_micro_batches_only_divide_what_the_step_reads(
         for share in shares:
             assert [len(part.tokens_BL) for part in share.micro_batches] == [micro_batch] * accumulation
             assert share.number == step.number == number
-            assert share.valid_tokens == step.valid_tokens == batch * LENGTH
-            assert share.epoch == step.epoch == number * batch / (CHUNKS - random_offsets)
+            assert share.valid_tokens == step.valid_tokens == (targets != IGNORED).sum()
+            assert share.epoch == step.epoch == number * batch / CHUNKS
 
 
 def test_targets_are_the_next_tokens(file: TokenFile) -> None:
@@ -63,7 +69,14 @@ def test_targets_are_the_next_tokens(file: TokenFile) -> None:
         for batch in step.micro_batches:
             assert batch.tokens_BL.shape == (1, LENGTH)
             assert batch.tokens_BL.dtype == batch.targets_N.dtype == torch.int64
-            assert torch.equal(batch.targets_N, batch.tokens_BL.flatten() + 1)
+            counted = batch.targets_N != IGNORED
+            assert torch.equal(batch.targets_N[counted], batch.tokens_BL.flatten()[counted] + 1)
+
+
+def test_an_epoch_predicts_every_token_once_but_the_first(file: TokenFile) -> None:
+    (step,) = training(file, batch=CHUNKS).steps(1, 1)
+    targets = step.micro_batches[0].targets_N
+    assert sorted(targets[targets != IGNORED].tolist()) == list(range(1, len(file.tokens)))
 
 
 def test_every_epoch_visits_every_chunk_once_in_an_order_of_its_own(file: TokenFile) -> None:
@@ -78,23 +91,16 @@ def test_every_epoch_visits_every_chunk_once_in_an_order_of_its_own(file: TokenF
 
 
 def test_random_offsets_move_the_cuts_in_every_epoch_and_stay_inside(file: TokenFile) -> None:
-    chunks = CHUNKS - 1  # one that begins late in the last chunk would run over the end
-    found = starts(training(file, random_offsets=True), 1, 10 * chunks // 8)
-    epochs = [found[i : i + chunks] for i in range(0, len(found), chunks)]
-    assert len(epochs) == 10
+    found = starts(training(file, random_offsets=True), 1, 10 * CHUNKS)
+    epochs = [found[i : i + CHUNKS] for i in range(0, len(found), CHUNKS)]
+    assert len(epochs) == 80
     for epoch in epochs:
-        assert sorted(place // LENGTH for place in epoch) == list(range(chunks))
+        assert sorted(place // LENGTH for place in epoch) == list(range(CHUNKS))
     offsets = [[place % LENGTH for place in sorted(epoch)] for epoch in epochs]
-    assert {offset for epoch in offsets for offset in epoch} == set(range(LENGTH))
-    assert len({tuple(epoch) for epoch in offsets}) == 10
-    assert found == starts(training(file, random_offsets=True), 1, 10 * chunks // 8)
-    assert max(found) + LENGTH + 1 <= len(file.tokens)
-
-
-def test_offsets_never_run_over_a_file_without_spare_tokens(tmp_path: Path) -> None:
-    np.arange(3 * LENGTH + 1, dtype="<u2").tofile(tmp_path / "t")
-    data = training(TokenFile(tmp_path / "t", "<u2", LENGTH), batch=2, random_offsets=True)
-    assert all(tokens(step).shape == (2, LENGTH) for step in data.steps(1, 50))
+    assert {offset for epoch in offsets for offset in epoch[:-1]} == set(range(LENGTH))
+    assert {epoch[-1] for epoch in offsets} == set(range(LEFT))
+    assert len({tuple(epoch) for epoch in offsets}) == 80
+    assert found == starts(training(file, random_offsets=True), 1, 10 * CHUNKS)
 
 
 def test_a_resumed_run_reads_what_it_would_have_read(file: TokenFile) -> None:
@@ -112,7 +118,6 @@ def test_a_resumed_run_reads_what_it_would_have_read(file: TokenFile) -> None:
         (dict(world=2, micro_batch=3), r"train\.micro_batch=3 does not divide a rank's 4 .* a divisor of 4"),
         (dict(micro_batch=16), r"train\.micro_batch=16 .* choose a divisor of 8"),
         (dict(batch=22), r"holds 21 sequences of 8 tokens, .* train\.batch=22: give more text, or a smaller"),
-        (dict(batch=21, random_offsets=True), r"holds 20 sequences of 8 tokens, .* train\.batch=21: give more"),
     ],
 )
 def test_what_cannot_be_divided_or_filled_is_refused(file: TokenFile, changed: dict[str, Any], message: str) -> None:
@@ -126,13 +131,13 @@ def test_a_batch_may_be_the_whole_text(file: TokenFile) -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    chunks=st.integers(1, CHUNKS), limit=st.integers(1, CHUNKS + 3), batch=st.integers(1, 5), world=st.integers(1, 5)
+    chunks=st.integers(2, CHUNKS), limit=st.integers(1, CHUNKS + 3), batch=st.integers(1, 5), world=st.integers(1, 5)
 )
-def test_held_out_ranks_cover_every_chunk_once_in_equally_many_rounds(
+def test_held_out_ranks_cover_every_token_once_in_equally_many_rounds(
     file: TokenFile, chunks: int, limit: int, batch: int, world: int
 ) -> None:
     shorter = copy(file)
-    shorter.chunks = chunks
+    shorter.chunks, shorter.tokens = chunks, file.tokens[: (chunks - 1) * LENGTH + LEFT + 1]
     used = min(chunks, limit)
     seen, rounds = [], set()
     for rank in range(world):
@@ -142,19 +147,16 @@ def test_held_out_ranks_cover_every_chunk_once_in_equally_many_rounds(
         for found in batches:
             assert 1 <= len(found.tokens_BL) <= batch
             assert found.tokens_BL.min() >= 0, "padding stays embeddable"
-            counted = found.targets_N[found.targets_N != IGNORED]
-            assert len(counted) in (0, found.tokens_BL.numel())
-            if len(counted):
-                assert torch.equal(counted, found.tokens_BL.flatten() + 1)
-                seen += found.tokens_BL[:, 0].tolist()
-    assert sorted(seen) == [chunk * LENGTH for chunk in range(used)]
+            seen += found.targets_N[found.targets_N != IGNORED].tolist()
+    assert sorted(seen) == list(range(1, min(used * LENGTH, len(shorter.tokens) - 1) + 1))
     assert rounds == {-(-used // (batch * world))}
 
 
-def test_held_out_takes_one_sequence_at_least_and_refuses_less_text(file: TokenFile, tmp_path: Path) -> None:
+def test_text_shorter_than_a_sequence_is_refused_and_one_just_long_enough_is_not(tmp_path: Path) -> None:
+    np.arange(LENGTH + 1, dtype="<u2").tofile(tmp_path / "t")
+    file = TokenFile(tmp_path / "t", "<u2", LENGTH)
     (batch,) = HeldOutData(file, tokens=1, batch=4, rank=0, world=1, device=CPU).batches()
     assert batch.tokens_BL.tolist() == [list(range(LENGTH))]
     np.arange(LENGTH, dtype="<u2").tofile(tmp_path / "t")
-    short = TokenFile(tmp_path / "t", "<u2", LENGTH)
-    with pytest.raises(ValueError, match=r"holds 8 tokens, fewer than one sequence of 8: raise data\.validation"):
-        HeldOutData(short, tokens=1, batch=4, rank=0, world=1, device=CPU)
+    with pytest.raises(ValueError, match=r"holds 8 tokens, too few for one sequence of train\.length=8: give more"):
+        TokenFile(tmp_path / "t", "<u2", LENGTH)

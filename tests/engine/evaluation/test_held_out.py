@@ -12,13 +12,13 @@ from engine.data import Batch, HeldOutData, TokenFile
 from engine.evaluation.held_out import validation_losses
 from engine.runtime import Runtime
 
-LENGTH, CHUNKS = 12, 7
+LENGTH, CHUNKS = 12, 7  # the last chunk predicts three tokens
 VOCABULARY = 360
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> TokenFile:
-    ids = np.random.default_rng(0).integers(VOCABULARY, size=CHUNKS * LENGTH + 4)
+    ids = np.random.default_rng(0).integers(VOCABULARY, size=(CHUNKS - 1) * LENGTH + 4)
     ids.astype("<u2").tofile(tmp_path / "validation.bin")
     return TokenFile(tmp_path / "validation.bin", "<u2", LENGTH)
 
@@ -28,16 +28,19 @@ def data(file: TokenFile, tokens: int, batch: int, rank: int = 0, world: int = 1
 
 
 def naive_losses(cohort: Cohort, file: TokenFile, chunks: int) -> list[float]:
-    """Chunk by chunk, full logits in float64."""
+    """Chunk by chunk, full logits in float64; the last predicts what is left, with a whole sequence read."""
     losses = []
     for student in cohort:
-        nats = 0.0
+        nats, count = 0.0, 0
         for chunk in range(chunks):
-            ids = torch.from_numpy(file.tokens[chunk * LENGTH : (chunk + 1) * LENGTH + 1].astype(np.int64))
+            end = min((chunk + 1) * LENGTH, len(file.tokens) - 1)
+            ids = torch.from_numpy(file.tokens[end - LENGTH : end + 1].astype(np.int64))
             with torch.no_grad():
                 logits = (student.model(ids[None, :-1]) @ student.model.head.T).double()
-            nats += F.cross_entropy(logits, ids[1:], reduction="sum").item()
-        losses.append(nats / (chunks * LENGTH))
+            new = end - chunk * LENGTH
+            nats += F.cross_entropy(logits[-new:], ids[-new:], reduction="sum").item()
+            count += new
+        losses.append(nats / count)
     return losses
 
 
@@ -64,3 +67,12 @@ def test_rounds_without_sequences_count_for_nothing(cohort: Cohort, place: Runti
     assert len(list(ranks.batches())) == 9
     expected = naive_losses(cohort, file, CHUNKS)
     assert validation_losses(cohort, ranks, place) == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluation_is_not_counted_as_training_time(cohort: Cohort, place: Runtime, file: TokenFile) -> None:
+    for student in cohort:
+        student.clock.take()
+    validation_losses(cohort, data(file, 10**9, 4), place)
+    assert [student.clock.take() for student in cohort] == [0.0, 0.0]
+    cohort[0].body(next(data(file, 1, 1).batches()))
+    assert cohort[0].clock.take() > 0
