@@ -108,7 +108,7 @@ class Student:
 
     def body(self, batch: Batch) -> Tensor:
         """Hidden states [N, D] of the batch, through the engine, so that its hooks see the pass."""
-        with self.clock.running():
+        with self.clock.running() if torch.is_grad_enabled() else nullcontext():  # evaluation is not training time
             return self.engine(batch.tokens_BL)
 
     def project(self, hidden_ND: Tensor) -> Projected:
