@@ -88,7 +88,11 @@ def at_step(folder: Path, step: int) -> Path:
 
 def read_state(path: Path) -> State:
     """Check every file against COMMIT, then read the state. ValueError names the file that differs."""
-    for name, expected in json.loads((path / "COMMIT").read_text()).items():
+    try:
+        checksums = json.loads((path / "COMMIT").read_text())
+    except ValueError:
+        raise ValueError(f"{path / 'COMMIT'} is damaged: delete {path} to go on from the one before it") from None
+    for name, expected in checksums.items():
         file = path / name
         if not file.is_file() or _sha256(file) != expected:
             raise ValueError(

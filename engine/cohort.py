@@ -131,7 +131,8 @@ class Student:
         else:
             gradients = [g for group in self.engine.optimizer.averaged_gradients.values() for g in group]
             share = 1.0
-        return nn.utils.get_total_norm(gradients).float().square() * share
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
+        return norms.square().sum() * share
 
     def step(self, learning_rate: float) -> None:
         with self.clock.running():
@@ -227,7 +228,10 @@ class Cohort(Sequence[Student]):
 
     @contextmanager
     def heads(self) -> Iterator[None]:
-        """Every head whole on every rank: under ZeRO 3 for forward, loss and backward together."""
+        """Every head whole on every rank: under ZeRO 3 from the loss to the end of the backward pass.
+
+        Begin after the bodies have run: a body releases the embedding it has used, and with it a tied head.
+        """
         sharded = [student.model.head for student in self if student.zero_stage == 3]
         with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
             yield
@@ -255,10 +259,12 @@ class Cohort(Sequence[Student]):
     def evaluating(self) -> Iterator[None]:
         for student in self:
             student.engine.eval()
-        with torch.no_grad(), self.heads():
-            yield
-        for student in self:
-            student.engine.train()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for student in self:
+                student.engine.train()
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ overrides (`students.0.layers=8`). Unknown keys and values of the wrong type are
 import argparse
 import dataclasses
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,20 +18,31 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
+from pydantic_core import PydanticCustomError
 
 from engine.models.presets import PRESETS
 
-# pydantic reads this attribute off a dataclass: unknown keys are refused, and 1e-3 may not stand for a string.
 C = TypeVar("C")
 
-Count = Annotated[int, pydantic.Field(ge=1)]
-Natural = Annotated[int, pydantic.Field(ge=0)]
-Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+_DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _no_truth_value(value: Any) -> Any:
+    """YAML's true, yes and on would pass for 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
+_Number = pydantic.BeforeValidator(_no_truth_value)
+Count = Annotated[int, pydantic.Field(ge=1), _Number]
+Natural = Annotated[int, pydantic.Field(ge=0), _Number]
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False), _Number]
+NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False), _Number]
+Share = Annotated[float, pydantic.Field(ge=0, le=1), _Number]
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # it becomes a folder's name
 
-_STRICT = pydantic.ConfigDict(extra="forbid")
+_STRICT = pydantic.ConfigDict(extra="forbid")  # pydantic reads __pydantic_config__ off a dataclass
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,7 @@ class TrainConfig:
     steps: Count = 500
     batch: Count = 16  # sequences a step, over all ranks
     micro_batch: Count | None = None  # sequences a rank takes at once; None: all of its share
-    length: Annotated[int, pydantic.Field(ge=2)] = 128  # tokens a sequence
+    length: Annotated[int, pydantic.Field(ge=2), _Number] = 128  # tokens a sequence
     chunks: Literal["fixed", "random"] = "fixed"  # random: each epoch cuts the text at another offset
     seed: Natural = 0  # of the data order
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -133,7 +145,7 @@ class EvaluationConfig:
 
     __pydantic_config__ = _STRICT
     every: Count = 100  # steps; the last step always is
-    tokens: Count = 100_000  # of the held-out split, from its start
+    tokens: Count = 100_000  # of the held-out split, evenly spread over it
     pairs: str = "auto"  # minimal pairs: auto (the prepared folder's own) | none | a file or folder of *.jsonl
     samples: Natural = 3  # texts each student generates for the report
     sample_tokens: Count = 60
@@ -187,7 +199,7 @@ def load(cls: type[C], argv: Sequence[str], *, description: str | None, default:
 
     Raises ValueError naming the key, what was expected and the nearest known key.
     """
-    arguments = argument_parser(description, default).parse_args(argv)
+    arguments = argument_parser(description, default).parse_intermixed_args(argv)  # options may stand between overrides
     return build(cls, read_yaml(arguments.config), arguments.overrides)
 
 
@@ -205,7 +217,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path}: no such file; name a YAML file of settings")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict):
         raise ValueError(f"--config {path}: expected a mapping of settings, got {type(settings).__name__}")
@@ -236,10 +248,12 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """A user's mistake (ValueError) ends the command with one line on stderr and exit code 2, without a traceback."""
+    """A user's mistake (ValueError), or a disk that refuses, ends the command with one line and exit code 2."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _DISK_REFUSES:
+            raise
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -253,11 +267,8 @@ def _override(settings: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     place: Any = settings
     for depth, key in enumerate(parents):
-        if isinstance(place, list):
-            place = place[_index(place, key, path)]
-        elif isinstance(place.setdefault(key, {}), dict | list):
-            place = place[key]
-        else:
+        place = place[_index(place, key, path)] if isinstance(place, list) else place.setdefault(key, {})
+        if not isinstance(place, dict | list):
             raise ValueError(f"{override!r}: {'.'.join(parents[: depth + 1])} is a value and has no {last!r}")
     try:
         value = yaml.safe_load(text)
@@ -287,13 +298,15 @@ def _with_preset(student: dict[str, Any]) -> dict[str, Any]:
     name = student.get("preset")
     if name is None:
         return student
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset {name!r} is not known: expected one of {', '.join(PRESETS)}")
     return {**PRESETS[name], **student}
 
 
 def _one_line(cls: type, error: pydantic.ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    # A misspelt key also leaves the right one missing; the misspelling is what to mend.
+    first = next((e for e in errors if e["type"] == "unexpected_keyword_argument"), errors[0])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "unexpected_keyword_argument":
         known = _keys_at(cls, first["loc"][:-1])

@@ -71,7 +71,10 @@ class TokenFile:
         targets_BL = tokens[:, 1:].clone()
         for row, start in enumerate(starts):
             targets_BL[row, : max(0, start - latest)] = IGNORED
-        return Batch(tokens[:, :-1].contiguous().to(device), targets_BL.flatten().to(device))
+        inputs_BL, targets_N = tokens[:, :-1].contiguous(), targets_BL.flatten()
+        if device.type == "cuda":  # from pinned memory the copy waits for nothing
+            inputs_BL, targets_N = inputs_BL.pin_memory(), targets_N.pin_memory()
+        return Batch(inputs_BL.to(device, non_blocking=True), targets_N.to(device, non_blocking=True))
 
 
 class TrainingData:
@@ -134,20 +137,21 @@ class TrainingData:
 
 
 class HeldOutData:
-    """The first tokens of the held-out split, cut without gaps, in batches that divide evenly among the ranks."""
+    """Chunks of the held-out split, evenly spread over it, in batches that divide evenly among the ranks."""
 
     def __init__(
         self, file: TokenFile, *, tokens: int, batch: int, rank: int, world: int, device: torch.device
     ) -> None:
+        """About `tokens` tokens, or all there are."""
         self.file, self.batch, self.device = file, batch, device
         used = min(file.chunks, max(1, tokens // file.length))
         self.rounds = -(-used // (batch * world))
-        self.mine = range(rank, used, world)
+        self.mine = [place * file.chunks // used for place in range(rank, used, world)]
 
     def batches(self) -> Iterator[Batch]:
         """As many batches on every rank: where one has no sequences left it gets some that count for nothing."""
         for turn in range(self.rounds):
-            chunks = list(self.mine[turn * self.batch : (turn + 1) * self.batch])
+            chunks = self.mine[turn * self.batch : (turn + 1) * self.batch]
             batch = self.file.batch([chunk * self.file.length for chunk in chunks or [0]], self.device)
             if not chunks:
                 batch.targets_N.fill_(IGNORED)

@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.config import StudentConfig
-from engine.models.llama import LlamaShape
+from engine.models.llama import Llama, LlamaShape
 from engine.tokenizer import Tokenizer
 
 _HEAD = "lm_head.weight"
@@ -33,7 +34,7 @@ def export_student(folder: Path, shape: LlamaShape, weights: Mapping[str, Tensor
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         (aside / "config.json").write_text(json.dumps(_hf_config(shape, tokenizer), indent=2) + "\n")
-        tensors = {_hf_name(name): weight.contiguous() for name, weight in weights.items()}
+        tensors = {_hf_name(name): weight.float().contiguous() for name, weight in weights.items()}
         save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
         tokenizer.export(aside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -61,13 +62,26 @@ def import_student(config: StudentConfig, shape: LlamaShape, tokenizer: Tokenize
             f"{key}: its tokenizer ({found_hash[:8]}) is not the data's ({tokenizer.hash[:8]}): students learn "
             "together over one vocabulary; drop init, or prepare the data with the tokenizer it was trained with"
         )
-    found = _shape_of(json.loads((folder / "config.json").read_text()), key)
+    try:
+        found = _shape_of(json.loads((folder / "config.json").read_text()), key)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{key}: config.json is damaged ({error}); fetch it again") from None
+    except KeyError as error:
+        raise ValueError(f"{key}: config.json has no {error.args[0]}; fetch it again") from None
     if replace(found, positions=shape.positions) != shape:
         raise ValueError(f"{key}: its shape {found} is not the student's {shape}: make the settings equal")
     try:
         tensors = load_file(folder / "model.safetensors")
     except SafetensorError as error:
         raise ValueError(f"{key}: model.safetensors is damaged ({error}); fetch it again") from None
+    with torch.device("meta"):
+        expected = {_hf_name(name): list(p.shape) for name, p in Llama(shape).named_parameters()}
+    for name in sorted(expected.keys() | tensors.keys()):
+        stored = list(tensors[name].shape) if name in tensors else None
+        if stored != expected.get(name):
+            raise ValueError(
+                f"{key}: model.safetensors holds {name} as {stored}, expected {expected.get(name)} (None: not at all)"
+            )
     return {f"weight/{name.removeprefix('model.')}": tensor.float() for name, tensor in tensors.items()}
 
 
@@ -104,8 +118,13 @@ def _shape_of(config: dict[str, Any], key: str) -> LlamaShape:
     if config.get("model_type") != "llama":
         raise ValueError(f"{key}: model_type={config.get('model_type')!r}: expected 'llama'")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default" or config.get("attention_bias") or config.get("mlp_bias"):
+    rope_type = rope.get("rope_type", rope.get("type", "default"))  # folders of transformers 4 say `type`
+    if rope_type != "default" or config.get("attention_bias") or config.get("mlp_bias"):
         raise ValueError(f"{key}: scaled rotary positions or biases, which this LLaMA does not have")
+    width = config["hidden_size"] // config["num_attention_heads"]
+    for name, value in (("hidden_act", "silu"), ("head_dim", width)):
+        if config.get(name) not in (None, value):
+            raise ValueError(f"{key}: {name}={config[name]!r}: this LLaMA has {value!r} alone")
     return LlamaShape(
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],

@@ -24,9 +24,11 @@ class Coefficients:
 
 def coefficients(objective: ObjectiveConfig, students: int, device: torch.device) -> Coefficients:
     """Deep mutual learning (Zhang et al. 2018): peers share `objective.peers` equally, w_ij = peers/(S−1)."""
-    ce_weight_S = torch.full((students,), objective.ce, device=device)
+    ce_weight_S = torch.full((students,), objective.ce, dtype=torch.float32, device=device)
     if students == 1 or objective.peers == 0.0:
         return Coefficients(ce_weight_S, None, objective.temperature, objective.divergence)
-    kl_weight_SR = torch.full((students, students), objective.peers / (students - 1), device=device)
+    kl_weight_SR = torch.full(
+        (students, students), objective.peers / (students - 1), dtype=torch.float32, device=device
+    )
     kl_weight_SR.fill_diagonal_(0.0)
     return Coefficients(ce_weight_S, kl_weight_SR, objective.temperature, objective.divergence)

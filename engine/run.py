@@ -54,6 +54,7 @@ _FREE_TO_CHANGE = (
     "run.resume",
     "run.log_every",
     "run.folder",
+    "data.path",  # what it holds is compared by hash
     "data.folder",
     "train.micro_batch",
     "train.zero_stage",
@@ -178,13 +179,14 @@ class Run:
         self._log: MetricsLog | None = None
         pids = [None] * self.runtime.world
         dist.all_gather_object(pids, os.getpid())
-        if self.runtime.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            settings.save(self.config, self.folder / "config.yaml", git_commit=git_commit())
-            self._log = stack.enter_context(MetricsLog(self.folder, self.state.metrics_position))
-            pid_file = self.folder / "ranks.pid"
-            pid_file.write_text(" ".join(map(str, pids)) + "\n")
-            stack.callback(pid_file.unlink, missing_ok=True)
+        with self.runtime.main_first():
+            if self.runtime.is_main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                settings.save(self.config, self.folder / "config.yaml", git_commit=git_commit())
+                self._log = stack.enter_context(MetricsLog(self.folder, self.state.metrics_position))
+                pid_file = self.folder / "ranks.pid"
+                pid_file.write_text(" ".join(map(str, pids)) + "\n")
+                stack.callback(pid_file.unlink, missing_ok=True)
         self._progress = stack.enter_context(
             Progress(self.config.train.steps, start=self.state.step, rank=self.runtime.rank)
         )
@@ -207,14 +209,16 @@ class Run:
             updates=self.state.updates + (not skipped),
             skipped_in_a_row=self.state.skipped_in_a_row + 1 if skipped else 0,
         )
-        if step.number % self.config.run.log_every == 0 or skipped:
+        last = step.number == self.config.train.steps
+        if last or skipped or step.number % self.config.run.log_every == 0:
             self._log_step(step, tally, outcome)
         if skipped:
             self._skip(outcome)
-        last = step.number == self.config.train.steps
+        begin = time.monotonic()
         improved = (last or step.number % self.config.evaluation.every == 0) and self._evaluate()
         if improved or last or outcome.stop or step.number % self.config.checkpoint.every == 0:
             self._save()
+        self._logged += time.monotonic() - begin  # evaluating and saving are not training time
 
     def _log_step(self, step: Step, tally: "Tally", outcome: Outcome) -> None:
         students = len(self.cohort)
@@ -304,7 +308,6 @@ class Run:
             self.state = replace(
                 self.state, best_step=self.state.step, best_loss=mean, best=tuple(self._describe(losses, pairs))
             )
-        self._logged = time.monotonic()  # evaluation is not training time
         return improved
 
     def _describe(self, losses: list[float], pairs: PairScores | None) -> list[dict[str, Any]]:
@@ -325,7 +328,6 @@ class Run:
         position = self._log.position() if self._log else 0
         self.state = replace(self.state, metrics_position=position, random_state=checkpoint.random_state())
         checkpoint.save(self.checkpoints, self.cohort, self.state, self.runtime, keep=self.config.checkpoint.keep)
-        self._logged = time.monotonic()
 
     def _write(self, record: Record) -> None:
         if self._log is not None:
@@ -341,17 +343,22 @@ class Run:
         self.runtime.barrier()
 
     def finish(self) -> None:
-        """Export the best checkpoint's students, write the summary and the report, print the table."""
+        """Export the best checkpoint's students, write the summary and the report, print the table.
+
+        Raises ValueError where there is none: no evaluation found a finite loss.
+        """
+        if self.state.best_step is None:
+            raise ValueError(f"{self.folder}: no finite validation loss in the whole run; lower the learning rates")
         with self.runtime.main_first():
             if self.runtime.is_main:
                 export_run(self.folder, self.config, self.prepared.tokenizer, self.state.best_step)
-                summary = self._summary()
+                summary = self._summary(self.state.best_step)
                 (self.folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False))
                 write_report(self.folder)
                 self._stack.close()  # the progress display ends before the table begins
                 print(final_table(summary))
 
-    def _summary(self) -> Summary:
+    def _summary(self, best_step: int) -> Summary:
         manifest, state = self.prepared.manifest, self.state
         held_out = manifest["splits"]["validation"]
         tokens_per_word = held_out["tokens"] / held_out["words"]
@@ -365,7 +372,7 @@ class Run:
                 "pairs_by_phenomenon": best["pairs_by_phenomenon"],
                 "tokens_per_second": state.tokens / seconds,
                 "folder": str(self.folder / "students" / student.name),
-                "best_step": state.best_step or state.step,
+                "best_step": best_step,
                 "samples": best["samples"],
             }
             for student, best, seconds in zip(self.cohort, state.best, state.student_seconds, strict=True)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from engine.cohort import Cohort
 from engine.data import IGNORED, Batch
+from engine.evaluation.held_out import token_losses
 from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
-from kernels import linear_ensemble_kl
 
 TOKENS_A_BATCH = 4096
 
@@ -45,7 +45,10 @@ def read_pairs(path: Path) -> list[Pair]:
         raise ValueError(f"evaluation.pairs={path}: expected a file or folder of *.jsonl with minimal pairs")
     pairs = []
     for file in files:
-        text = file.read_text(encoding="utf-8").rstrip("\n")
+        try:
+            text = file.read_text(encoding="utf-8").rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
         lines = text.split("\n") if text else []  # not splitlines: JSON may hold other line ends
         pairs += [_pair(line, file, number) for number, line in enumerate(lines, 1)]
     if not pairs:
@@ -76,7 +79,10 @@ class PairScorer:
         self.ids = [front + ids for ids in tokenizer.encode_batch(sentences)]
         for sentence, ids in zip(sentences, self.ids, strict=True):
             if len(ids) > positions + 1:
-                raise ValueError(f"{sentence!r}: {len(ids)} tokens, more than the students' {positions} positions")
+                raise ValueError(
+                    f"{sentence!r}: {len(ids)} tokens, more than the students' {positions} positions: raise "
+                    "students.*.positions, or take evaluation.pairs=none"
+                )
         self.rounds = self._plan()
 
     def _plan(self) -> list[list[int]]:
@@ -92,15 +98,11 @@ class PairScorer:
     def scores(self, cohort: Cohort) -> PairScores:
         """A collective call: every rank takes every world-th sentence of a round."""
         scores_SI = torch.zeros(len(cohort), len(self.ids), dtype=torch.float64, device=self.runtime.device)
-        ones_S = torch.ones(len(cohort), device=self.runtime.device)
         with cohort.evaluating():
             for indices in self.rounds:
                 mine = indices[self.runtime.rank :: self.runtime.world]
                 batch = self._batch(mine or indices[:1])
-                streams = [student.project(student.body(batch)) for student in cohort]
-                ce_SN = linear_ensemble_kl(
-                    streams, [], batch.targets_N, ce_weight=ones_S, kl_weight=None, normalizer=1, ignore_index=IGNORED
-                ).ce
+                ce_SN = token_losses(cohort, batch)
                 if mine:
                     scores_SI[:, mine] = -ce_SN.double().unflatten(1, (len(mine), -1)).sum(-1)
         if self.runtime.world > 1:

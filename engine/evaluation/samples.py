@@ -17,10 +17,10 @@ def samples(cohort: Cohort, tokenizer: Tokenizer, count: int, tokens: int) -> li
     if count == 0:
         return [[] for _ in cohort]
     with cohort.evaluating():
-        return [_write(student, tokenizer, count, tokens) for student in cohort]
+        return [_write(cohort, student, tokenizer, count, tokens) for student in cohort]
 
 
-def _write(student: Student, tokenizer: Tokenizer, count: int, tokens: int) -> list[str]:
+def _write(cohort: Cohort, student: Student, tokenizer: Tokenizer, count: int, tokens: int) -> list[str]:
     device = student.runtime.device
     generator = torch.Generator().manual_seed(student.config.seed)
     # Where the text has no boundary token, a newline is where something may begin.
@@ -28,7 +28,8 @@ def _write(student: Student, tokenizer: Tokenizer, count: int, tokens: int) -> l
     written_BL = torch.tensor([first] * count, device=device)
     for _ in range(min(tokens, student.shape.positions - 1)):
         hidden_BLD = student.body(Batch(written_BL, written_BL)).unflatten(0, (count, -1))
-        logits_BV = (hidden_BLD[:, -1] @ student.model.head.T).float().cpu()
+        with cohort.heads():
+            logits_BV = (hidden_BLD[:, -1] @ student.model.head.T).float().cpu()
         chosen_B1 = torch.multinomial((logits_BV / TEMPERATURE).softmax(-1), 1, generator=generator)
         written_BL = torch.cat([written_BL, chosen_B1.to(device)], dim=1)
     texts = []

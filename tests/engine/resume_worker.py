@@ -127,6 +127,12 @@ def main(folder: Path) -> None:
     asked_to_stop(config(folder, stopped), 13, signal.SIGUSR1, 0)
     train(config(folder, stopped))
 
+    for name in ("bf16", "bf16-broken") if place.world == 2 else ():
+        settings = config(folder, name, "train.precision=bf16", "train.zero_stage=2")
+        if name == "bf16-broken":
+            killed(settings, 7)
+        train(settings)
+
     if place.world == 1:
         asked_to_stop(config(folder, "moved", "train.zero_stage=0"), 5, signal.SIGTERM, 0)
     else:
@@ -153,6 +159,7 @@ def main(folder: Path) -> None:
                 if a["kind"] == "step"
                 for name in a["students"]
             ]
+            findings["bf16"] = same_bits(folder, "bf16", "bf16-broken")
             findings["moved_losses"] = max(abs(a / b - 1) for a, b in pairs)
             one, other = final(folder, "whole-1"), final(folder, "moved")
             findings["moved_weights"] = max(

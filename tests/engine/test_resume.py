@@ -40,6 +40,10 @@ def test_another_world_size_and_zero_stage_go_on_alike(findings: dict[int, dict[
     assert findings[2]["moved_weights"] <= 1e-5
 
 
+def test_bf16_keeps_its_fp32_masters(findings: dict[int, dict[str, Any]]) -> None:
+    assert findings[2]["bf16"], "weights and moments, bit for bit"
+
+
 def test_the_best_checkpoint_is_kept_beside_the_last_two(findings: dict[int, dict[str, Any]]) -> None:
     kept = findings[1]["checkpoints"]
     assert kept[-2:] == ["step-00000020", "step-00000024"]

@@ -32,7 +32,7 @@ def naive_losses(cohort: Cohort, file: TokenFile, chunks: int) -> list[float]:
     losses = []
     for student in cohort:
         nats, count = 0.0, 0
-        for chunk in range(chunks):
+        for chunk in (place * CHUNKS // chunks for place in range(chunks)):
             end = min((chunk + 1) * LENGTH, len(file.tokens) - 1)
             ids = torch.from_numpy(file.tokens[end - LENGTH : end + 1].astype(np.int64))
             with torch.no_grad():
