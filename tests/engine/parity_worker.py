@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from engine import runtime
 from engine.cohort import Cohort, Student, decay_groups
 from engine.config import ObjectiveConfig, OptimizerConfig, StudentConfig, TrainConfig
-from engine.data import TokenFile, TrainingData
+from engine.data import IGNORED, TokenFile, TrainingData
 from engine.models.llama import Llama, LlamaShape, initialise
 from engine.objective import coefficients
 from engine.train import accumulate
 from kernels import linear_ensemble_kl
 
 VOCABULARY, LENGTH, BATCH, STEPS = 61, 16, 8, 20
-OPTIMIZER = OptimizerConfig(clip=0.5, weight_decay=0.1)
+OPTIMIZER = OptimizerConfig(clip=1.5, weight_decay=0.1)
 OBJECTIVE = ObjectiveConfig(temperature=2.0)
 
 
@@ -50,7 +50,7 @@ def data(file: TokenFile, micro_batch: int | None, rank: int, world: int) -> Tra
 
 
 @cache
-def plain_loop(tied: bool, path: Path) -> tuple[list[list[float]], list[dict[str, torch.Tensor]]]:
+def plain_loop(tied: bool, path: Path) -> tuple[list[list[float]], list[list[float]], list[dict[str, torch.Tensor]]]:
     """Deep mutual learning from its equations (Zhang et al. 2018), whole batches, full logits, one autograd graph."""
     file = TokenFile(path, "uint16", LENGTH)
     models, optimizers = [], []
@@ -60,12 +60,14 @@ def plain_loop(tied: bool, path: Path) -> tuple[list[list[float]], list[dict[str
         models.append(model)
         groups = decay_groups(model, OPTIMIZER.weight_decay)
         optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps))
-    temperature, losses = OBJECTIVE.temperature, []
+    temperature, losses, norms = OBJECTIVE.temperature, [], []
     for step in data(file, None, 0, 1).steps(1, STEPS):
         (batch,) = step.micro_batches
         logits = [model(batch.tokens_BL) @ model.head.T for model in models]
-        logs = [F.log_softmax(z / temperature, -1) for z in logits]
+        predicted = batch.targets_N != IGNORED
+        logs = [F.log_softmax(z[predicted] / temperature, -1) for z in logits]
         losses.append([])
+        norms.append([])
         for i, model in enumerate(models):
             loss = F.cross_entropy(logits[i], batch.targets_N)
             for j in range(len(models)):
@@ -74,11 +76,11 @@ def plain_loop(tied: bool, path: Path) -> tuple[list[list[float]], list[dict[str
                     loss = loss + temperature**2 * kl / (len(models) - 1)
             loss.backward()
             losses[-1].append(loss.item())
-            torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
+            norms[-1].append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip).item())
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return losses, [{n: p.detach().clone() for n, p in m.named_parameters()} for m in models]
+    return losses, norms, [{n: p.detach().clone() for n, p in m.named_parameters()} for m in models]
 
 
 def cohort_of(configs: list[StudentConfig], train: TrainConfig, place: runtime.Runtime) -> Cohort:
@@ -113,14 +115,16 @@ def parity(
     cohort = cohort_of(configs, train, place)
     objective = coefficients(OBJECTIVE, len(cohort), place.device)
     micro_batch = BATCH // place.world // accumulation
-    losses = []
+    losses, norms = [], []
     for step in data(file, micro_batch, place.rank, place.world).steps(1, STEPS):
         assert len(step.micro_batches) == accumulation
         tally = accumulate(cohort, step, objective)
         losses.append(place.agree(tally.losses_S.clone()))
-        cohort.step(tally.losses_S, [c.learning_rate for c in configs], stop=False)
-    expected_losses, expected_weights = plain_loop(tied, path)
+        norms.append(cohort.step(tally.losses_S, [c.learning_rate for c in configs], stop=False).gradient_norms)
+    expected_losses, expected_norms, expected_weights = plain_loop(tied, path)
     return {
+        "norms": (torch.tensor(norms) / torch.tensor(expected_norms) - 1).abs().max().item(),
+        "clipped": (torch.tensor(expected_norms) > OPTIMIZER.clip).float().mean().item(),
         "losses": (torch.tensor(losses) / torch.tensor(expected_losses) - 1).abs().max().item(),
         "weights": largest_difference(weights(cohort), expected_weights),
         "fell": expected_losses[0][0] - expected_losses[-1][0],

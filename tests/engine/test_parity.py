@@ -30,7 +30,9 @@ def findings(request: pytest.FixtureRequest, spawn_ranks: Any, tmp_path_factory:
 def test_twenty_steps_equal_a_plain_loop(findings: dict[str, Any], case: str) -> None:
     found = findings[case]
     assert found["fell"] > 0.1, "the plain loop learnt nothing, so agreement would mean nothing"
+    assert 0 < found["clipped"] < 1, "clipping was to act in some steps"
     assert found["losses"] <= TOLERANCE
+    assert found["norms"] <= TOLERANCE
     assert found["weights"] <= TOLERANCE
 
 
