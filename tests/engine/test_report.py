@@ -7,8 +7,9 @@ from random import Random
 
 import pytest
 
+from engine.charts import downsample
 from engine.metrics import MetricsLog, Record, StepRecord, StudentStep, Summary
-from engine.report import downsample, write_report
+from engine.report import write_report
 
 STUDENTS = {"baby-4x128": 2.45, "baby-6x192": 2.3, "<b>&": 2.2}  # name: the loss it tends to
 TEACHER = "gpt2 <i>705M</i>"
