@@ -3,11 +3,12 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 DATA ?= grammar
+RUN = $(if $(filter grammar,$(DATA)),mutual,mutual-$(notdir $(subst :,-,$(DATA:/=))))
 
 .PHONY: mutual test lint clean
 
 mutual: .venv/installed
-	$(BIN)/deepspeed --log_level error recipes/mutual.py data.path=$(DATA) $(if $(filter grammar,$(DATA)),,run.name=mutual-$(notdir $(DATA)))
+	$(BIN)/deepspeed --log_level error recipes/mutual.py data.path=$(DATA) run.name=$(RUN)
 
 test: .venv/tested
 	$(BIN)/python -m pytest

@@ -36,6 +36,7 @@ class State:
     """Everything a run needs to go on beside its students."""
 
     data: str  # hash of the prepared data
+    place: str = ""  # ranks and ZeRO stage, for the record: neither matters to what is stored
     step: int = 0  # finished
     tokens: int = 0  # predicted so far
     updates: int = 0  # optimizer steps applied: steps less those skipped
@@ -66,6 +67,7 @@ def save(folder: Path, cohort: Cohort, state: State, runtime: Runtime, *, keep: 
     with runtime.main_first():
         if runtime.is_main:
             target = folder / f"step-{state.step:08d}"
+            _require_finite(records, state.step, folder)
             try:
                 _write(target, records, state)
                 _prune(folder, keep, state.best_step)
@@ -106,9 +108,20 @@ def read_student(path: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(path / f"{name}.safetensors")
 
 
+def _require_finite(records: Mapping[str, Record], step: int, folder: Path) -> None:
+    for name, record in records.items():
+        for key, tensor in record.items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"{name}: {key} is not finite after step {step}, so it was not saved: lower the learning rate; the "
+                    f"last good checkpoint is {latest(folder) or 'none'}"
+                )
+
+
 def _write(target: Path, records: Mapping[str, Record], state: State) -> None:
+    for partial in target.parent.glob(".step-*.partial"):  # of a sitting that was killed
+        shutil.rmtree(partial)
     aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         for name, record in records.items():
@@ -116,8 +129,8 @@ def _write(target: Path, records: Mapping[str, Record], state: State) -> None:
         (aside / "state.json").write_text(json.dumps(asdict(state), indent=1))
         checksums = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
         (aside / "COMMIT").write_text(json.dumps(checksums, indent=1))
-        for file in aside.iterdir():
-            _sync(file)
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
         shutil.rmtree(target, ignore_errors=True)  # of a sitting that went further and lost its later metrics
         aside.rename(target)
         _sync(target.parent)

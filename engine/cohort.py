@@ -109,7 +109,7 @@ class Student:
     def body(self, batch: Batch) -> Tensor:
         """Hidden states [N, D] of the batch, through the engine, so that its hooks see the pass."""
         with self.clock.running() if torch.is_grad_enabled() else nullcontext():  # evaluation is not training time
-            return self.engine(batch.tokens_BL)
+            return self.engine(batch.tokens_BL, batch.rows_N)
 
     def project(self, hidden_ND: Tensor) -> Projected:
         return Projected(hidden_ND, self.model.head, None)
@@ -210,7 +210,7 @@ class Outcome:
     """How a step ended, the same on every rank."""
 
     gradient_norms: list[float]  # per student, before clipping; NaN or infinite where that student's step was bad
-    bad: list[int]  # students whose loss or gradient is not finite; if there is one, nobody stepped
+    bad: list[int]  # students that are the cause of a loss or gradient that is not finite: if any, nobody stepped
     stop: bool  # some rank was asked to stop
 
 
@@ -236,24 +236,26 @@ class Cohort(Sequence[Student]):
         with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
             yield
 
-    def step(self, losses_S: Tensor, learning_rates: Sequence[float], *, stop: bool) -> Outcome:
+    def step(self, losses_S: Tensor, ce_S: Tensor, learning_rates: Sequence[float], *, stop: bool) -> Outcome:
         """Every student steps, or none if the loss or the gradient of one is not finite on any rank.
 
-        `losses_S` are this rank's, summed over micro-batches. One collective and one wait for the device decide it, and
-        carry the wish to stop along.
+        `losses_S` and their cross-entropies `ce_S` are this rank's, summed over micro-batches. One collective and one
+        wait for the device decide it, and carry the wish to stop along.
         """
         squares_S = torch.stack([student.squared_gradient_norm() for student in self])
-        # Multiplied by zero, a finite loss vanishes, and one that is not makes its student's entry NaN.
-        verdict = torch.cat([squares_S + 0.0 * losses_S.float(), squares_S.new_tensor([float(stop)])])
-        *squares, stops = self._runtime.agree(verdict)
-        norms = [math.sqrt(square) if square >= 0 else math.nan for square in squares]
+        # Multiplied by zero, what is finite vanishes, and what is not becomes NaN.
+        verdict = torch.cat([squares_S + 0.0 * losses_S.float(), 0.0 * ce_S.float(), squares_S.new_tensor([stop])])
+        numbers = self._runtime.agree(verdict)
+        norms = [math.sqrt(square) if square >= 0 else math.nan for square in numbers[: len(self)]]
         bad = [i for i, norm in enumerate(norms) if not math.isfinite(norm)]
+        # Through the divergence one student's NaN reaches the losses of all; a cross-entropy is a student's own.
+        own = [i for i, zero in enumerate(numbers[len(self) : -1]) if zero != 0]
         for student, learning_rate in zip(self, learning_rates, strict=True):
-            if bad:
+            if bad or own:
                 student.discard()
             else:
                 student.step(learning_rate)
-        return Outcome(norms, bad, stop=stops > 0)
+        return Outcome(norms, own or bad, stop=numbers[-1] > 0)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -282,6 +284,7 @@ def engine_settings(train: TrainConfig, optimizer: OptimizerConfig, parameters: 
         "train_batch_size": world,
         "gradient_clipping": optimizer.clip,
         "bf16": {"enabled": train.precision == "bf16"},
+        # With fp32 here, bf16 at stage 1 would get another optimizer, one that does not do for several engines.
         "data_types": {"grad_accum_dtype": "bf16" if train.precision == "bf16" else "fp32"},
         "zero_optimization": {
             "stage": train.zero_stage,

@@ -40,6 +40,7 @@ Natural = Annotated[int, pydantic.Field(ge=0), _Number]
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False), _Number]
 NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False), _Number]
 Share = Annotated[float, pydantic.Field(ge=0, le=1), _Number]
+Decay = Annotated[float, pydantic.Field(ge=0, lt=1), _Number]
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # it becomes a folder's name
 
 _STRICT = pydantic.ConfigDict(extra="forbid")  # pydantic reads __pydantic_config__ off a dataclass
@@ -112,7 +113,7 @@ class OptimizerConfig:
     """AdamW; matrices decay, norms and biases do not. The schedule multiplies each student's own learning rate."""
 
     __pydantic_config__ = _STRICT
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     clip: NonNegative = 1.0  # largest gradient norm, per student; 0: no clipping
@@ -124,14 +125,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. Results depend on none of micro_batch, zero_stage, recompute and the number of ranks."""
+    """The loop. In fp32, results depend on none of micro_batch, zero_stage, recompute and the number of ranks."""
 
     __pydantic_config__ = _STRICT
     steps: Count = 500
     batch: Count = 16  # sequences a step, over all ranks
     micro_batch: Count | None = None  # sequences a rank takes at once; None: all of its share
     length: Annotated[int, pydantic.Field(ge=2), _Number] = 128  # tokens a sequence
-    chunks: Literal["fixed", "random"] = "fixed"  # random: each epoch cuts the text at another offset
+    chunks: Literal["fixed", "random"] = "fixed"  # random: each begins anywhere in its chunk, as in Baby Llama
     seed: Natural = 0  # of the data order
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -148,7 +149,7 @@ class EvaluationConfig:
     tokens: Count = 100_000  # of the held-out split, evenly spread over it
     pairs: str = "auto"  # minimal pairs: auto (the prepared folder's own) | none | a file or folder of *.jsonl
     samples: Natural = 3  # texts each student generates for the report
-    sample_tokens: Count = 60
+    sample_tokens: Count = 60  # each, and at most a student's positions
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,10 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if os.environ.get("RANK", "0") == "0" or "gloo" not in str(error):
+            raise
+        sys.exit(2)  # a lost connection: rank 0 has said why
 
 
 def _override(settings: dict[str, Any], override: str) -> None:

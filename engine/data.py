@@ -1,9 +1,10 @@
 """Token files to steps. What a step reads depends on the seed and the step's number alone.
 
-The stream of tokens is cut into chunks of L tokens, the last one what is left; an epoch visits every chunk once, so
-that every token but the very first is predicted once, in an order drawn from the seed and the epoch's number; step t
-takes the sequences (t−1)·G to t·G of the endless row of epochs, G the global batch. Ranks and micro-batches only divide
-a step among themselves, so neither changes what is learnt, and a resumed run needs the step's number and nothing else.
+The stream of tokens is cut into chunks of L tokens, the last one what is left; an epoch visits every chunk once, in an
+order drawn from the seed and the epoch's number, so that (with fixed chunks) every token but the very first is
+predicted once. Step t takes the sequences (t−1)·G to t·G of the endless row of epochs, G the global batch. Ranks and
+micro-batches only divide a step among themselves, so neither changes what is learnt, and a resumed run needs the step's
+number and nothing else.
 
 B sequences, L positions, N = B·L tokens.
 """
@@ -28,7 +29,8 @@ class Batch:
     """What one rank takes at once."""
 
     tokens_BL: Tensor  # int64
-    targets_N: Tensor  # int64, the token after each position; IGNORED where there is none to predict
+    targets_N: Tensor  # int64, the token after each row; IGNORED where there is none to predict
+    rows_N: Tensor | None = None  # int64, which positions of the flattened tokens are rows; None: all
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,19 @@ class TokenFile:
         return Batch(inputs_BL.to(device, non_blocking=True), targets_N.to(device, non_blocking=True))
 
 
+def shares(batch: int, micro_batch: int | None, world: int) -> tuple[int, int]:
+    """A rank's sequences of a step, and how many of them it takes at once; ValueError where they do not divide."""
+    if batch % world:
+        raise ValueError(f"train.batch={batch} does not divide among {world} ranks: choose a multiple of {world}")
+    share = batch // world
+    if micro_batch is not None and share % micro_batch:
+        raise ValueError(
+            f"train.micro_batch={micro_batch} does not divide a rank's {share} sequences a step: "
+            f"choose a divisor of {share}"
+        )
+    return share, micro_batch or share
+
+
 class TrainingData:
     """The training split as steps."""
 
@@ -93,15 +108,7 @@ class TrainingData:
         device: torch.device,
     ) -> None:
         """Raises ValueError where the batch does not divide among ranks, or the text is smaller than one batch."""
-        if batch % world:
-            raise ValueError(f"train.batch={batch} does not divide among {world} ranks: choose a multiple of {world}")
-        self.share = batch // world
-        self.micro_batch = micro_batch or self.share
-        if self.share % self.micro_batch:
-            raise ValueError(
-                f"train.micro_batch={micro_batch} does not divide a rank's {self.share} sequences a step: "
-                f"choose a divisor of {self.share}"
-            )
+        self.share, self.micro_batch = shares(batch, micro_batch, world)
         if file.chunks < batch:
             raise ValueError(
                 f"the training split holds {file.chunks} sequences of {file.length} tokens, fewer than one batch of "

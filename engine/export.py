@@ -44,18 +44,23 @@ def export_student(folder: Path, shape: LlamaShape, weights: Mapping[str, Tensor
         raise ValueError(f"{folder} could not be written ({error}): make room and export again") from None
 
 
+def require_folder(config: StudentConfig) -> tuple[Path, str]:
+    """The folder `config.init` and how messages name it; ValueError where it is not a whole Hugging Face folder."""
+    assert config.init is not None
+    folder, key = Path(config.init), f"students.{config.name}.init={config.init}"
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{key}: no {name}; expected a Hugging Face folder of a LLaMA with safetensors")
+    return folder, key
+
+
 def import_student(config: StudentConfig, shape: LlamaShape, tokenizer: Tokenizer) -> dict[str, Tensor]:
     """The weights of the folder `config.init`, as a student's record (fp32, on the CPU).
 
     Raises ValueError where the folder is not a whole LLaMA, has another shape, or another tokenizer: students learn
     together over one vocabulary only.
     """
-    assert config.init is not None
-    folder = Path(config.init)
-    key = f"students.{config.name}.init={folder}"
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{key}: no {name}; expected a Hugging Face folder of a LLaMA with safetensors")
+    folder, key = require_folder(config)
     found_hash = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     if found_hash != tokenizer.hash:
         raise ValueError(

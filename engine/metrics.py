@@ -9,6 +9,7 @@ tells what was wrong. `summary.json`, written when a run ends, is one `Summary`.
 Legend: S students, K teachers, R = S + K streams, students first.
 """
 
+import errno
 import json
 import math
 import os
@@ -160,7 +161,7 @@ class MetricsLog:
         self._teachers: list[str] = []
         first_step = 0
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)  # what a full disk refuses must not wait in a buffer to fail again
         if position is not None:
             self._file.truncate(position)
             for record in read_metrics(path):
@@ -175,9 +176,16 @@ class MetricsLog:
             self._board.add_event(event, first_step)
 
     def write(self, record: Record) -> None:
-        """Appends one record: one line, one write, handed to the operating system before this returns."""
-        self._file.write(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        """Appends one record: one line, one write, handed to the operating system before this returns.
+
+        Raises ValueError where the disk refuses.
+        """
+        try:
+            line = json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise self._refused(error) from None
         if record["kind"] == "streams":
             self._teachers = record["teachers"]
         summary = summary_pb2.Summary()  # pyright: ignore[reportAttributeAccessIssue]
@@ -187,10 +195,18 @@ class MetricsLog:
             self._board.add_summary(summary, record["step"])
 
     def position(self) -> int:
-        """The file's length in bytes, once all of it is on disk. Take it after a step's last record."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """The file's length in bytes, once all of it is on disk. Take it after a step's last record.
+
+        Raises ValueError where the disk refuses.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._refused(error) from None
         return self._file.tell()
+
+    def _refused(self, error: OSError) -> ValueError:
+        return ValueError(f"{self._file.name} could not be written ({error}): make room and run again")
 
     def close(self) -> None:
         self._file.close()

@@ -13,6 +13,7 @@
 S students, R streams.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -32,17 +33,16 @@ from engine import config as settings
 from engine.checkpoint import State
 from engine.cohort import Cohort, Outcome, Student
 from engine.config import Config
-from engine.corpus.prepare import prepare
-from engine.data import HeldOutData, Step, TokenFile, TrainingData
+from engine.corpus.prepare import Prepared, prepare
+from engine.data import HeldOutData, Step, TokenFile, TrainingData, shares
 from engine.evaluation.held_out import validation_losses
-from engine.evaluation.pairs import PairScorer, PairScores, read_pairs
+from engine.evaluation.pairs import Pair, PairScorer, PairScores, read_pairs
 from engine.evaluation.samples import samples
-from engine.export import export_student, import_student
+from engine.export import export_student, import_student, require_folder
 from engine.metrics import MetricsLog, Progress, Record, StudentSummary, Summary, final_table
 from engine.models.llama import LlamaShape
 from engine.report import write_report
 from engine.runtime import Runtime, device_name, git_commit
-from engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine.train import Tally
@@ -77,6 +77,8 @@ def check(config: Config) -> None:
             LlamaShape.of(student, vocabulary=1)
         except ValueError as error:
             raise ValueError(f"students.{student.name}: {error}") from None
+        if student.init is not None:
+            require_folder(student)
         if student.positions < config.train.length:
             raise ValueError(
                 f"students.{student.name}.positions={student.positions} is less than train.length="
@@ -85,6 +87,12 @@ def check(config: Config) -> None:
     if config.optimizer.warmup >= config.train.steps:
         raise ValueError(
             f"optimizer.warmup={config.optimizer.warmup} is not less than train.steps={config.train.steps}: lower it"
+        )
+    alone = len(names) == 1 or config.objective.peers == 0
+    if alone and (config.objective.temperature, config.objective.divergence) != (1.0, "forward"):
+        raise ValueError(
+            "objective.temperature and objective.divergence say how students learn from one another, and here none "
+            "does: drop them, or raise objective.peers and the number of students"
         )
     if config.train.precision == "bf16" and config.train.zero_stage == 0:
         raise ValueError(
@@ -101,6 +109,8 @@ class Run:
         self.folder = Path(config.run.folder) / config.run.name
         self.checkpoints = self.folder / "checkpoints"
         found = self._found()
+        pairs = self._pairs()
+        shares(config.train.batch, config.train.micro_batch, runtime.world)  # refused before the text is prepared
 
         with runtime.main_first():  # the others find it prepared
             self.prepared = prepare(config.data, say=print if runtime.is_main else lambda _: None)
@@ -124,7 +134,10 @@ class Run:
             world=runtime.world,
             device=runtime.device,
         )
-        self.pairs = self._pairs()
+        if pairs is None and config.evaluation.pairs == "auto":
+            pairs = read_pairs(self.prepared.pairs)
+        positions = min(student.positions for student in config.students)
+        self.pairs = None if pairs is None else PairScorer(pairs, self.prepared.tokenizer, runtime, positions=positions)
 
         self.state = State(self.prepared.identity) if found is None else checkpoint.read_state(found)
         if self.state.data != self.prepared.identity:
@@ -150,13 +163,10 @@ class Run:
             raise ValueError(f"{self.checkpoints} holds no checkpoint and run.resume=always: take run.resume=auto")
         return found
 
-    def _pairs(self) -> PairScorer | None:
-        if self.config.evaluation.pairs == "none":
-            return None
-        own = self.config.evaluation.pairs == "auto"
-        path = self.prepared.pairs if own else Path(self.config.evaluation.pairs)
-        positions = min(student.positions for student in self.config.students)
-        return PairScorer(read_pairs(path), self.prepared.tokenizer, self.runtime, positions=positions)
+    def _pairs(self) -> list[Pair] | None:
+        """The minimal pairs that the settings name; None where they are the prepared folder's own, or not wanted."""
+        path = self.config.evaluation.pairs
+        return None if path in ("auto", "none") else read_pairs(Path(path))
 
     def _cohort(self, found: Path | None) -> Cohort:
         vocabulary = self.prepared.tokenizer.size
@@ -177,16 +187,14 @@ class Run:
 
     def _begin_folder(self, found: Path | None, stack: ExitStack) -> None:
         self._log: MetricsLog | None = None
-        pids = [None] * self.runtime.world
+        pids: list[int | None] = [None] * self.runtime.world
         dist.all_gather_object(pids, os.getpid())
         with self.runtime.main_first():
             if self.runtime.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock(pids, stack)
                 settings.save(self.config, self.folder / "config.yaml", git_commit=git_commit())
                 self._log = stack.enter_context(MetricsLog(self.folder, self.state.metrics_position))
-                pid_file = self.folder / "ranks.pid"
-                pid_file.write_text(" ".join(map(str, pids)) + "\n")
-                stack.callback(pid_file.unlink, missing_ok=True)
         self._progress = stack.enter_context(
             Progress(self.config.train.steps, start=self.state.step, rank=self.runtime.rank)
         )
@@ -194,6 +202,28 @@ class Run:
             self._write({"kind": "streams", "step": 0, "students": [s.name for s in self.cohort], "teachers": []})
         elif self.runtime.is_main:
             print(f"going on from {found}, step {self.state.step} of {self.config.train.steps}")
+        place = f"{self.runtime.world} rank(s), ZeRO {self.config.train.zero_stage}"
+        if self.state.place not in ("", place):
+            text = f"goes on with {place}, after {self.state.place}"
+            self._write({"kind": "event", "step": self.state.step, "text": text})
+        self.state = replace(self.state, place=place)
+
+    def _lock(self, pids: list[int | None], stack: ExitStack) -> None:
+        """Leave the ranks' process ids in the folder, and hold it: ValueError where another run does."""
+        path = self.folder / "ranks.pid"
+        file = stack.enter_context(path.open("a+"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{self.folder} is being trained right now, by processes {file.read().strip()}: wait for them, stop "
+                "them, or choose another run.name"
+            ) from None
+        file.truncate(0)
+        file.write(" ".join(map(str, pids)) + "\n")
+        file.flush()
+        stack.callback(path.unlink, missing_ok=True)
 
     def learning_rates(self, step: Step) -> list[float]:
         factor = schedule.factor(self.config.optimizer, step.number, self.config.train.steps)
@@ -210,13 +240,15 @@ class Run:
             skipped_in_a_row=self.state.skipped_in_a_row + 1 if skipped else 0,
         )
         last = step.number == self.config.train.steps
-        if last or skipped or step.number % self.config.run.log_every == 0:
+        evaluate = last or step.number % self.config.evaluation.every == 0
+        save = last or outcome.stop or step.number % self.config.checkpoint.every == 0
+        if skipped or evaluate or save or step.number % self.config.run.log_every == 0:
             self._log_step(step, tally, outcome)
         if skipped:
             self._skip(outcome)
         begin = time.monotonic()
-        improved = (last or step.number % self.config.evaluation.every == 0) and self._evaluate()
-        if improved or last or outcome.stop or step.number % self.config.checkpoint.every == 0:
+        improved = evaluate and self._evaluate()
+        if improved or save:
             self._save()
         self._logged += time.monotonic() - begin  # evaluating and saving are not training time
 
@@ -336,11 +368,11 @@ class Run:
 
     def pause(self) -> None:
         """Asked to stop: the checkpoint is written; say how to go on."""
-        if self.runtime.is_main:
-            write_report(self.folder)
-            self._stack.close()
-            print(f"stopped at step {self.state.step} as asked; the same command goes on from there")
-        self.runtime.barrier()
+        with self.runtime.main_first():
+            if self.runtime.is_main:
+                write_report(self.folder)
+                self._stack.close()
+                print(f"stopped at step {self.state.step} as asked; the same command goes on from there")
 
     def finish(self) -> None:
         """Export the best checkpoint's students, write the summary and the report, print the table.
@@ -351,7 +383,7 @@ class Run:
             raise ValueError(f"{self.folder}: no finite validation loss in the whole run; lower the learning rates")
         with self.runtime.main_first():
             if self.runtime.is_main:
-                export_run(self.folder, self.config, self.prepared.tokenizer, self.state.best_step)
+                export_run(self.folder, self.config, self.prepared, self.state.best_step)
                 summary = self._summary(self.state.best_step)
                 (self.folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False))
                 write_report(self.folder)
@@ -399,19 +431,27 @@ class Run:
         }
 
 
-def export_run(run: Path, config: Config, tokenizer: Tokenizer, step: int | None, to: Path | None = None) -> list[Path]:
-    """Write every student of a run's checkpoint (None: the last) as a Hugging Face folder under `to` (run/students)."""
+def export_run(run: Path, config: Config, prepared: Prepared, step: int | None, to: Path | None = None) -> list[Path]:
+    """Write every student of a run's checkpoint (None: the last) as a Hugging Face folder under `to` (run/students).
+
+    Raises ValueError where the checkpoint is missing or damaged, or was trained on other data: its tokenizer is gone.
+    """
     checkpoints = run / "checkpoints"
     source = checkpoint.latest(checkpoints) if step is None else checkpoint.at_step(checkpoints, step)
     if source is None or not source.is_dir():
         raise ValueError(f"{source or checkpoints}: no such checkpoint; train first, or name a step that was kept")
-    checkpoint.read_state(source)  # checks every file
+    trained_on = checkpoint.read_state(source).data
+    if trained_on != prepared.identity:
+        raise ValueError(
+            f"{source} was trained on data {trained_on[:8]}, but data.path={config.data.path} now gives "
+            f"{prepared.identity[:8]}, and with it another tokenizer: restore the text"
+        )
     folders = []
     for student in config.students:
         record = checkpoint.read_student(source, student.name)
         weights = {name.removeprefix("weight/"): w for name, w in record.items() if name.startswith("weight/")}
         folders.append((to or run / "students") / student.name)
-        export_student(folders[-1], LlamaShape.of(student, tokenizer.size), weights, tokenizer)
+        export_student(folders[-1], LlamaShape.of(student, prepared.tokenizer.size), weights, prepared.tokenizer)
     return folders
 
 

@@ -9,12 +9,16 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
+
+PATIENCE = timedelta(hours=2)  # ranks wait for one another, at the longest while rank 0 prepares a large text
 
 
 @dataclass(frozen=True)
@@ -42,25 +46,25 @@ class Runtime:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others. If it fails there, every rank raises the same ValueError."""
-        problem: list[str | None] = [None]
-        failure: BaseException | None = None
+        """Rank 0 runs the block before the others. If it fails there, no other rank begins: all raise ValueError."""
         if not self.is_main:
-            self._receive(problem)
+            problem = [None]
+            dist.broadcast_object_list(problem, src=0)
+            if problem[0] is not None:
+                raise ValueError(problem[0])
+            yield
+            return
+        problem: list[str | None] = [None]
         try:
             yield
-        except (ValueError, OSError) as error:
-            problem[0], failure = str(error), error
+        except BaseException as error:
+            problem[0] = str(error) or type(error).__name__
+            if isinstance(error, OSError):
+                raise ValueError(problem[0]) from error
+            raise
         finally:
-            if self.is_main and self.world > 1:
+            if self.world > 1:
                 dist.broadcast_object_list(problem, src=0)
-        if failure is not None:
-            raise failure
-
-    def _receive(self, problem: list[str | None]) -> None:
-        dist.broadcast_object_list(problem, src=0)
-        if problem[0] is not None:
-            raise ValueError(problem[0])
 
 
 def start() -> Runtime:
@@ -85,7 +89,12 @@ def start() -> Runtime:
     # DeepSpeed would compile its shared-memory all-reduce first, half a minute for an operator only inference calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            "nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=PATIENCE,
+        )
     return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
@@ -97,7 +106,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._asked = False
-        self._launcher = os.getppid()
+        self._launchers = _launchers()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
@@ -105,7 +114,32 @@ class StopSignal:
         self._asked = True
 
     def __bool__(self) -> bool:
-        return self._asked or os.getppid() != self._launcher
+        return self._asked or not all(map(_lives, self._launchers))
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _launchers() -> list[psutil.Process]:
+    """The launcher processes above this one; none where a shell started it, which may well end before the run.
+
+    DeepSpeed's are two, a runner and below it the launcher of this node, and the second does not notice when the first
+    is killed.
+    """
+    found = []
+    for process in psutil.Process().parents():
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.Error:
+            break
+        if "python" not in process.name() or not re.search(r"deepspeed|torchrun|torch\.distributed", command):
+            break
+        found.append(process)
+    return found
 
 
 def device_name(device: torch.device) -> str:

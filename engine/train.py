@@ -30,7 +30,7 @@ def train(config: Config) -> None:
         objective = coefficients(config.objective, len(run.cohort), runtime.device)
         for step in run.data.steps(run.state.step + 1, config.train.steps):
             tally = accumulate(run.cohort, step, objective)
-            outcome = run.cohort.step(tally.losses_S, run.learning_rates(step), stop=bool(stop))
+            outcome = run.cohort.step(tally.losses_S, tally.ce_S, run.learning_rates(step), stop=bool(stop))
             run.record(step, tally, outcome)  # logs; evaluates and saves where due
             if outcome.stop:
                 run.pause()

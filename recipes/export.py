@@ -29,12 +29,13 @@ def main() -> None:
     if arguments.checkpoint == "best":
         newest = latest(arguments.run / "checkpoints")
         step = None if newest is None else read_state(newest).best_step
+        if newest is not None and step is None:
+            raise ValueError(f"{arguments.run} has not been evaluated yet, so none is best: take --checkpoint last")
     elif arguments.checkpoint.isdecimal():
         step = int(arguments.checkpoint)
     elif arguments.checkpoint != "last":
         raise ValueError(f"--checkpoint {arguments.checkpoint}: expected best, last, or a step's number")
-    tokenizer = prepare(config.data).tokenizer
-    for folder in export_run(arguments.run, config, tokenizer, step, arguments.to):
+    for folder in export_run(arguments.run, config, prepare(config.data), step, arguments.to):
         print(folder)
 
 

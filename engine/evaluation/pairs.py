@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.cohort import Cohort
-from engine.data import IGNORED, Batch
+from engine.data import Batch
 from engine.evaluation.held_out import token_losses
 from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
@@ -104,7 +104,8 @@ class PairScorer:
                 batch = self._batch(mine or indices[:1])
                 ce_SN = token_losses(cohort, batch)
                 if mine:
-                    scores_SI[:, mine] = -ce_SN.double().unflatten(1, (len(mine), -1)).sum(-1)
+                    owner_N = torch.tensor([i for i in mine for _ in self.ids[i][1:]], device=self.runtime.device)
+                    scores_SI.index_add_(1, owner_N, -ce_SN.double())
         if self.runtime.world > 1:
             torch.distributed.all_reduce(scores_SI)
         if not scores_SI.isfinite().all():
@@ -112,13 +113,13 @@ class PairScorer:
         return self._judge(scores_SI.cpu())
 
     def _batch(self, indices: list[int]) -> Batch:
-        width = max(2, max(len(self.ids[i]) for i in indices))
-        read = torch.full((len(indices), width), IGNORED)
-        for row, i in enumerate(indices):
-            read[row, : len(self.ids[i])] = torch.tensor(self.ids[i])
-        read = read.to(self.runtime.device)
+        """The sentences one below the other; only their own tokens are rows, what fills up the shorter ones is not."""
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(self.ids[i]) for i in indices], batch_first=True)
+        lengths = torch.tensor([len(self.ids[i]) for i in indices])
+        real = torch.arange(ids.shape[1] - 1) < lengths[:, None] - 1
+        rows, targets = real.flatten().nonzero().squeeze(1), ids[:, 1:][real]
         # Padding stands behind the text, where causal attention never looks; any id will do.
-        return Batch(read[:, :-1].clamp(min=0), read[:, 1:].reshape(-1))
+        return Batch(*(x.to(self.runtime.device) for x in (ids[:, :-1], targets, rows)))
 
     def _judge(self, scores_SI: Tensor) -> PairScores:
         margin = scores_SI[:, 0::2] - scores_SI[:, 1::2]

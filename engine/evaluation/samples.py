@@ -27,9 +27,11 @@ def _write(cohort: Cohort, student: Student, tokenizer: Tokenizer, count: int, t
     first = [tokenizer.boundary] if tokenizer.boundary is not None else tokenizer.encode("\n")[-1:]
     written_BL = torch.tensor([first] * count, device=device)
     for _ in range(min(tokens, student.shape.positions - 1)):
-        hidden_BLD = student.body(Batch(written_BL, written_BL)).unflatten(0, (count, -1))
+        length = written_BL.shape[1]
+        last_B = torch.arange(length - 1, count * length, length, device=device)
+        hidden_BD = student.body(Batch(written_BL, written_BL[:, -1], rows_N=last_B))
         with cohort.heads():
-            logits_BV = (hidden_BLD[:, -1] @ student.model.head.T).float().cpu()
+            logits_BV = (hidden_BD @ student.model.head.T).float().cpu()
         chosen_B1 = torch.multinomial((logits_BV / TEMPERATURE).softmax(-1), 1, generator=generator)
         written_BL = torch.cat([written_BL, chosen_B1.to(device)], dim=1)
     texts = []

@@ -96,10 +96,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden, kv_hidden, bias=False)
         self.o_proj = nn.Linear(shape.hidden, shape.hidden, bias=False)
 
-    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, segments_BL: Tensor | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (p(x_BLD).unflatten(-1, (-1, self.width)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = kernels.rotary(q, k, cos, sin)
-        mixed_BLHd = kernels.attention(q, k, v, causal=True, segments=segments_BL)
+        mixed_BLHd = kernels.attention(q, k, v, causal=True)
         return self.o_proj(mixed_BLHd.flatten(-2))
 
 
@@ -125,10 +125,10 @@ class Block(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(
-        self, branch_BLD: Tensor, residual_BLD: Tensor | None, cos: Tensor, sin: Tensor, segments_BL: Tensor | None
+        self, branch_BLD: Tensor, residual_BLD: Tensor | None, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
         x_BLD, between_BLD = self.input_layernorm(branch_BLD, residual_BLD)
-        mixed_BLD = self.self_attn(x_BLD, cos, sin, segments_BL)
+        mixed_BLD = self.self_attn(x_BLD, cos, sin)
         x_BLD, after_BLD = self.post_attention_layernorm(mixed_BLD, between_BLD)
         return self.mlp(x_BLD), after_BLD
 
@@ -150,13 +150,12 @@ class Llama(nn.Module):
     def head(self) -> Tensor:
         return self.lm_head.weight
 
-    def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None, segments_BL: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None) -> Tensor:
         """Hidden states [N, D] of the rows to predict.
 
         Args:
             tokens_BL: [B, L] int64.
             rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
-            segments_BL: [B, L] int64; tokens attend within their own segment only, negative ones are padding.
         """
         length = tokens_BL.shape[1]
         if length > self.shape.positions:
@@ -167,11 +166,9 @@ class Llama(nn.Module):
         branch_BLD, residual_BLD = self.embed_tokens(tokens_BL), None
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                branch_BLD, residual_BLD = checkpoint(
-                    layer, branch_BLD, residual_BLD, cos, sin, segments_BL, use_reentrant=False
-                )
+                branch_BLD, residual_BLD = checkpoint(layer, branch_BLD, residual_BLD, cos, sin, use_reentrant=False)
             else:
-                branch_BLD, residual_BLD = layer(branch_BLD, residual_BLD, cos, sin, segments_BL)
+                branch_BLD, residual_BLD = layer(branch_BLD, residual_BLD, cos, sin)
         assert residual_BLD is not None, "there is at least one layer"
         branch_ND, residual_ND = branch_BLD.flatten(0, 1), residual_BLD.flatten(0, 1)
         if rows_N is not None:

@@ -120,7 +120,9 @@ def parity(
         assert len(step.micro_batches) == accumulation
         tally = accumulate(cohort, step, objective)
         losses.append(place.agree(tally.losses_S.clone()))
-        norms.append(cohort.step(tally.losses_S, [c.learning_rate for c in configs], stop=False).gradient_norms)
+        norms.append(
+            cohort.step(tally.losses_S, tally.ce_S, [c.learning_rate for c in configs], stop=False).gradient_norms
+        )
     expected_losses, expected_norms, expected_weights = plain_loop(tied, path)
     return {
         "norms": (torch.tensor(norms) / torch.tensor(expected_norms) - 1).abs().max().item(),
@@ -138,21 +140,25 @@ def poison(place: runtime.Runtime, file: TokenFile, stage: int, what: str, preci
     objective = coefficients(OBJECTIVE, len(cohort), place.device)
     rates = [c.learning_rate for c in configs]
     first, second, third = data(file, None, place.rank, place.world).steps(1, 3)
-    cohort.step(accumulate(cohort, first, objective).losses_S, rates, stop=False)
+    tally = accumulate(cohort, first, objective)
+    cohort.step(tally.losses_S, tally.ce_S, rates, stop=False)
     before = [student.record() for student in cohort]
 
     bad_rank = place.rank == place.world - 1
     hooks = []
     if what == "gradient" and bad_rank:
         hooks.append(cohort[1].model.norm.weight.register_hook(lambda g: g * float("nan")))
+    if what == "forward" and bad_rank:  # from here it reaches the losses of all, through the divergence
+        hooks.append(cohort[1].model.norm.register_forward_hook(lambda _, __, out: (out[0] * float("nan"), out[1])))
     tally = accumulate(cohort, second, objective)
     for hook in hooks:
         hook.remove()
     if what == "loss" and bad_rank:
         tally.losses_S[1] = float("inf")
-    outcome = cohort.step(tally.losses_S, rates, stop=place.rank == 0)
+    outcome = cohort.step(tally.losses_S, tally.ce_S, rates, stop=place.rank == 0)
     after = [student.record() for student in cohort]
-    third_outcome = cohort.step(accumulate(cohort, third, objective).losses_S, rates, stop=False)
+    tally = accumulate(cohort, third, objective)
+    third_outcome = cohort.step(tally.losses_S, tally.ce_S, rates, stop=False)
     later = [student.record() for student in cohort]
     return {
         "bad": outcome.bad,
@@ -165,20 +171,27 @@ def poison(place: runtime.Runtime, file: TokenFile, stage: int, what: str, preci
     }
 
 
-def separate(place: runtime.Runtime, file: TokenFile) -> dict:
-    """Which students' parameters hold a gradient after one student's backward alone."""
-    cohort = cohort_of(students(tied=True), TrainConfig(zero_stage=0), place)
+def separate(place: runtime.Runtime, file: TokenFile, stage: int) -> dict:
+    """Which students hold a gradient anywhere, in a parameter or in ZeRO's buffers, after one student's backward."""
+    cohort = cohort_of(students(tied=True), TrainConfig(zero_stage=stage), place)  # pyright: ignore[reportArgumentType]
     objective = coefficients(OBJECTIVE, len(cohort), place.device)
     (step,) = data(file, None, place.rank, place.world).steps(1, 1)
     (batch,) = step.micro_batches
-    streams = [student.project(student.body(batch)) for student in cohort]
-    result = linear_ensemble_kl(streams, [], batch.targets_N, normalizer=step.valid_tokens, **vars(objective))
+    hidden = [student.body(batch) for student in cohort]
     seen = {}
-    for i, student in enumerate(cohort):
-        student.backward(result.losses[i], last=False)
-        seen[student.name] = [s.name for s in cohort if any(p.grad is not None for p in s.model.parameters())]
-        student.engine.zero_grad()
+    with cohort.heads():
+        streams = [student.project(hidden_ND) for student, hidden_ND in zip(cohort, hidden, strict=True)]
+        result = linear_ensemble_kl(streams, [], batch.targets_N, normalizer=step.valid_tokens, **vars(objective))
+        for i, student in enumerate(cohort):
+            student.backward(result.losses[i], last=True)
+            seen[student.name] = [other.name for other in cohort if holds_gradient(other)]
+            student.discard()
     return seen
+
+
+def holds_gradient(student: Student) -> bool:
+    reduced = getattr(student.engine.optimizer, "averaged_gradients", {})
+    return any(p.grad is not None for p in student.model.parameters()) or any(g is not None for g in reduced.values())
 
 
 def main(folder: Path) -> None:
@@ -196,11 +209,12 @@ def main(folder: Path) -> None:
     findings["parity-zero3-recompute"] = parity(place, path, 3, 4, True, recompute=True)
     for stage in (1, 2, 3):
         findings[f"parity-zero{stage}-bf16"] = parity(place, path, stage, 2, True, precision="bf16")
-    for stage, what in itertools.product((0, 1, 2, 3), ("loss", "gradient")):
+    for stage, what in itertools.product((0, 1, 2, 3), ("loss", "gradient", "forward")):
         findings[f"poison-zero{stage}-{what}-fp32"] = poison(place, file, stage, what, "fp32")
     for stage in (1, 2, 3):
         findings[f"poison-zero{stage}-gradient-bf16"] = poison(place, file, stage, "gradient", "bf16")
-    findings["separate"] = separate(place, file)
+    for stage in (0, 1, 2, 3):
+        findings[f"separate-zero{stage}"] = separate(place, file, stage)
     if place.is_main:
         (folder / f"findings-{place.world}.json").write_text(json.dumps(findings))
 

@@ -204,3 +204,11 @@ def test_final_table_keeps_paths_whole():
     assert lines[3].split() == ["large", "58.34M", "2.5000", "3.1250", "87.5%", "12,346"]
     assert lines[4].split() == ["best", "possible", "2.0000", "2.5000"]
     assert [line.split()[1] for line in lines[-3:]] == [folder + "small", folder + "large", "/data/report.html"]
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, None) as log:
+        log._file.close()
+        log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115  (the log closes it)
+        with pytest.raises(ValueError, match=r"/dev/full could not be written .*No space left on device.*: make room"):
+            log.write({"kind": "event", "step": 1, "text": "x"})

@@ -47,7 +47,7 @@ def test_bf16_follows_the_plain_loop_within_its_rounding(findings: dict[str, Any
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    [f"poison-zero{stage}-{what}-fp32" for stage in (0, 1, 2, 3) for what in ("loss", "gradient")]
+    [f"poison-zero{stage}-{what}-fp32" for stage in (0, 1, 2, 3) for what in ("loss", "gradient", "forward")]
     + [f"poison-zero{stage}-gradient-bf16" for stage in (1, 2, 3)],
 )
 def test_one_student_that_is_not_finite_stops_the_step_of_all(findings: dict[str, Any], case: str) -> None:
@@ -61,5 +61,6 @@ def test_one_student_that_is_not_finite_stops_the_step_of_all(findings: dict[str
 
 
 @pytest.mark.slow
-def test_backward_of_one_student_leaves_the_others_without_gradient(findings: dict[str, Any]) -> None:
-    assert findings["separate"] == {"a": ["a"], "b": ["b"], "c": ["c"]}
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_backward_of_one_student_leaves_the_others_without_gradient(findings: dict[str, Any], stage: int) -> None:
+    assert findings[f"separate-zero{stage}"] == {"a": ["a"], "b": ["b"], "c": ["c"]}

@@ -20,16 +20,28 @@ for _ in range(600):
         break
     time.sleep(0.05)
 """
-LAUNCHER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}])"
+# Each names a launcher in its command line, as DeepSpeed's two do.
+LAUNCHER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}, 'rank'])"
+RUNNER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {LAUNCHER!r}, 'deepspeed.launcher.launch'])"
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "launcher dies"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "runner dies"])
 def test_a_rank_hears_of_it(how: str) -> None:
-    with subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True, cwd=ROOT) as launcher:
-        assert launcher.stdout is not None
-        rank = int(launcher.stdout.readline())
-        if how == "launcher dies":
-            launcher.kill()
+    command = [sys.executable, "-c", RUNNER, "deepspeed"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as runner:
+        assert runner.stdout is not None
+        rank = int(runner.stdout.readline())
+        if how == "runner dies":
+            runner.kill()
         else:
             os.kill(rank, signal.Signals[how])
-        assert launcher.stdout.readline() == "stops\n"
+        assert runner.stdout.readline() == "stops\n"
+
+
+def test_a_rank_without_a_launcher_outlives_the_shell_that_started_it() -> None:
+    shell = LAUNCHER.replace("range(600)", "range(60)")
+    with subprocess.Popen([sys.executable, "-c", shell], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+        assert process.stdout.readline() == "", "it goes on to its end, and never stops"

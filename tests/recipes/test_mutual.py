@@ -1,18 +1,21 @@
 """The main recipe as users meet it: what it leaves behind, and one line for each mistake, with nothing written."""
 
 import errno
+import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from engine import checkpoint
-from engine.config import Config, build
+from engine.config import Config, as_dict, build
 from engine.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +96,8 @@ def test_a_finished_run_asked_again_ends_with_the_same_table(
         (["train.micro_batch=3"], ["micro_batch=3", "divisor of 4"]),
         (["data.tokenizer.pieces=30000"], ["pieces=30000", "at most", "fewer"]),
         (["train.zero_stage=0", "train.precision=bf16"], ["zero_stage=0", "bf16", "zero_stage=1"]),
+        (["objective.peers=0", "objective.temperature=2"], ["objective.temperature", "raise objective.peers"]),
+        (["students.0.init=nowhere"], ["students.one.init=nowhere", "no config.json"]),
         (["run.resume=always"], ["no checkpoint", "run.resume=auto"]),
         (["evaluation.pairs=nowhere.jsonl"], ["evaluation.pairs=nowhere.jsonl", "expected a file or folder"]),
     ],
@@ -188,13 +193,43 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest
     assert "lower the learning rate" in message
     records = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "skipped"] == [2, 3]
-    assert set(records[-1]["students"]) <= {"one", "two"}
+    assert records[-1]["students"] == ["one", "two"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.run import Run
+
+    rates = Run.learning_rates
+    ruinous = float("inf")
+    monkeypatch.setattr(
+        Run, "learning_rates", lambda self, step: [ruinous, 1e-3] if step.number == 4 else rates(self, step)
+    )
+    message = refusal(tiny(tmp_path, "evaluation.every=100"))
+    good = checkpoint.latest(tmp_path / "runs" / "tiny" / "checkpoints")
+    assert good is not None
+    assert good.name == "step-00000002"
+    assert message.startswith("one: ")
+    assert str(good) in message
+
+
+def test_a_run_that_is_being_trained_is_left_alone(trained: Path) -> None:
+    with (trained / "runs" / "tiny" / "ranks.pid").open("w") as held:
+        held.write("4711\n")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        message = refusal(tiny(trained))
+    assert "is being trained right now, by processes 4711" in message
+
+
+def environment() -> dict[str, str]:
+    """This process's own, without the process group that other tests made in it."""
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in group}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_the_command_line_says_one_line_and_exits_with_2(tmp_path: Path) -> None:
@@ -202,6 +237,30 @@ def test_the_command_line_says_one_line_and_exits_with_2(tmp_path: Path) -> None
     assert done.returncode == 2
     assert done.stderr == "error: unknown key 'train.stepz': did you mean 'steps'?\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_killed_without_warning_and_run_again(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a sitting, twice; the end is that of a run nobody touched, bit for bit."""
+    settings = tmp_path / "tiny.yaml"
+    settings.write_text(yaml.safe_dump(as_dict(tiny(tmp_path, "train.steps=60", "checkpoint.every=7"))))
+    command = [sys.executable, RECIPE, "--config", str(settings)]
+    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    for lines in (15, 40):
+        with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL) as process:
+            while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.kill()
+        assert (tmp_path / "runs" / "tiny" / "ranks.pid").exists(), "it had no time to tidy up"
+    for name in ("tiny", "whole"):
+        done = run(*command, f"run.name={name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    for student in ("one", "two"):
+        ends = [checkpoint.at_step(tmp_path / "runs" / name / "checkpoints", 60) for name in ("tiny", "whole")]
+        broken, whole = (checkpoint.read_student(end, student) for end in ends)
+        assert broken.keys() == whole.keys()
+        assert all(torch.equal(broken[key], whole[key]) for key in whole)
 
 
 @pytest.mark.slow

@@ -115,19 +115,6 @@ def test_chosen_rows_are_the_rows_of_the_whole() -> None:
     assert torch.equal(model(TOKENS, rows_N=rows_N), model(TOKENS)[rows_N])
 
 
-def test_packed_documents_do_not_see_one_another_nor_padding() -> None:
-    model = model_of()
-    a, b = TOKENS[:1, :4], TOKENS[1:2, :7]
-    packed_BL = torch.cat([a, b, TOKENS[2:, :3]], dim=1)
-    segments_BL = torch.tensor([[0] * 4 + [1] * 7 + [-1] * 3])
-    found = logits(model, packed_BL, segments_BL=segments_BL)
-    # The second document stands at other rotary positions, which only differences enter.
-    torch.testing.assert_close(found[:4], logits(model, a), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[4:11], logits(model, b), rtol=1e-5, atol=1e-5)
-    assert found.isfinite().all()
-    assert not torch.allclose(logits(model, packed_BL)[4:11], found[4:11], atol=1e-2), "without segments they do"
-
-
 def test_recomputing_activations_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     swiglu = kernels.swiglu

@@ -69,7 +69,9 @@ def sweep(
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize(("students", "streams"), [(1, 1), (1, 2), (2, 2), (2, 4), (3, 3), (1, 8), (5, 8)])
+@pytest.mark.parametrize(
+    ("students", "streams"), [(1, 1), (1, 2), (2, 2), (3, 3), (2, 4), (5, 5), (1, 6), (4, 7), (1, 8), (5, 8)]
+)
 def test_losses_and_gradients_equal_the_naive_ones(students, streams, temperature, divergence):
     logits = [x.requires_grad_() for x in make_logits(streams, 6, 11)]
     targets = torch.tensor([3, -100, 0, 10, 5, 5])
