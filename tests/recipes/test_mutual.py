@@ -243,7 +243,13 @@ def test_the_command_line_says_one_line_and_exits_with_2(tmp_path: Path) -> None
 def test_killed_without_warning_and_run_again(tmp_path: Path) -> None:
     """SIGKILL in the middle of a sitting, twice; the end is that of a run nobody touched, bit for bit."""
     settings = tmp_path / "tiny.yaml"
-    settings.write_text(yaml.safe_dump(as_dict(tiny(tmp_path, "train.steps=60", "checkpoint.every=7"))))
+    settings.write_text(
+        yaml.safe_dump(
+            as_dict(
+                tiny(tmp_path, "train.steps=60", "checkpoint.every=7", "evaluation.every=30", "evaluation.pairs=none")
+            )
+        )
+    )
     command = [sys.executable, RECIPE, "--config", str(settings)]
     metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
     for lines in (15, 40):
