@@ -41,7 +41,7 @@ class StudentStep(TypedDict):
     ce: float  # nats per token, temperature 1
     grad_norm: float  # before clipping
     lr: float
-    tokens_per_second: float
+    tokens_per_second: float  # over the time of its own forward, backward and update; the joint loss is not its own
     model_flops_per_second: float  # the model's own arithmetic, recomputation not counted
     clipped: bool
 
@@ -101,7 +101,7 @@ class StudentSummary(TypedDict):
     validation_loss_per_word: float  # nats per word
     pairs_accuracy: float | None  # 0 to 1
     pairs_by_phenomenon: dict[str, float]  # 0 to 1
-    tokens_per_second: float
+    tokens_per_second: float  # over the time of its own work, as in StudentStep
     folder: str
     best_step: int
     samples: list[str]
@@ -382,7 +382,7 @@ class Progress:
 def final_table(summary: Summary) -> str:
     """The table a run ends with. Plain text, so that no terminal, however narrow, cuts a path short."""
     data = summary["data"]
-    rows = [("student", "parameters", "nats/token", "nats/word", "pairs", "tokens/s")]
+    rows = [("student", "parameters", "nats/token", "nats/word", "pairs", "own tokens/s")]
     for student in summary["students"]:
         pairs = student["pairs_accuracy"]
         rows.append(

@@ -192,7 +192,7 @@ def results(summary: Summary) -> str:
     columns = [("parameters", ""), ("validation loss", "nats per token"), ("validation loss", "nats per word")]
     columns += [("above the best", "nats per word")] if entropy is not None else []
     columns += [("minimal pairs", "right")] if has_pairs else []
-    columns += [("speed", "tokens/s"), ("best at", "step")]
+    columns += [("own speed", "tokens/s"), ("best at", "step")]
     head = "".join(f'<th>{title}<span class="unit">{unit}</span></th>' for title, unit in columns)
     best_loss = min(student["validation_loss_per_word"] for student in students)
     best_pairs = max(student["pairs_accuracy"] or 0.0 for student in students)
@@ -392,7 +392,13 @@ def throughput(history: History) -> str:
     flops = _student_curves(history, "model_flops_per_second")
     return (
         '<h2>Throughput</h2><div class="charts">'
-        + chart("Tokens per second", "", speeds, history.timeline(), _axis_from_zero(speeds))
+        + chart(
+            "Tokens per second",
+            "total, and each student by the time of its own work",
+            speeds,
+            history.timeline(),
+            _axis_from_zero(speeds),
+        )
         + chart("Model FLOP/s", "recomputation not counted", flops, history.timeline(), _axis_from_zero(flops))
         + "</div>"
     )
