@@ -4,11 +4,13 @@ Each world size is spawned once and runs every case inside (parity_worker.py); t
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+WORLDS = (1, 2)
 TOLERANCE = 1e-5
 PARITY = [
     f"parity-zero{stage}-accumulation{accumulation}-{head}"
@@ -18,10 +20,18 @@ PARITY = [
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def findings(request: pytest.FixtureRequest, spawn_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module")
+def folder(spawn_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both world sizes, at work side by side, leave their findings."""
     folder = tmp_path_factory.mktemp("parity")
-    spawn_ranks(Path(__file__).with_name("parity_worker.py"), request.param, folder)
+    worker = Path(__file__).with_name("parity_worker.py")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda world: spawn_ranks(worker, world, folder), WORLDS))
+    return folder
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=["1 rank", "2 ranks"])
+def findings(request: pytest.FixtureRequest, folder: Path) -> Any:
     return json.loads((folder / f"findings-{request.param}.json").read_text())
 
 
