@@ -136,7 +136,9 @@ def _launchers() -> list[psutil.Process]:
             command = " ".join(process.cmdline())
         except psutil.Error:
             break
-        if "python" not in process.name() or not re.search(r"deepspeed|torchrun|torch\.distributed", command):
+        # The name is the script's where a script was started by its first line, and else the interpreter's.
+        by_python = re.search("python|deepspeed|torchrun", process.name())
+        if not by_python or not re.search(r"deepspeed|torchrun|torch\.distributed", command):
             break
         found.append(process)
     return found
