@@ -1,8 +1,8 @@
 """Which backend runs an op: auto, triton, native or reference.
 
 An op is a folder `kernels/ops/<op>`; a backend of it is the module of that name inside: `reference.py` and, where they
-exist, `triton.py` and `native` (the extension module built from `native.cpp`). Each defines the same function. So a
-backend is added to an op by adding the module: nothing is registered.
+exist, `triton.py` and `native.py` (whose work `native.cpp` does). Each defines the same function. So a backend is added
+to an op by adding the module: nothing is registered.
 
 The choice is made when an op is called. Its backward is part of what was chosen, so it does not matter that autograd
 runs it in another thread, perhaps after the choice has changed.
@@ -10,20 +10,26 @@ runs it in another thread, perhaps after the choice has changed.
 
 import functools
 import importlib
+import logging
 import os
 import pkgutil
 from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor
+
+from kernels import native
 
 NAMES = ("auto", "triton", "native", "reference")
 ENVIRONMENT = "KERNELS_BACKEND"
 
+log = logging.getLogger(__name__)
+
 _FASTEST = {"cuda": "triton", "cpu": "native"}
 _REMEDY = {
     "triton": "install Triton with `pip install 'creche[gpu]'`",
-    "native": "build the C++ kernels by reinstalling creche with g++ and cmake at hand",
+    "native": "install a C++ compiler and reinstall creche with `pip install --no-build-isolation --no-deps .`",
 }
 
 _process_default: str | None = None  # None: not chosen by this process, so the environment decides
@@ -59,8 +65,9 @@ def backend(name: str | None = None) -> _Backend:
 
     Args:
         name: "auto" takes, op by op, Triton for CUDA tensors and the native kernels for CPU tensors where they are
-            installed, else the reference. "triton", "native" and "reference" are taken at their word: an op without
-            that backend raises. Until the process chooses, the environment variable KERNELS_BACKEND does, else "auto".
+            installed, else the reference; under torch.compile on a CPU the reference, which the compiler fuses.
+            "triton", "native" and "reference" are taken at their word: an op without that backend raises. Until the
+            process chooses, the environment variable KERNELS_BACKEND does, else "auto".
 
     Raises:
         ValueError: an unknown name, or a backend which no op has in this installation.
@@ -86,7 +93,11 @@ def implementation(op: str, tensor: Tensor) -> ModuleType:
     name = current()
     if name == "auto":
         name = _FASTEST.get(tensor.device.type, "reference")
-        if not _offers(op, name):
+        if name == "native" and torch.compiler.is_compiling():
+            name = "reference"
+        elif not _offers(op, name):
+            if name == "native":
+                _regret_once()
             name = "reference"
     elif not _offers(op, name):
         raise ValueError(f"backend {name!r} has no {op} in this installation: {_REMEDY[name]}, or choose 'auto'")
@@ -104,5 +115,14 @@ def _check(name: str, source: str) -> None:
 
 @functools.cache
 def _offers(op: str, name: str) -> bool:
-    installed = name != "triton" or find_spec("triton") is not None
-    return installed and find_spec(f"kernels.ops.{op}.{name}") is not None
+    if find_spec(f"kernels.ops.{op}.{name}") is None:
+        return False
+    if name == "triton":
+        return find_spec("triton") is not None
+    return name != "native" or native.problem() is None
+
+
+@functools.cache
+def _regret_once() -> None:
+    if os.environ.get("RANK", "0") == "0":
+        log.warning("kernels: %s, so the slow reference runs on the CPU: %s", native.problem(), _REMEDY["native"])

@@ -71,7 +71,7 @@ def test_an_unknown_name(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"), [("triton", r"pip install 'creche\[gpu\]'"), ("native", r"g\+\+ and cmake")]
+    ("name", "remedy"), [("triton", r"pip install 'creche\[gpu\]'"), ("native", r"C\+\+ compiler")]
 )
 def test_a_backend_that_is_not_installed(name, remedy, monkeypatch):
     find_spec = dispatch.find_spec

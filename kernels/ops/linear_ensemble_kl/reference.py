@@ -91,10 +91,17 @@ def losses_and_gradients(
             if d_bias is not None:
                 d_bias.add_(d.sum(0))
 
+    return weighted_losses(ce_weight, ce_SN, kl_weight, kl_SRN, temperature), ce_SN, kl_SRN, gradients
+
+
+def weighted_losses(
+    ce_weight: Tensor, ce_SN: Tensor, kl_weight: Tensor | None, kl_SRN: Tensor | None, temperature: float
+) -> Tensor:
+    """[S], of losses per token and weights that hold 1 / normalizer."""
     losses = _weighted(ce_weight, ce_SN.sum(-1))
     if kl_weight is not None and kl_SRN is not None:
         losses += temperature**2 * _weighted(kl_weight, kl_SRN.sum(-1)).sum(-1)
-    return losses, ce_SN, kl_SRN, gradients
+    return losses
 
 
 def _weighted(weight: Tensor, loss: Tensor) -> Tensor:

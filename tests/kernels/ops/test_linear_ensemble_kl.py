@@ -9,7 +9,9 @@ from torch import Tensor
 
 import kernels
 from kernels import Projected
-from kernels.ops.linear_ensemble_kl import reference
+from kernels.ops.linear_ensemble_kl import native, reference
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 TOKENS, VOCABULARY = 11, 13
 TARGETS = torch.tensor([0, 12, -100, 4, 5, -100, 7, 8, 0, 1, 2])
@@ -61,11 +63,12 @@ def naive_losses(
     divergence="forward",
     kl_mask=None,
 ) -> list[Tensor]:
-    """With autograd, and N × V in memory."""
+    """With autograd through the reference, and N × V in memory."""
     streams = [full_logits(stream) for stream in (*students, *teachers)]
     options: dict[str, Any] = {"students": len(students), "temperature": temperature, "divergence": divergence}
-    ce = kernels.ensemble_kl(streams, targets, **options).ce
-    kl = kernels.ensemble_kl(streams, None, **options).kl
+    with kernels.backend("reference"):
+        ce = kernels.ensemble_kl(streams, targets, **options).ce
+        kl = kernels.ensemble_kl(streams, None, **options).kl
     rows = targets != -100 if kl_mask is None else kl_mask
     kl_weight = torch.zeros(kl.shape[:2]) if kl_weight is None else kl_weight
     return [
@@ -81,6 +84,7 @@ def chunk_of(monkeypatch):
     def set_chunk(tokens: int, students: int, streams: int, itemsize: int = 8) -> None:
         row = (2 * streams + 2 * students + reference.TEMPORARIES) * VOCABULARY * itemsize
         monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", tokens * row)
+        monkeypatch.setattr(native, "BUDGET", tokens * streams * VOCABULARY * itemsize)
 
     return set_chunk
 

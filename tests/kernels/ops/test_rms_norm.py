@@ -4,7 +4,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import kernels
 
+pytestmark = pytest.mark.usefixtures("backend")
 
+
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_transformers_bitwise(dtype):
     torch.manual_seed(0)
@@ -21,6 +24,7 @@ def test_residual():
     assert torch.equal(normed, kernels.rms_norm(x + residual, weight))
 
 
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
 def test_differentiable_twice_and_forward():
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5), (5,), (2, 5))]

@@ -4,6 +4,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import kernels
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def make(dtype=torch.float64):
     torch.manual_seed(0)
@@ -27,6 +29,7 @@ def test_bf16_is_rounded_once():
         assert torch.equal(got, want.bfloat16())
 
 
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
 def test_differentiable_twice_and_forward():
     q, k, cos, sin = make()
     inputs = [q[:1, :2].requires_grad_(), k[:1, :2].requires_grad_()]

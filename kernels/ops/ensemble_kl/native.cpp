@@ -1,0 +1,635 @@
+// `ensemble_kl` on a CPU: one row of all streams at a time, which stays in a core's cache.
+//
+// N tokens, V vocabulary, S students, R streams. reference.py has the definitions; the formulas of the gradients stand at
+// `loss_and_grad` there. A row is taken in three steps:
+//   softmax      reads each logit once from memory; probabilities go to a buffer of this thread
+//   divergences  the row's sums Σ p·f(u), from logits and probabilities in cache
+//   gradients    from the same, written once
+// In whatever order threads take rows, a row is computed alone and in one order: results are bitwise repeatable.
+
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "../../native/vector.h"
+
+namespace creche::ensemble_kl {
+
+using at::Tensor;
+using at::vec::fmadd;
+
+constexpr int MAX_STREAMS = 8;
+constexpr int64_t BLOCK = 1024;  // columns; a block of one stream is 4 KiB
+constexpr double EDGE = 0.25;    // below this |u|, f is taken from its series
+constexpr double LOWEST = -1e38;   // stands for −inf, so that differences of logits are never NaN; in fp32's range
+constexpr double INFINITE = 1e12;  // no loss of finite logits comes near
+
+// 1 / k!
+template <class A>
+constexpr auto SERIES = [] {
+  std::array<A, 14> inverse{1};
+  for (double k = 1, factorial = 1; k < 14; ++k) inverse[k] = static_cast<A>(1 / (factorial *= k));
+  return inverse;
+}();
+
+enum Divergence : int64_t { FORWARD, REVERSE, JSD };
+
+// [N, V] logits or gradients of any storage type.
+struct Matrix {
+  char* data = nullptr;
+  at::ScalarType type = at::kFloat;
+  int64_t row_stride = 0, column_stride = 0;
+
+  Matrix() = default;
+  explicit Matrix(const Tensor& x)
+      : data(static_cast<char*>(x.data_ptr())),
+        type(x.scalar_type()),
+        row_stride(x.stride(0)),
+        column_stride(x.stride(1)) {}
+
+  template <class T>
+  T* row(int64_t n) const {
+    return reinterpret_cast<T*>(data) + n * row_stride;
+  }
+};
+
+// The factor of a loss, in each row: an element of a [..., N] tensor, or one value for all rows.
+struct Weight {
+  const double* data = nullptr;
+  int64_t row_stride = 0;
+
+  double operator[](int64_t n) const { return data == nullptr ? 0.0 : data[n * row_stride]; }
+};
+
+// What to compute. Null pointers: not wanted.
+struct Problem {
+  int64_t tokens, vocabulary;
+  int students, streams;
+  double temperature;
+  Divergence divergence;
+  bool with_ce = false, with_kl = false;
+  std::array<Matrix, MAX_STREAMS> logits{}, gradients{};
+  const int64_t* targets = nullptr;  // [N]
+  const bool *ce_rows = nullptr, *kl_rows = nullptr;  // [N]; null: all rows count
+  double *ce = nullptr, *kl = nullptr;
+  // d loss_i = ce_weight[i]·d CE_i + Σ_j kl_weight[i][j]·d KL_ij
+  std::array<Weight, MAX_STREAMS> ce_weight{};
+  std::array<std::array<Weight, MAX_STREAMS>, MAX_STREAMS> kl_weight{};
+};
+
+template <class T>
+void widen(const Matrix& from, int64_t n, int64_t vocabulary, Wide<T>* to) {
+  const T* row = from.template row<T>(n);
+  if (from.column_stride == 1) {
+    for_each_vector<Wide<T>>(vocabulary, [&](int64_t v, auto count) { load(row + v, count).store(to + v, count); });
+  } else {
+    for (int64_t v = 0; v < vocabulary; ++v) to[v] = static_cast<Wide<T>>(row[v * from.column_stride]);
+  }
+}
+
+// One thread's row, in the arithmetic type A.
+template <class A>
+class Row {
+ public:
+  explicit Row(const Problem& problem)
+      : p_(problem),
+        shares_(problem.temperature == 1),
+        wants_gradients_(
+            std::any_of(problem.gradients.begin(), problem.gradients.end(), [](auto& g) { return g.data != nullptr; })),
+        blocks_((problem.vocabulary + BLOCK - 1) / BLOCK),
+        stride_(blocks_ * BLOCK),
+        peaks_(blocks_),
+        sums_(blocks_),
+        storage_(new A[(problem.streams * 2 + problem.students) * stride_ + 64]) {
+    A* at = storage_.get();
+    at += (64 - reinterpret_cast<uintptr_t>(at) / sizeof(A) % 64) % 64;
+    const auto take = [&] { return std::exchange(at, at + stride_); };
+    for (int r = 0; r < p_.streams; ++r) {
+      tempered_[r] = {take(), std::vector<A>(blocks_), 0};
+      copied_[r] = take();
+    }
+    for (int i = 0; i < p_.students; ++i) plain_[i] = {take(), std::vector<A>(blocks_), 0};
+  }
+
+  void run(int64_t n) {
+    const bool ce_row = p_.with_ce && (p_.ce_rows == nullptr || p_.ce_rows[n]);
+    const bool kl_row = p_.with_kl && (p_.kl_rows == nullptr || p_.kl_rows[n]);
+    if (!ce_row && !kl_row) return ignore(n);
+    fetch(n, kl_row ? p_.streams : p_.students);
+    for (int r = 0; kl_row && r < p_.streams; ++r) softmax(logits_[r], static_cast<A>(1 / p_.temperature), tempered_[r]);
+    for (int i = 0; ce_row && i < p_.students; ++i) {
+      if (!(kl_row && shares_)) softmax(logits_[i], A(1), plain_[i]);
+    }
+    // At temperature 1 the two are one.
+    const auto& plain = kl_row && shares_ ? tempered_ : plain_;
+    if (kl_row && (p_.kl != nullptr || (wants_gradients_ && p_.divergence != FORWARD))) divergences();
+    write_losses(n, ce_row, kl_row, plain);
+    if (!wants_gradients_) return;
+    for (int i = 0; i < p_.students; ++i) {
+      ce_factor_[i] = ce_row ? p_.ce_weight[i][n] : 0;
+      for (int j = 0; j < p_.streams; ++j) kl_factor_[i][j] = kl_row && i != j ? p_.kl_weight[i][j][n] : 0;
+    }
+    for (int64_t b = 0; b < blocks_; ++b) gradients(n, b, plain, ce_row, kl_row);
+  }
+
+ private:
+  using V = Vec<A>;
+
+  // Probabilities are unscaled[v]·factor[block of v].
+  struct Softmax {
+    A* unscaled;
+    std::vector<A> factor;
+    double log_sum;  // of exponentials, in nats
+  };
+
+  int64_t width(int64_t block) const { return std::min(BLOCK, p_.vocabulary - block * BLOCK); }
+
+  void ignore(int64_t n) {
+    write_losses(n, false, false, plain_);
+    for (int i = 0; i < p_.students; ++i) {
+      const Matrix& to = p_.gradients[i];
+      if (to.data == nullptr) continue;
+      with_storage(to.type, [&](auto element) {
+        using T = decltype(element);
+        T* row = to.template row<T>(n);
+        for (int64_t v = 0; v < p_.vocabulary; ++v) row[v * to.column_stride] = T(0);
+      });
+    }
+  }
+
+  // Points at the row's logits where they are of type A and adjacent, and else at a copy that is.
+  void fetch(int64_t n, int streams) {
+    for (int r = 0; r < streams; ++r) {
+      const Matrix& from = p_.logits[r];
+      if (from.type == c10::CppTypeToScalarType<A>::value && from.column_stride == 1) {
+        logits_[r] = from.template row<A>(n);
+        continue;
+      }
+      logits_[r] = copied_[r];
+      with_storage(from.type, [&](auto element) {
+        using T = decltype(element);
+        if constexpr (std::is_same_v<Wide<T>, A>) {
+          widen<T>(from, n, p_.vocabulary, copied_[r]);
+        } else if constexpr (std::is_same_v<A, double>) {
+          const T* row = from.template row<T>(n);
+          for (int64_t v = 0; v < p_.vocabulary; ++v) copied_[r][v] = static_cast<A>(row[v * from.column_stride]);
+        }
+      });
+    }
+  }
+
+  // The softmax of t·z. A block is taken relative to its own maximum: so the row is read from memory once, its maximum is
+  // not needed before its exponentials, and the factors are applied where the probabilities are used.
+  void softmax(const A* z, A t, Softmax& to) {
+    constexpr int64_t STEP = 4 * V::size();
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const A* from = z + b * BLOCK;
+      const int64_t whole = width(b) / STEP * STEP;
+      std::array<V, 4> peaks;
+      peaks.fill(V(static_cast<A>(LOWEST)));
+      for (int64_t at = 0; at < whole; at += STEP) {
+        for (int k = 0; k < 4; ++k) peaks[k] = larger(V::loadu(from + at + k * V::size()), peaks[k]);
+      }
+      const V peak = larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3]));
+      A highest = at::vec::vec_reduce_all<A>([](V& a, V& b) { return larger(a, b); }, peak);
+      for (int64_t at = whole; at < width(b); ++at) highest = from[at] > highest ? from[at] : highest;
+      peaks_[b] = highest;
+      V total(0);
+      for_each_vector<A>(width(b), [&](int64_t at, auto size) {
+        V x = V::loadu(from + at, size) - V(highest);
+        __builtin_prefetch(from + BLOCK + at);
+        if (t != 1) x = x * V(t);
+        V e = exponential(x);
+        if (size != V::size()) e = V::set(V(0), e, size);
+        e.store(to.unscaled + b * BLOCK + at);
+        total = total + e;
+      });
+      sums_[b] = sum<A>(total);
+    }
+    double peak = LOWEST, total = 0;
+    for (const A x : peaks_) peak = std::max(peak, double(x));
+    for (int64_t b = 0; b < blocks_; ++b) total += sums_[b] * std::exp((peaks_[b] - peak) * t);
+    for (int64_t b = 0; b < blocks_; ++b) to.factor[b] = static_cast<A>(std::exp((peaks_[b] - peak) * t) / total);
+    to.log_sum = peak * t + std::log(total);
+  }
+
+  // u = log p_i − log p_j, of `size` columns from v. Where both logits are −inf it is a number, not NaN; nothing is hidden
+  // by that, as a NaN of the streams is in their probabilities too.
+  template <class Size>
+  V log_ratio(int i, int j, int64_t v, Size size) const {
+    const V limit(static_cast<A>(-LOWEST));
+    V difference = V::loadu(logits_[i] + v, size) - V::loadu(logits_[j] + v, size);
+    if (!shares_) difference = difference * V(static_cast<A>(1 / p_.temperature));
+    difference = smaller(larger(difference, limit.neg()), limit);
+    return difference - V(static_cast<A>(tempered_[i].log_sum - tempered_[j].log_sum));
+  }
+
+  // Row sums of p·f(u), u = log p − log q, f(u) = u − 1 + e^{−u}, and, if both ways are wanted, of q·f(−u). They are taken
+  // as `_kl_both_ways` in reference.py does: with c = u clamped to ±EDGE, p·f(u) = p·(f(c) + u − c) + (q − p·e^{−c}). The
+  // last term is 0 within the edges, and beyond them its sign is known: it needs no branch and no exponential.
+  struct KL {
+    V forths{0}, backs{0}, above{0}, below{0};
+
+    template <bool both_ways>
+    void add(V u, V p, V q) {
+      const V edge(static_cast<A>(EDGE)), grow(static_cast<A>(std::exp(EDGE))), zero(0);
+      const V c = smaller(larger(u, edge.neg()), edge);
+      const V square = c * c;
+      // f(c) = even + odd, f(−c) = even − odd: cosh c − 1 and c − sinh c. Truncated at 1e-8 and 1e-17 of f.
+      constexpr int half_order = std::is_same_v<A, float> ? 3 : 6;
+      V even(SERIES<A>[2 * half_order]), odd(-SERIES<A>[2 * half_order + 1]);
+      for (int k = half_order - 1; k >= 1; --k) {
+        even = fmadd(even, square, V(SERIES<A>[2 * k]));
+        odd = fmadd(odd, square, V(-SERIES<A>[2 * k + 1]));
+      }
+      if constexpr (both_ways) {
+        even = even * square;
+        odd = fmadd(odd, c * square, u - c);
+        forths = fmadd(p, even + odd, forths);
+        backs = fmadd(q, even - odd, backs);
+      } else {
+        forths = fmadd(p, fmadd(fmadd(odd, c, even), square, u - c), forths);
+      }
+      above = above + larger(p - q * grow, zero);
+      below = below + larger(q - p * grow, zero);
+    }
+
+    double forth() const { return sum<A>(forths) + double(sum<A>(below)) - std::exp(-EDGE) * sum<A>(above); }
+    double back() const { return sum<A>(backs) + double(sum<A>(above)) - std::exp(-EDGE) * sum<A>(below); }
+  };
+
+  // log p − log m and log q − log m, m = (p + q) / 2, given u = log p − log q.
+  static std::pair<V, V> log_ratios_to_mean(V u) {
+    const V larger = ((V(0) - u.abs()).expm1() * V(A(0.5))).log1p().neg();  // that of the larger of p and q
+    const V zero(0);
+    return {larger + at::vec::minimum(u, zero), larger - at::vec::maximum(u, zero)};
+  }
+
+  // Of every pair with a student, the directions that a student learns by: between the two, or in the Jensen-Shannon
+  // divergence from their mean.
+  void divergences() {
+    for (int i = 0; i < p_.students; ++i) {
+      for (int j = i + 1; j < p_.streams; ++j) {
+        double forth = 0, back = 0;
+        for (int64_t b = 0; b < blocks_; ++b) {
+          KL of_p, of_q;
+          for_each_pair(i, j, b, [&](V u, V p, V q) {
+            if (p_.divergence == JSD) {
+              const V mean = (p + q) * V(A(0.5));
+              const auto [p_to_mean, q_to_mean] = log_ratios_to_mean(u);
+              of_p.template add<false>(p_to_mean, p, mean);
+              of_q.template add<false>(q_to_mean, q, mean);
+            } else if (j < p_.students) {
+              of_p.template add<true>(u, p, q);
+            } else if (p_.divergence == FORWARD) {
+              of_q.template add<false>(u.neg(), q, p);
+            } else {
+              of_p.template add<false>(u, p, q);
+            }
+          });
+          forth += of_p.forth();
+          back += p_.divergence != JSD && j < p_.students ? of_p.back() : of_q.forth();
+        }
+        from_[i][j] = forth > INFINITE ? std::numeric_limits<double>::infinity() : forth;
+        from_[j][i] = back > INFINITE ? std::numeric_limits<double>::infinity() : back;
+      }
+    }
+  }
+
+  // Calls body(u, p, q) for the vectors of block b of streams i and j, all 0 beyond the last column.
+  template <class Body>
+  void for_each_pair(int i, int j, int64_t b, const Body& body) const {
+    const V p_factor(tempered_[i].factor[b]), q_factor(tempered_[j].factor[b]);
+    for_each_vector<A>(width(b), [&](int64_t at, auto size) {
+      const int64_t v = b * BLOCK + at;
+      const V p = V::loadu(tempered_[i].unscaled + v) * p_factor, q = V::loadu(tempered_[j].unscaled + v) * q_factor;
+      const V u = log_ratio(i, j, v, size);
+      size == V::size() ? body(u, p, q) : body(V::set(V(0), u, size), V::set(V(0), p, size), V::set(V(0), q, size));
+    });
+  }
+
+  void write_losses(int64_t n, bool ce_row, bool kl_row, const std::array<Softmax, MAX_STREAMS>& plain) {
+    for (int i = 0; p_.ce != nullptr && i < p_.students; ++i) {
+      double& loss = p_.ce[i * p_.tokens + n];
+      loss = 0;
+      if (!ce_row) continue;
+      const double logit = logits_[i][p_.targets[n]];
+      loss = plain[i].log_sum - (logit < LOWEST ? LOWEST : logit);
+      if (loss > INFINITE) loss = std::numeric_limits<double>::infinity();
+    }
+    for (int i = 0; p_.kl != nullptr && i < p_.students; ++i) {
+      for (int j = 0; j < p_.streams; ++j) {
+        double& loss = p_.kl[(i * p_.streams + j) * p_.tokens + n];
+        loss = 0;
+        if (!kl_row || i == j) continue;
+        loss = p_.divergence == FORWARD   ? from_[j][i]
+               : p_.divergence == REVERSE ? from_[i][j]
+                                          : (from_[i][j] + from_[j][i]) / 2;
+      }
+    }
+  }
+
+  // Block b of student i's gradient, into `to`: its place or, where others still need what stands there, a buffer.
+  template <bool streaming>
+  void gradient(int i, int64_t b, const Softmax& plain, bool ce_row, bool kl_row, A* to) const {
+    // softmax(z_i) and, in the forward divergence, all p_r enter with a factor each
+    std::array<const A*, MAX_STREAMS + 1> terms;
+    std::array<A, MAX_STREAMS + 1> factors;
+    int linear = 0;
+    const auto add = [&](const Softmax& softmax, double factor) {
+      terms[linear] = softmax.unscaled + b * BLOCK;
+      factors[linear++] = static_cast<A>(factor) * softmax.factor[b];
+    };
+    if (kl_row && p_.divergence == FORWARD) {
+      double own = ce_row && shares_ ? ce_factor_[i] : 0;
+      for (int j = 0; j < p_.streams; ++j) own += kl_factor_[i][j];
+      for (int j = 0; j < p_.streams; ++j) add(tempered_[j], j == i ? own : -kl_factor_[i][j]);
+    }
+    if (ce_row && (linear == 0 || !shares_)) add(plain, ce_factor_[i]);
+    for_each_vector<A>(width(b), [&](int64_t at, auto size) {
+      V total(0);
+      for (int k = 0; k < linear; ++k) total = fmadd(V::loadu(terms[k] + at), V(factors[k]), total);
+      if (streaming && size == V::size()) {
+        stream(to + at, total);
+      } else {
+        total.store(to + at, size);
+      }
+    });
+    for (int j = 0; p_.divergence != FORWARD && j < p_.streams; ++j) {
+      if (kl_factor_[i][j] == 0) continue;
+      const V factor(static_cast<A>(kl_factor_[i][j] * (p_.divergence == JSD ? 0.5 : 1)) * tempered_[i].factor[b]);
+      const V mean(static_cast<A>(from_[i][j]));
+      for_each_vector<A>(width(b), [&](int64_t at, auto size) {
+        V ratio = log_ratio(i, j, b * BLOCK + at, size);
+        if (p_.divergence == JSD) ratio = log_ratios_to_mean(ratio).first;
+        const V p = V::loadu(tempered_[i].unscaled + b * BLOCK + at);
+        fmadd((ratio - mean) * p, factor, V::loadu(to + at)).store(to + at, size);
+      });
+    }
+  }
+
+  // The gradients of one block. With logits still needed, all students' are computed before any is written.
+  void gradients(int64_t n, int64_t b, const std::array<Softmax, MAX_STREAMS>& plain, bool ce_row, bool kl_row) {
+    const int64_t label = ce_row ? p_.targets[n] - b * BLOCK : -1;
+    const bool has_label = label >= 0 && label < width(b);
+    for (const bool writing : {false, true}) {
+      for (int i = 0; i < p_.students; ++i) {
+        const Matrix& to = p_.gradients[i];
+        if (to.data == nullptr) continue;
+        const bool direct =
+            p_.divergence == FORWARD && to.type == c10::CppTypeToScalarType<A>::value && to.column_stride == 1;
+        A* place = direct ? to.template row<A>(n) + b * BLOCK : buffers_[i].data();
+        if (!writing) {
+          const bool in_place = place == logits_[i] + b * BLOCK;  // then the line is in cache already
+          if (direct && !in_place && !has_label && aligned(place)) {
+            gradient<true>(i, b, plain[i], ce_row, kl_row, place);
+          } else {
+            gradient<false>(i, b, plain[i], ce_row, kl_row, place);
+          }
+          if (has_label) place[label] -= static_cast<A>(ce_factor_[i]);
+        } else if (!direct) {
+          with_storage(to.type, [&](auto element) {
+            using T = decltype(element);
+            T* row = to.template row<T>(n) + b * BLOCK * to.column_stride;
+            for (int64_t v = 0; v < width(b); ++v) row[v * to.column_stride] = static_cast<T>(place[v]);
+          });
+        }
+      }
+    }
+  }
+
+  const Problem& p_;
+  const bool shares_, wants_gradients_;
+  const int64_t blocks_, stride_;
+  std::vector<A> peaks_, sums_;
+  const std::unique_ptr<A[]> storage_;
+  std::array<Softmax, MAX_STREAMS> tempered_, plain_;
+  std::array<A*, MAX_STREAMS> copied_;
+  std::array<const A*, MAX_STREAMS> logits_;
+  // from_[i][j]: of stream i from stream j, or in the Jensen-Shannon divergence from the mean of both
+  std::array<std::array<double, MAX_STREAMS>, MAX_STREAMS> from_, kl_factor_;
+  std::array<double, MAX_STREAMS> ce_factor_;
+  std::array<std::array<A, BLOCK>, MAX_STREAMS> buffers_;
+};
+
+Divergence divergence_of(c10::string_view name) { return name == "forward" ? FORWARD : name == "reverse" ? REVERSE : JSD; }
+
+Problem make_problem(at::TensorList streams, int64_t students, double temperature, c10::string_view divergence) {
+  Problem problem{
+      .tokens = streams[0].size(0),
+      .vocabulary = streams[0].size(1),
+      .students = static_cast<int>(students),
+      .streams = static_cast<int>(streams.size()),
+      .temperature = temperature,
+      .divergence = divergence_of(divergence),
+  };
+  TORCH_CHECK(problem.students <= problem.streams && problem.streams <= MAX_STREAMS, "too many streams");
+  for (int r = 0; r < problem.streams; ++r) problem.logits[r] = Matrix(streams[r]);
+  return problem;
+}
+
+at::ScalarType arithmetic_of(at::TensorList streams) {
+  const bool wide = std::any_of(streams.begin(), streams.end(), [](const Tensor& x) { return x.dtype() == at::kDouble; });
+  return wide ? at::kDouble : at::kFloat;
+}
+
+// ce [S, N] and kl [S, R, N], both float64.
+std::pair<Tensor, Tensor> make_losses(Problem& problem) {
+  Tensor ce = at::empty({problem.students, problem.tokens}, at::kDouble);
+  Tensor kl = at::empty({problem.students, problem.streams, problem.tokens}, at::kDouble);
+  problem.ce = ce.data_ptr<double>();
+  problem.kl = kl.data_ptr<double>();
+  return {ce, kl};
+}
+
+void run(const Problem& problem, at::ScalarType arithmetic) {
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, problem.vocabulary * problem.streams));
+  const auto go = [&](auto element) {
+    at::parallel_for(0, problem.tokens, grain, [&](int64_t begin, int64_t end) {
+      const auto row = std::make_unique<Row<decltype(element)>>(problem);
+      for (int64_t n = begin; n < end; ++n) row->run(n);
+      stream_end();
+    });
+  };
+  arithmetic == at::kDouble ? go(double{}) : go(float{});
+}
+
+// The rows that count, or an undefined tensor where all do.
+Tensor rows_of(const std::optional<Tensor>& targets, int64_t ignore_index) {
+  return targets.has_value() ? targets->ne(ignore_index) : Tensor();
+}
+
+void look_at(Problem& problem, const std::optional<Tensor>& targets, const Tensor& rows) {
+  problem.with_ce = targets.has_value();
+  problem.with_kl = true;
+  if (!targets.has_value()) return;
+  problem.targets = targets->const_data_ptr<int64_t>();
+  problem.ce_rows = problem.kl_rows = rows.const_data_ptr<bool>();
+}
+
+std::tuple<Tensor, Tensor> forward(
+    at::TensorList streams,
+    const std::optional<Tensor>& targets,
+    int64_t students,
+    double temperature,
+    c10::string_view divergence,
+    int64_t ignore_index) {
+  Problem problem = make_problem(streams, students, temperature, divergence);
+  const std::optional<Tensor> labels = targets.has_value() ? std::optional(targets->contiguous()) : std::nullopt;
+  const Tensor rows = rows_of(labels, ignore_index);
+  look_at(problem, labels, rows);
+  auto [ce, kl] = make_losses(problem);
+  const at::ScalarType arithmetic = arithmetic_of(streams);
+  run(problem, arithmetic);
+  return {ce.to(arithmetic), kl.to(arithmetic)};
+}
+
+// The gradients of the students' logits, each in its logits' dtype, given those of ce [S, N] and kl [S, R, N].
+std::vector<Tensor> backward(
+    const Tensor& d_ce,
+    const Tensor& d_kl,
+    at::TensorList streams,
+    const std::optional<Tensor>& targets,
+    int64_t students,
+    double temperature,
+    c10::string_view divergence,
+    int64_t ignore_index,
+    std::array<bool, MAX_STREAMS> wanted) {
+  Problem problem = make_problem(streams, students, temperature, divergence);
+  const std::optional<Tensor> labels = targets.has_value() ? std::optional(targets->contiguous()) : std::nullopt;
+  const Tensor rows = rows_of(labels, ignore_index);
+  look_at(problem, labels, rows);
+  const Tensor ce_weight = d_ce.to(at::kDouble).contiguous();
+  const Tensor kl_weight = d_kl.to(at::kDouble).div(temperature).contiguous();
+  std::vector<Tensor> gradients(students);
+  for (int i = 0; i < students; ++i) {
+    problem.ce_weight[i] = {ce_weight.const_data_ptr<double>() + i * problem.tokens, 1};
+    for (int j = 0; j < problem.streams; ++j) {
+      const double* at = kl_weight.const_data_ptr<double>() + (i * problem.streams + j) * problem.tokens;
+      problem.kl_weight[i][j] = {at, 1};
+    }
+    gradients[i] = at::empty(wanted[i] ? streams[i].sizes() : at::IntArrayRef{0, 0}, streams[i].options());
+    if (wanted[i]) problem.gradients[i] = Matrix(gradients[i]);
+  }
+  run(problem, arithmetic_of(streams));
+  return gradients;
+}
+
+// Losses and gradients in one pass: as `loss_and_grad` in reference.py, but that the gradients of the `wanted` students
+// take the place of their logits. kl is empty without `kl_weight`.
+std::tuple<Tensor, Tensor> loss_and_grad_(
+    at::TensorList logits,
+    const Tensor& targets,
+    const Tensor& ce_weight,
+    const std::optional<Tensor>& kl_weight,
+    const Tensor& ce_rows,
+    const Tensor& kl_rows,
+    double temperature,
+    c10::string_view divergence,
+    c10::List<bool> wanted) {
+  const int64_t students = ce_weight.size(0);
+  Problem problem = make_problem(logits, students, temperature, divergence);
+  const Tensor labels = targets.contiguous(), ce_counted = ce_rows.contiguous(), kl_counted = kl_rows.contiguous();
+  problem.with_ce = true;
+  problem.with_kl = kl_weight.has_value();
+  problem.targets = labels.const_data_ptr<int64_t>();
+  problem.ce_rows = ce_counted.const_data_ptr<bool>();
+  problem.kl_rows = kl_counted.const_data_ptr<bool>();
+  auto [ce, kl] = make_losses(problem);
+  const Tensor ce_factor = ce_weight.to(at::kDouble).contiguous();
+  const Tensor kl_factor = kl_weight.has_value() ? kl_weight->to(at::kDouble).mul(temperature).contiguous() : Tensor();
+  if (!problem.with_kl) problem.kl = nullptr;
+  for (int i = 0; i < students; ++i) {
+    problem.ce_weight[i] = {ce_factor.const_data_ptr<double>() + i, 0};
+    for (int j = 0; problem.with_kl && j < problem.streams; ++j) {
+      problem.kl_weight[i][j] = {kl_factor.const_data_ptr<double>() + i * problem.streams + j, 0};
+    }
+    if (wanted[i]) problem.gradients[i] = Matrix(logits[i]);
+  }
+  const at::ScalarType arithmetic = arithmetic_of(logits);
+  run(problem, arithmetic);
+  return {ce.to(arithmetic), problem.with_kl ? kl.to(arithmetic) : at::empty({0}, arithmetic)};
+}
+
+struct EnsembleKL : torch::autograd::Function<EnsembleKL> {
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* ctx,
+      at::TensorList streams,
+      const std::optional<Tensor>& targets,
+      int64_t students,
+      double temperature,
+      c10::string_view divergence,
+      int64_t ignore_index) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    torch::autograd::variable_list saved = streams.vec();
+    saved.push_back(targets.has_value() ? *targets : Tensor());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["students"] = students;
+    ctx->saved_data["temperature"] = temperature;
+    ctx->saved_data["divergence"] = std::string(divergence);
+    ctx->saved_data["ignore_index"] = ignore_index;
+    auto [ce, kl] = ensemble_kl::forward(streams, targets, students, temperature, divergence, ignore_index);
+    return {ce, kl};
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list cotangents) {
+    check_once("ensemble_kl");
+    torch::autograd::variable_list streams = ctx->get_saved_variables();
+    const Tensor targets = streams.back();
+    streams.pop_back();
+    const int64_t students = ctx->saved_data["students"].toInt();
+    std::array<bool, MAX_STREAMS> wanted{};
+    for (int i = 0; i < students; ++i) wanted[i] = ctx->needs_input_grad(i);
+    auto gradients = ensemble_kl::backward(
+        cotangents[0],
+        cotangents[1],
+        streams,
+        targets.defined() ? std::optional(targets) : std::nullopt,
+        students,
+        ctx->saved_data["temperature"].toDouble(),
+        ctx->saved_data["divergence"].toStringRef(),
+        ctx->saved_data["ignore_index"].toInt(),
+        wanted);
+    torch::autograd::variable_list handed(streams.size() + 5);
+    for (int i = 0; i < students; ++i) {
+      if (wanted[i]) handed[i] = gradients[i];
+    }
+    return handed;
+  }
+};
+
+std::tuple<Tensor, Tensor> differentiable(
+    at::TensorList streams,
+    const std::optional<Tensor>& targets,
+    int64_t students,
+    double temperature,
+    c10::string_view divergence,
+    int64_t ignore_index) {
+  auto losses = EnsembleKL::apply(streams, targets, students, temperature, divergence, ignore_index);
+  return {losses[0], losses[1]};
+}
+
+TORCH_LIBRARY_FRAGMENT(creche_native, library) {
+  library.def(
+      "ensemble_kl(Tensor[] streams, Tensor? targets, int students, float temperature, str divergence, "
+      "int ignore_index) -> (Tensor, Tensor)");
+  library.def(
+      "ensemble_kl_loss_and_grad_(Tensor(a!)[] logits, Tensor targets, Tensor ce_weight, Tensor? kl_weight, "
+      "Tensor ce_rows, Tensor kl_rows, float temperature, str divergence, bool[] wanted) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(creche_native, CPU, library) {
+  library.impl("ensemble_kl", forward);
+  library.impl("ensemble_kl_loss_and_grad_", loss_and_grad_);
+}
+
+TORCH_LIBRARY_IMPL(creche_native, Autograd, library) { library.impl("ensemble_kl", differentiable); }
+
+}  // namespace creche::ensemble_kl

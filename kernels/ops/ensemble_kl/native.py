@@ -1,0 +1,44 @@
+"""`ensemble_kl` by `native.cpp`.
+
+Shapes: N tokens, V vocabulary, S students, R streams.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def ensemble_kl(
+    streams: Sequence[Tensor],
+    targets: Tensor | None,
+    students: int,
+    temperature: float,
+    divergence: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.ensemble_kl`. Differentiable once, in one node for all students; backward reads the logits again."""
+    return torch.ops.creche_native.ensemble_kl(list(streams), targets, students, temperature, divergence, ignore_index)
+
+
+def loss_and_grad_(
+    logits_RNV: Sequence[Tensor],
+    targets: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor | None,
+    ce_rows: Tensor,
+    kl_rows: Tensor,
+    *,
+    temperature: float,
+    divergence: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor | None]:
+    """`loss_and_grad` of `reference.py` in one pass, but that gradients replace the logits of the `wanted` students.
+
+    Returns:
+        ce [S, N] and kl [S, R, N] (None without `kl_weight`), in nats, unweighted.
+    """
+    ce_SN, kl_SRN = torch.ops.creche_native.ensemble_kl_loss_and_grad_(
+        list(logits_RNV), targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence, list(wanted)
+    )
+    return ce_SN, None if kl_weight is None else kl_SRN

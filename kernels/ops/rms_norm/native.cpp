@@ -1,0 +1,191 @@
+// `rms_norm` on a CPU: a row is read once from memory, its sum with the residual, if any, written on the way.
+//
+// N rows, D columns. With z the input, r = 1 / sqrt(mean(z²) + eps), x̂ = z·r and y = x̂·weight, the gradients of a
+// cotangent g of y are, by differentiation, dweight = Σ_n g·x̂ and dz = r·(g·weight − x̂·mean(g·weight·x̂)).
+
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <vector>
+
+#include "../../native/vector.h"
+
+namespace creche::rms_norm {
+
+using at::Tensor;
+using at::vec::fmadd;
+
+constexpr int64_t ROWS = 32;  // a block of rows has its own sum of dweight: no result depends on the number of threads
+
+// y has the type O: T, or fp32 where the weight is wider than the input.
+template <class T, class O>
+void forward_rows(
+    const T* x, const T* residual, const Wide<T>* weight, double eps, int64_t D, int64_t begin, int64_t end, T* total, O* y,
+    Wide<T>* inverse) {
+  using A = Wide<T>;
+  for (int64_t n = begin; n < end; ++n) {
+    const T* z = x + n * D;
+    Vec<A> squares(0);
+    for_each_vector<A>(D, [&](int64_t d, auto count) {
+      Vec<A> value = load(z + d, count);
+      if (residual != nullptr) {
+        value = rounded<T>(value + load(residual + n * D + d, count));
+        store(total + n * D + d, value, count);
+      }
+      squares = fmadd(value, value, squares);
+    });
+    if (residual != nullptr) z = total + n * D;
+    const A r = 1 / std::sqrt(sum<A>(squares) / D + static_cast<A>(eps));
+    inverse[n] = r;
+    for_each_vector<A>(D, [&](int64_t d, auto count) {
+      const Vec<A> normed = rounded<T>(load(z + d, count) * Vec<A>(r));
+      store(y + n * D + d, normed * load(weight + d, count), count);
+    });
+  }
+}
+
+// dweight of the rows is added to `d_weight` [D]; `d_total` is the cotangent of z itself, or null.
+template <class T, class O>
+void backward_rows(
+    const O* d_y, const T* d_total, const T* z, const Wide<T>* weight, const Wide<T>* inverse, int64_t D, int64_t begin,
+    int64_t end, T* d_z, Wide<T>* d_weight) {
+  using A = Wide<T>;
+  for (int64_t n = begin; n < end; ++n) {
+    const Vec<A> r(inverse[n]);
+    Vec<A> products(0);
+    for_each_vector<A>(D, [&](int64_t d, auto count) {
+      const Vec<A> g = load(d_y + n * D + d, count), normed = load(z + n * D + d, count) * r;
+      fmadd(g, rounded<T>(normed), load(d_weight + d, count)).store(d_weight + d, count);
+      products = fmadd(g * load(weight + d, count), normed, products);
+    });
+    const Vec<A> mean(sum<A>(products) / D);
+    for_each_vector<A>(D, [&](int64_t d, auto count) {
+      const Vec<A> normed = load(z + n * D + d, count) * r;
+      Vec<A> gradient = r * (load(d_y + n * D + d, count) * load(weight + d, count) - normed * mean);
+      if (d_total != nullptr) gradient = gradient + load(d_total + n * D + d, count);
+      store(d_z + n * D + d, gradient, count);
+    });
+  }
+}
+
+// Calls body(T{}, O{}) with the types of the input and of y.
+template <class Body>
+void with_types(at::ScalarType input, at::ScalarType output, const Body& body) {
+  with_storage(input, [&](auto t) {
+    using T = decltype(t);
+    input == output ? body(t, t) : body(t, Wide<T>{});
+  });
+}
+
+struct Normed {
+  Tensor y, total, inverse;  // total: the input, with its residual
+};
+
+Normed forward(const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& residual) {
+  const Tensor input = x.contiguous();
+  const Tensor other = residual.has_value() ? residual->contiguous() : Tensor();
+  const int64_t D = input.size(-1), N = D == 0 ? 0 : input.numel() / D;
+  const at::ScalarType wide = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor factors = weight.to(wide).contiguous();
+  const at::ScalarType output = at::promote_types(input.scalar_type(), weight.scalar_type());
+  TORCH_CHECK_VALUE(
+      output == input.scalar_type() || output == wide, "weight is ", weight.dtype(), ": expected x's dtype or ", wide);
+  Normed normed{
+      at::empty(input.sizes(), input.options().dtype(output)),
+      residual.has_value() ? at::empty_like(input) : input,
+      at::empty({N}, input.options().dtype(wide))};
+  with_types(input.scalar_type(), output, [&](auto t, auto o) {
+    using T = decltype(t);
+    using O = decltype(o);
+    at::parallel_for(0, N, at::divup(1 << 14, std::max<int64_t>(D, 1)), [&](int64_t begin, int64_t end) {
+      forward_rows<T, O>(
+          input.const_data_ptr<T>(), other.defined() ? other.const_data_ptr<T>() : nullptr,
+          factors.const_data_ptr<Wide<T>>(), eps, D, begin, end, other.defined() ? normed.total.data_ptr<T>() : nullptr,
+          normed.y.data_ptr<O>(), normed.inverse.data_ptr<Wide<T>>());
+    });
+  });
+  return normed;
+}
+
+// The gradients of z and of the weight.
+std::pair<Tensor, Tensor> backward(
+    const Tensor& d_y, const Tensor& d_total, const Tensor& total, const Tensor& weight, const Tensor& inverse) {
+  const int64_t D = total.size(-1), N = inverse.numel(), blocks = at::divup(N, ROWS);
+  const at::ScalarType wide = inverse.scalar_type();
+  const Tensor cotangent = d_y.contiguous(), other = d_total.defined() ? d_total.contiguous() : d_total;
+  const Tensor factors = weight.to(wide).contiguous();
+  const Tensor d_z = at::empty_like(total);
+  const Tensor sums = at::zeros({blocks, D}, inverse.options());
+  with_types(total.scalar_type(), cotangent.scalar_type(), [&](auto t, auto o) {
+    using T = decltype(t);
+    using O = decltype(o);
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        backward_rows<T, O>(
+            cotangent.const_data_ptr<O>(), other.defined() ? other.const_data_ptr<T>() : nullptr,
+            total.const_data_ptr<T>(), factors.const_data_ptr<Wide<T>>(), inverse.const_data_ptr<Wide<T>>(), D, b * ROWS,
+            std::min(N, (b + 1) * ROWS), d_z.data_ptr<T>(), sums.data_ptr<Wide<T>>() + b * D);
+      }
+    });
+  });
+  return {d_z, sums.sum(0).to(weight.scalar_type())};
+}
+
+struct RMSNorm : torch::autograd::Function<RMSNorm> {
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps,
+      const std::optional<Tensor>& residual) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Normed normed = rms_norm::forward(x, weight, eps, residual);
+    ctx->save_for_backward({normed.total, weight, normed.inverse});
+    ctx->set_materialize_grads(false);
+    if (residual.has_value()) return {normed.y, normed.total};
+    return {normed.y};
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list cotangents) {
+    check_once("rms_norm");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor& total = saved[0];
+    const Tensor d_total = cotangents.size() > 1 ? cotangents[1] : Tensor();
+    if (!cotangents[0].defined()) return {d_total, Tensor(), Tensor(), d_total};
+    const auto [d_z, d_weight] = rms_norm::backward(cotangents[0], d_total, total, saved[1], saved[2]);
+    return {d_z, d_weight, Tensor(), cotangents.size() > 1 ? d_z : Tensor()};
+  }
+};
+
+Tensor plain(const Tensor& x, const Tensor& weight, double eps) { return forward(x, weight, eps, std::nullopt).y; }
+
+Tensor plain_differentiable(const Tensor& x, const Tensor& weight, double eps) {
+  return RMSNorm::apply(x, weight, eps, std::optional<Tensor>())[0];
+}
+
+std::tuple<Tensor, Tensor> added(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  const Normed normed = forward(x, weight, eps, residual);
+  return {normed.y, normed.total};
+}
+
+std::tuple<Tensor, Tensor> added_differentiable(
+    const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  const auto pair = RMSNorm::apply(x, weight, eps, std::optional(residual));
+  return {pair[0], pair[1]};
+}
+
+TORCH_LIBRARY_FRAGMENT(creche_native, library) {
+  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  library.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(creche_native, CPU, library) {
+  library.impl("rms_norm", plain);
+  library.impl("add_rms_norm", added);
+}
+
+TORCH_LIBRARY_IMPL(creche_native, Autograd, library) {
+  library.impl("rms_norm", plain_differentiable);
+  library.impl("add_rms_norm", added_differentiable);
+}
+
+}  // namespace creche::rms_norm

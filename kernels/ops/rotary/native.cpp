@@ -1,0 +1,103 @@
+// `rotary` on a CPU: queries and keys in one parallel loop over positions.
+//
+// B sequences, L positions, H heads. The backward pass turns back: a rotation's transpose is its inverse.
+
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "../../native/vector.h"
+
+namespace creche::rotary {
+
+using at::Tensor;
+
+// The heads of one position, with cosines and sines of its D/2 angles; `sign` −1 turns back.
+template <class T>
+void turn_position(
+    const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t H, int64_t half, const Wide<T>* cosine,
+    const Wide<T>* sine, Wide<T> sign) {
+  using A = Wide<T>;
+  for_each_vector<A>(half, [&](int64_t d, auto count) {
+    const Vec<A> c = load(cosine + d, count), s = load(sine + d, count) * Vec<A>(sign);
+    for (int64_t h = 0; h < H; ++h) {
+      const T* x = from + h * from_stride + d;
+      T* y = to + h * to_stride + d;
+      const Vec<A> first = load(x, count), second = load(x + half, count);
+      store(y, first * c - second * s, count);
+      store(y + half, second * c + first * s, count);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> turn(
+    const Tensor& q, const Tensor& k, const Tensor& cosines, const Tensor& sines, double sign) {
+  const at::ScalarType wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor c = cosines.to(wide).contiguous(), s = sines.to(wide).contiguous();
+  const Tensor from[] = {q.stride(-1) == 1 ? q : q.contiguous(), k.stride(-1) == 1 ? k : k.contiguous()};
+  const Tensor to[] = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options())};
+  const int64_t L = q.size(1), half = q.size(3) / 2, work = std::max<int64_t>(1, q.size(2) * q.size(3));
+  for (int x = 0; x < 2; ++x) {
+    TORCH_CHECK_VALUE(
+        (from[x].scalar_type() == at::kDouble) == (wide == at::kDouble), "q is ", q.dtype(), ", k is ", k.dtype(),
+        ": expected float64 for both or for neither");
+  }
+  at::parallel_for(0, q.size(0) * L, at::divup(1 << 14, work), [&](int64_t begin, int64_t end) {
+    for (int x = 0; x < 2; ++x) {
+      with_storage(from[x].scalar_type(), [&](auto element) {
+        using T = decltype(element);
+        for (int64_t at = begin; at < end; ++at) {
+          const int64_t b = at / L, l = at % L;
+          turn_position<T>(
+              from[x].const_data_ptr<T>() + b * from[x].stride(0) + l * from[x].stride(1), from[x].stride(2),
+              to[x].data_ptr<T>() + b * to[x].stride(0) + l * to[x].stride(1), to[x].stride(2), from[x].size(2), half,
+              c.const_data_ptr<Wide<T>>() + l * half, s.const_data_ptr<Wide<T>>() + l * half,
+              static_cast<Wide<T>>(sign));
+        }
+      });
+    }
+  });
+  return {to[0], to[1]};
+}
+
+struct Rotary : torch::autograd::Function<Rotary> {
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& cosines,
+      const Tensor& sines) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({cosines, sines});
+    const auto [turned_q, turned_k] = turn(q, k, cosines, sines, 1);
+    return {turned_q, turned_k};
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list cotangents) {
+    check_once("rotary");
+    const auto saved = ctx->get_saved_variables();
+    const auto [d_q, d_k] = turn(cotangents[0], cotangents[1], saved[0], saved[1], -1);
+    return {d_q, d_k, Tensor(), Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor> plain(const Tensor& q, const Tensor& k, const Tensor& cosines, const Tensor& sines) {
+  return turn(q, k, cosines, sines, 1);
+}
+
+std::tuple<Tensor, Tensor> differentiable(
+    const Tensor& q, const Tensor& k, const Tensor& cosines, const Tensor& sines) {
+  TORCH_CHECK_VALUE(
+      !cosines.requires_grad() && !sines.requires_grad(),
+      "cos or sin requires a gradient, which the native rotary does not give: pass them detached, or choose the "
+      "reference backend");
+  const auto turned = Rotary::apply(q, k, cosines, sines);
+  return {turned[0], turned[1]};
+}
+
+TORCH_LIBRARY_FRAGMENT(creche_native, library) {
+  library.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(creche_native, CPU, library) { library.impl("rotary", plain); }
+
+TORCH_LIBRARY_IMPL(creche_native, Autograd, library) { library.impl("rotary", differentiable); }
+
+}  // namespace creche::rotary
