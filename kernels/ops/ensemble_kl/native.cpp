@@ -169,9 +169,10 @@ class Row {
       const Matrix& from = p_.logits[r];
       if (from.type == c10::CppTypeToScalarType<A>::value && from.column_stride == 1) {
         logits_[r] = from.template row<A>(n);
+        next_[r] = from.template row<A>(std::min(n + 1, p_.tokens - 1));
         continue;
       }
-      logits_[r] = copied_[r];
+      logits_[r] = next_[r] = copied_[r];
       with_storage(from.type, [&](auto element) {
         using T = decltype(element);
         if constexpr (std::is_same_v<Wide<T>, A>) {
@@ -302,7 +303,8 @@ class Row {
     }
   }
 
-  // Calls body(u, p, q) for the vectors of block b of streams i and j, all 0 beyond the last column.
+  // Calls body(u, p, q) for the vectors of block b of streams i and j, all 0 beyond the last column. Meanwhile, with memory
+  // idle, the next row is fetched: by the first student's pairs, in which every stream occurs.
   template <class Body>
   void for_each_pair(int i, int j, int64_t b, const Body& body) const {
     const V p_factor(tempered_[i].factor[b]), q_factor(tempered_[j].factor[b]);
@@ -310,6 +312,8 @@ class Row {
       const int64_t v = b * BLOCK + at;
       const V p = V::loadu(tempered_[i].unscaled + v) * p_factor, q = V::loadu(tempered_[j].unscaled + v) * q_factor;
       const V u = log_ratio(i, j, v, size);
+      if (i == 0) __builtin_prefetch(next_[j] + v, 0, 2);
+      if (i == 0 && j == 1) __builtin_prefetch(next_[0] + v, 0, 2);
       size == V::size() ? body(u, p, q) : body(V::set(V(0), u, size), V::set(V(0), p, size), V::set(V(0), q, size));
     });
   }
@@ -411,7 +415,7 @@ class Row {
   const std::unique_ptr<A[]> storage_;
   std::array<Softmax, MAX_STREAMS> tempered_, plain_;
   std::array<A*, MAX_STREAMS> copied_;
-  std::array<const A*, MAX_STREAMS> logits_;
+  std::array<const A*, MAX_STREAMS> logits_, next_;  // this row, and the one after it
   // from_[i][j]: of stream i from stream j, or in the Jensen-Shannon divergence from the mean of both
   std::array<std::array<double, MAX_STREAMS>, MAX_STREAMS> from_, kl_factor_;
   std::array<double, MAX_STREAMS> ce_factor_;
@@ -514,8 +518,9 @@ std::vector<Tensor> backward(
       const double* at = kl_weight.const_data_ptr<double>() + (i * problem.streams + j) * problem.tokens;
       problem.kl_weight[i][j] = {at, 1};
     }
-    gradients[i] = at::empty(wanted[i] ? streams[i].sizes() : at::IntArrayRef{0, 0}, streams[i].options());
-    if (wanted[i]) problem.gradients[i] = Matrix(gradients[i]);
+    if (!wanted[i]) continue;
+    gradients[i] = make(streams[i].sizes(), streams[i].options());
+    problem.gradients[i] = Matrix(gradients[i]);
   }
   run(problem, arithmetic_of(streams));
   return gradients;

@@ -92,8 +92,8 @@ Normed forward(const Tensor& x, const Tensor& weight, double eps, const std::opt
   TORCH_CHECK_VALUE(
       output == input.scalar_type() || output == wide, "weight is ", weight.dtype(), ": expected x's dtype or ", wide);
   Normed normed{
-      at::empty(input.sizes(), input.options().dtype(output)),
-      residual.has_value() ? at::empty_like(input) : input,
+      make(input.sizes(), input.options().dtype(output)),
+      residual.has_value() ? make(input.sizes(), input.options()) : input,
       at::empty({N}, input.options().dtype(wide))};
   with_types(input.scalar_type(), output, [&](auto t, auto o) {
     using T = decltype(t);
@@ -115,7 +115,7 @@ std::pair<Tensor, Tensor> backward(
   const at::ScalarType wide = inverse.scalar_type();
   const Tensor cotangent = d_y.contiguous(), other = d_total.defined() ? d_total.contiguous() : d_total;
   const Tensor factors = weight.to(wide).contiguous();
-  const Tensor d_z = at::empty_like(total);
+  const Tensor d_z = make(total.sizes(), total.options());
   const Tensor sums = at::zeros({blocks, D}, inverse.options());
   with_types(total.scalar_type(), cotangent.scalar_type(), [&](auto t, auto o) {
     using T = decltype(t);

@@ -17,16 +17,16 @@ void turn_position(
     const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t H, int64_t half, const Wide<T>* cosine,
     const Wide<T>* sine, Wide<T> sign) {
   using A = Wide<T>;
-  for_each_vector<A>(half, [&](int64_t d, auto count) {
-    const Vec<A> c = load(cosine + d, count), s = load(sine + d, count) * Vec<A>(sign);
-    for (int64_t h = 0; h < H; ++h) {
-      const T* x = from + h * from_stride + d;
-      T* y = to + h * to_stride + d;
-      const Vec<A> first = load(x, count), second = load(x + half, count);
-      store(y, first * c - second * s, count);
-      store(y + half, second * c + first * s, count);
-    }
-  });
+  for (int64_t h = 0; h < H; ++h) {
+    const T* x = from + h * from_stride;
+    T* y = to + h * to_stride;
+    for_each_vector<A>(half, [&](int64_t d, auto count) {
+      const Vec<A> c = load(cosine + d, count), s = load(sine + d, count) * Vec<A>(sign);
+      const Vec<A> first = load(x + d, count), second = load(x + half + d, count);
+      store(y + d, first * c - second * s, count);
+      store(y + half + d, second * c + first * s, count);
+    });
+  }
 }
 
 std::tuple<Tensor, Tensor> turn(
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> turn(
   const at::ScalarType wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor c = cosines.to(wide).contiguous(), s = sines.to(wide).contiguous();
   const Tensor from[] = {q.stride(-1) == 1 ? q : q.contiguous(), k.stride(-1) == 1 ? k : k.contiguous()};
-  const Tensor to[] = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options())};
+  const Tensor to[] = {make(q.sizes(), q.options()), make(k.sizes(), k.options())};
   const int64_t L = q.size(1), half = q.size(3) / 2, work = std::max<int64_t>(1, q.size(2) * q.size(3));
   for (int x = 0; x < 2; ++x) {
     TORCH_CHECK_VALUE(

@@ -18,7 +18,7 @@ Vec<A> sigmoid(Vec<A> x) {
 }
 
 Tensor forward(const Tensor& gate, const Tensor& up) {
-  const Tensor g = gate.contiguous(), u = up.contiguous(), y = at::empty(g.sizes(), g.options());
+  const Tensor g = gate.contiguous(), u = up.contiguous(), y = make(g.sizes(), g.options());
   with_storage(g.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Wide<T>;
@@ -36,7 +36,7 @@ Tensor forward(const Tensor& gate, const Tensor& up) {
 
 std::pair<Tensor, Tensor> backward(const Tensor& cotangent, const Tensor& gate, const Tensor& up) {
   const Tensor d = cotangent.contiguous(), g = gate.contiguous(), u = up.contiguous();
-  const Tensor d_g = at::empty(g.sizes(), g.options()), d_u = at::empty(u.sizes(), u.options());
+  const Tensor d_g = make(g.sizes(), g.options()), d_u = make(u.sizes(), u.options());
   with_storage(g.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = Wide<T>;

@@ -1,0 +1,190 @@
+"""Everything that needs a GPU, on a machine that has one, in under ten minutes: one JSON file with the device's name.
+
+    python benchmarks/gpu.py [--out gpu.json]        (`make gpu`)
+
+Runs the kernels' tests, the benchmarks, torch.compile of a model, and the mutual recipe in bf16 at ZeRO 1 and 3, each
+in a process of its own with a limit of seconds. What fails or exceeds its limit is recorded, and the rest goes on; the
+exit status is then 1. The file is rewritten after each. flash-attn and Liger take part where they are installed.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.runtime import git_commit
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "liger-kernel", "transformers")
+SECONDS = 590  # for all jobs together
+COMPARED = ("ours", "transformers", "compile", "products")  # the variants of throughput.py
+TAIL = 4000  # characters of a job's output that are kept
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    command: list[str]
+    seconds: int  # limit
+    results: Callable[[str], Any]  # from the output
+
+
+def jobs(folder: Path) -> list[Job]:
+    python = sys.executable
+    ops, throughput = folder / "ops.csv", folder / "throughput.csv"
+    return [
+        Job("tests", [python, "-m", "pytest", "tests/kernels/ops/triton"], 90, last_line),
+        Job("ops", [python, "benchmarks/ops.py", "--csv", str(ops)], 240, lambda _: rows(ops)),
+        Job(
+            "throughput",
+            [python, "benchmarks/throughput.py", "--csv", str(throughput), "--variants", *COMPARED],
+            100,
+            lambda _: rows(throughput),
+        ),
+        Job("compile", [python, "benchmarks/gpu.py", "--compile"], 40, lambda output: json.loads(last_line(output))),
+        *(mutual(folder, stage) for stage in (1, 3)),
+    ]
+
+
+def mutual(folder: Path, stage: int) -> Job:
+    """The recipe as users start it, through DeepSpeed's launcher."""
+    name = f"mutual-zero{stage}"
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    settings = ["train.precision=bf16", f"train.zero_stage={stage}", f"run.name={name}"]
+    settings += [f"run.folder={folder / 'runs'}", f"data.folder={folder / 'prepared'}"]
+    command = [launcher, "--num_accelerators", "1", "recipes/mutual.py", *settings]
+    return Job(name, command, 55, lambda _: json.loads((folder / "runs" / name / "summary.json").read_text()))
+
+
+def last_line(output: str) -> str:
+    return output.strip().splitlines()[-1]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run(job: Job, limit: float) -> dict[str, Any]:
+    """Run it, and end it with all its children after `limit` seconds; what it left is kept in either case."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    begin = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            job.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(limit)
+            outcome = "passed" if status == 0 else f"failed with status {status}"
+        except subprocess.TimeoutExpired:
+            outcome = f"ended after its {limit:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        text = output.read()
+    record = {"name": job.name, "command": job.command, "outcome": outcome, "seconds": time.monotonic() - begin}
+    try:
+        record["results"] = job.results(text)
+    except (OSError, ValueError, IndexError) as error:
+        record["results"] = None
+        record["outcome"] = f"{outcome}; no results: {error}" if outcome != "passed" else f"no results: {error}"
+    if record["outcome"] != "passed":
+        record["output"] = text[-TAIL:]
+    return record
+
+
+def machine() -> dict[str, Any]:
+    device = torch.cuda.get_device_properties(0)
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": device.name,
+        "capability": f"{device.major}.{device.minor}",
+        "memory": device.total_memory,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "python": platform.python_version(),
+        "packages": versions,
+        "commit": git_commit(),
+    }
+
+
+def compile_model() -> dict[str, float]:
+    """torch.compile of a student's body in one graph, with our kernels inside: seconds of a forward and backward pass
+    of 8 × 512 tokens in bf16, eager and compiled, and the largest relative difference between their results.
+    """
+    from benchmarks import timing
+    from engine.models.llama import Llama, LlamaShape, initialise
+
+    device = torch.device("cuda")
+    shape = LlamaShape(layers=8, hidden=512, heads=8, kv_heads=8, ffn=1536, vocabulary=16000, positions=512, tied=True)
+    model = Llama(shape)
+    initialise(model, seed=0)
+    model.to(device, torch.bfloat16)
+    tokens_BL = torch.randint(shape.vocabulary, (8, 512), device=device)
+    cotangent_ND = torch.randn(tokens_BL.numel(), shape.hidden, device=device, dtype=torch.bfloat16)
+    ways = {"eager": model, "compiled": torch.compile(model, fullgraph=True)}
+
+    def results(name: str) -> list[torch.Tensor]:
+        hidden_ND = ways[name](tokens_BL)
+        trained = [p for p in model.parameters() if p is not model.head] + [model.embed_tokens.weight]
+        return [hidden_ND, *torch.autograd.grad(hidden_ND, trained, cotangent_ND)]
+
+    differences = [
+        ((a.float() - b.float()).norm() / b.float().norm()).item()
+        for a, b in zip(results("compiled"), results("eager"), strict=True)
+    ]
+    variants = {name: timing.Variant(lambda _, name=name: results(name), lambda number: number) for name in ways}
+    compared = timing.compare(variants, "eager", timing.clock_of(device), rounds=15)
+    return {
+        "eager_seconds": compared.time("eager").median,
+        "compiled_seconds": compared.time("compiled").median,
+        "largest_difference": max(differences),
+        "control_spread": compared.spread,
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), metavar="FILE")
+    parser.add_argument("--compile", action="store_true", help="only torch.compile of a model, its results as a line")
+    chosen = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("error: make gpu needs a GPU, and torch sees none: run it on a machine that has one", file=sys.stderr)
+        return 1
+    if chosen.compile:
+        print(json.dumps(compile_model()))
+        return 0
+    begin, record = time.monotonic(), {**machine(), "jobs": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for job in jobs(Path(folder)):
+            left = SECONDS - (time.monotonic() - begin)
+            done = run(job, max(1.0, min(job.seconds, left)))
+            record["jobs"].append(done)
+            record["seconds"] = time.monotonic() - begin
+            chosen.out.write_text(json.dumps(record, indent=1) + "\n")
+            print(f"{job.name:14}{done['seconds']:6.0f} s  {done['outcome']}", flush=True)
+    print(f"{record['device']}: {chosen.out}")
+    return 0 if all(done["outcome"] == "passed" for done in record["jobs"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

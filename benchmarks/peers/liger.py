@@ -1,0 +1,55 @@
+"""The same ops by Liger's kernels, on a GPU. Some overwrite what they are given: hand them copies.
+
+N tokens, V vocabulary, S students, R streams.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from liger_kernel.transformers.functional import (
+    liger_cross_entropy,
+    liger_fused_add_rms_norm,
+    liger_kl_div,
+    liger_rms_norm,
+    liger_rope,
+    liger_swiglu,
+)
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor]:
+    return (liger_rms_norm(x, weight, eps),)
+
+
+def rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    return liger_fused_add_rms_norm(x, residual, weight, eps)
+
+
+def rotary(q_BLHd: Tensor, k_BLHd: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Liger takes [B, H, L, d], as a transposed view, and cosines and sines repeated to [1, L, d]."""
+    cos, sin = (torch.cat((table, table), dim=-1)[None] for table in (cos, sin))
+    q, k = liger_rope(q_BLHd.transpose(1, 2), k_BLHd.transpose(1, 2), cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+    return (liger_swiglu(gate, up),)
+
+
+def ensemble_losses(logits_RNV: Sequence[Tensor], targets_N: Tensor, students: int) -> tuple[Tensor, ...]:
+    """`peers.eager.ensemble_losses` of Liger's cross-entropy, which comes last as it overwrites the logits with their
+    gradient, and Liger's KL divergence, which wants log-probabilities.
+    """
+    logs_RNV = [F.log_softmax(logits, dim=-1, dtype=torch.float32) for logits in logits_RNV]
+    losses = []
+    for i in range(students):
+        kl = [
+            liger_kl_div(logs_RNV[i], peer.detach(), reduction="batchmean", log_target=True)
+            for j, peer in enumerate(logs_RNV)
+            if j != i
+        ]
+        ce = liger_cross_entropy(logits_RNV[i], targets_N)
+        assert isinstance(ce, Tensor)  # not the record of extras, which nobody asked for
+        losses.append(ce + sum(kl) / max(1, len(kl)))
+    return tuple(losses)

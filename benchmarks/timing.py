@@ -1,0 +1,203 @@
+"""The fair clock: variants of one piece of work, interleaved, each round's times divided by one another.
+
+A machine drifts, by other loads and by its clock, between one minute and the next; within a round it hardly has time.
+So each round runs every variant once, in an order that rotates and is reversed every other round, and what is reported
+is the median of the rounds' ratios with its 20% and 80% quantiles. One variant, the control, runs twice in each round,
+under two names. The ratio between those two would be 1 on a quiet machine; see `Comparison.spread`.
+"""
+
+import ctypes
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+AGAIN = " (again)"  # what the control's second name ends in
+LARGEST_SPREAD = 0.15
+COLD_BYTES = 2**28  # input sets together exceed this, several times a core's share of any cache
+MOST_SETS = 64
+MOST_REPEATS = 1000
+
+Clock = Callable[[Callable[[Any], object], Any], float]  # (run, state) -> seconds that run(state) took
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do the work."""
+
+    run: Callable[[Any], object]  # timed
+    prepare: Callable[[int], Any]  # not timed: the state that the n-th call of `run` takes; rotates the inputs
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    median: float
+    low: float  # 20%
+    high: float  # 80%
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Quantiles":
+        low, median, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The seconds every variant took, round by round."""
+
+    seconds: Mapping[str, Sequence[float]]
+    control: str
+
+    def time(self, name: str) -> Quantiles:
+        return Quantiles.of(self.seconds[name])
+
+    def ratio(self, name: str, to: str) -> Quantiles:
+        """Of the rounds' ratios: the time of `name` over that of `to` in the same round."""
+        return Quantiles.of([a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)])
+
+    @property
+    def spread(self) -> float:
+        """The width of the smallest interval that holds 1 and the 20% and 80% quantiles of the ratio between the
+        control's two runs of a round, as its upper over its lower end, less 1.
+
+        So it grows both with noise and with a bias by place in the round.
+        """
+        between = self.ratio(self.control + AGAIN, self.control)
+        return max(1.0, between.high) / min(1.0, between.low) - 1
+
+    @property
+    def void(self) -> bool:
+        """Whether the control spreads over 15%: then the machine was not quiet enough, and no ratio here counts."""
+        return self.spread > LARGEST_SPREAD
+
+    def verdict(self) -> str:
+        return f"{'VOID: ' if self.void else ''}control {self.control!r} spreads over {self.spread:.1%}"
+
+
+def compare(
+    variants: Mapping[str, Variant],
+    control: str,
+    clock: Clock,
+    *,
+    rounds: int,
+    sample_seconds: float = 0.005,
+) -> Comparison:
+    """Time every variant once a round.
+
+    Before the first round each variant is called twice: what it compiles, allocates or caches at first use is not
+    counted, and the second call's time says how many calls a sample takes to last `sample_seconds`; their mean counts.
+
+    Raises:
+        ValueError: no such control, fewer than one round.
+    """
+    if control not in variants:
+        raise ValueError(f"control is {control!r}: expected one of {', '.join(variants)}")
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}: expected at least 1")
+    ways = {**variants, control + AGAIN: variants[control]}
+    calls, repeats = dict.fromkeys(ways, 0), {}
+
+    def sample(name: str, repeat: int) -> float:
+        total = 0.0
+        for _ in range(repeat):
+            total += clock(ways[name].run, ways[name].prepare(calls[name]))
+            calls[name] += 1
+        return total / repeat
+
+    for name in ways:
+        sample(name, 1)
+        seconds = sample(name, 1)
+        repeats[name] = min(MOST_REPEATS, max(1, math.ceil(sample_seconds / max(seconds, 1e-9))))
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        for name in order(list(ways), number):
+            times[name].append(sample(name, repeats[name]))
+    return Comparison(times, control)
+
+
+def order(names: Sequence[str], number: int) -> list[str]:
+    """The order of round `number`: rotated by one each round, and backwards every other one, so that over the rounds
+    every variant has every place and no variant always follows the same other.
+    """
+    turn = number // 2 % len(names)
+    rotated = [*names[turn:], *names[:turn]]
+    return rotated[::-1] if number % 2 else rotated
+
+
+def input_sets(nbytes: int) -> int:
+    """How many sets of inputs of `nbytes` to rotate, so that a call finds its own in no cache."""
+    return min(MOST_SETS, max(2, -(-COLD_BYTES // max(1, nbytes))))
+
+
+def clock_of(device: torch.device) -> Clock:
+    return _CudaClock(device) if device.type == "cuda" else _wall
+
+
+def _wall(run: Callable[[Any], object], state: Any) -> float:
+    begin = time.perf_counter()
+    result = run(state)
+    seconds = time.perf_counter() - begin
+    del result  # only now: giving memory back is not part of the work
+    return seconds
+
+
+class _CudaClock:
+    """Between CUDA events. A buffer larger than the L2 cache is overwritten first, which empties the cache, and keeps
+    the device busy while the host launches what is timed, so that launches count only where they cannot keep up.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.empty(max(4 * cache, COLD_BYTES), dtype=torch.uint8, device=device)
+
+    def __call__(self, run: Callable[[Any], object], state: Any) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        self._buffer.zero_()
+        begin.record()
+        run(state)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most memory alive at once during `run()`, its result included, beyond what was alive before.
+
+    On a GPU what torch's allocator handed out; on a CPU resident memory, whose mark Linux resets on request. What is
+    below about a mebibyte is noise on a CPU: the heap gives memory back, and takes it, in pieces of its own.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = run()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        # Free memory that the heap keeps would be used again unseen.
+        ctypes.CDLL(None).malloc_trim(0)
+        reset_peak_resident()
+        before = resident_bytes("VmRSS")
+        result = run()
+        peak = resident_bytes("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+def reset_peak_resident() -> None:
+    """From now on `resident_bytes("VmHWM")` is the peak from here (Linux: proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_bytes(field: str) -> int:
+    """This process's resident memory: "VmRSS" now, "VmHWM" at its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {field}: expected VmRSS or VmHWM")

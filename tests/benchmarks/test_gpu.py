@@ -1,0 +1,56 @@
+"""`make gpu` on a machine without one, and what it makes of jobs that fail or do not end."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import Job
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_refusal_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    assert gpu.main([]) == 1
+    refusal = capsys.readouterr()
+    assert refusal.err.count("\n") == 1
+    assert "needs a GPU" in refusal.err
+    assert refusal.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def job(code: str, results=gpu.last_line) -> Job:
+    return Job("job", [sys.executable, "-c", code], 10, results)
+
+
+def test_outcomes():
+    passed = gpu.run(job("print('some'); print('[1]')", lambda text: json.loads(gpu.last_line(text))), 10)
+    assert (passed["outcome"], passed["results"], "output" in passed) == ("passed", [1], False)
+    failed = gpu.run(job("print('why'); raise SystemExit(3)"), 10)
+    assert (failed["outcome"], failed["output"]) == ("failed with status 3", "why\n")
+    silent = gpu.run(job(""), 10)
+    assert silent["outcome"].startswith("no results")
+
+
+def test_a_job_that_does_not_end_is_ended_with_its_children(tmp_path: Path):
+    mark = tmp_path / "alive"
+    child = f"import time, pathlib\nwhile True: pathlib.Path({str(mark)!r}).touch(); time.sleep(0.05)"
+    parent = f"import subprocess, sys; print('began', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    record = gpu.run(job(parent), 1.5)
+    assert record["outcome"] == "ended after its 2 s"
+    assert record["results"] == "began", "what was done until then counts"
+    mark.unlink()
+    time.sleep(0.3)
+    assert not mark.exists()
+
+
+def test_the_jobs_end_within_ten_minutes_and_name_what_exists(tmp_path: Path):
+    listed = gpu.jobs(tmp_path)
+    assert sum(j.seconds for j in listed) <= gpu.SECONDS < 600
+    for script in [part for j in listed for part in j.command if part.endswith(".py")]:
+        subprocess.run([sys.executable, "-m", "py_compile", gpu.ROOT / script], check=True)
