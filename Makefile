@@ -5,18 +5,35 @@ BIN := .venv/bin
 DATA ?= grammar
 RUN = $(if $(filter grammar,$(DATA)),mutual,mutual-$(notdir $(subst :,-,$(DATA:/=))))
 
-.PHONY: mutual test lint clean
+.PHONY: mutual test lint bench gpu sanitize clean
 
 mutual: .venv/installed
 	$(BIN)/deepspeed --log_level error recipes/mutual.py data.path=$(DATA) run.name=$(RUN)
 
+# Triton's interpreter is chosen for a whole process, before its kernels are imported: hence the second one.
 test: .venv/tested
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/ops/triton tests/benchmarks/test_traffic.py
 
 lint: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+bench: .venv/tested
+	$(BIN)/python benchmarks/ops.py
+	$(BIN)/python benchmarks/throughput.py
+
+gpu: .venv/tested
+	$(BIN)/python benchmarks/gpu.py
+
+# The native kernels' tests once more, on a build that stops at any bad address or undefined operation.
+SANITIZERS = $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libubsan.so)
+sanitize: .venv/tested
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DSANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build build/sanitize
+	KERNELS_NATIVE=$(abspath build/sanitize) LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native.py tests/kernels/ops -k 'native'
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -67,7 +67,7 @@ class Work:
     vocabulary: int = 16000
     length: int = 128
     batch: int = 8  # sequences a step
-    zero_stage: int = 1  # of ours
+    zero_stage: int | str = "auto"  # of ours
 
     @property
     def student_tokens(self) -> int:
@@ -434,7 +434,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=Work.vocabulary)
     parser.add_argument("--length", type=int, default=Work.length, help="tokens a sequence")
     parser.add_argument("--batch", type=int, default=Work.batch, help="sequences a step")
-    parser.add_argument("--zero-stage", type=int, default=Work.zero_stage, choices=range(4), help="of ours")
+    parser.add_argument("--zero-stage", default=Work.zero_stage, choices=("auto", "0", "1", "2", "3"), help="of ours")
     parser.add_argument("--profile", choices=VARIANTS, nargs="?", const="ours", help="this variant, and no timing")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     return parser.parse_args(argv)
@@ -451,7 +451,7 @@ def main(argv: Sequence[str]) -> int:
             vocabulary=chosen.vocabulary,
             length=chosen.length,
             batch=chosen.batch,
-            zero_stage=chosen.zero_stage,
+            zero_stage=chosen.zero_stage if chosen.zero_stage == "auto" else int(chosen.zero_stage),
         )
         random_tokens(work.tokens, 1000 * work.batch * work.length, work.vocabulary)
         if chosen.profile:

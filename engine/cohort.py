@@ -80,7 +80,8 @@ class Student:
         runtime: Runtime,
         weights: Record | None,
     ) -> None:
-        self.config, self.name, self.runtime, self.zero_stage = config, config.name, runtime, train.zero_stage
+        self.config, self.name, self.runtime = config, config.name, runtime
+        self.zero_stage = train.stage(runtime.world)
         self.shape = LlamaShape.of(config, vocabulary)
         model = Llama(self.shape, recompute=train.recompute)
         if weights is None:
@@ -98,11 +99,17 @@ class Student:
             eps=optimizer.eps,
             fused=True,
         )
+        # What the fused AdamW divides every gradient by, in the pass that it makes anyhow (torch's own gradient scaler
+        # sets it for its loss scale).
+        self.clip, self.divisor = optimizer.clip, torch.ones((), device=runtime.device)
+        self.optimizer.grad_scale = self.divisor  # pyright: ignore[reportAttributeAccessIssue]
         self.engine: Any = deepspeed.initialize(
             model=model.to(runtime.device),
             optimizer=self.optimizer,
-            config=engine_settings(train, optimizer, self.parameters, runtime.world),
+            config=engine_settings(train, self.parameters, runtime.world),
         )[0]
+        # At stage 0 it would copy all gradients together and back, even for one rank.
+        self.engine.enable_backward_allreduce = runtime.world > 1 or self.zero_stage > 0
         self.model: Llama = self.engine.module
         self._make_moments()
 
@@ -134,10 +141,13 @@ class Student:
         norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
         return norms.square().sum() * share
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, gradient_norm: float) -> None:
+        """One update, the gradient scaled down to the norm `clip` where its own is larger (0: never)."""
         with self.clock.running():
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
+            excess = (gradient_norm + 1e-6) / self.clip if self.clip > 0 else 1.0
+            self.divisor.fill_(max(1.0, excess))
             self.engine.step()
 
     def discard(self) -> None:
@@ -250,11 +260,11 @@ class Cohort(Sequence[Student]):
         bad = [i for i, norm in enumerate(norms) if not math.isfinite(norm)]
         # Through the divergence one student's NaN reaches the losses of all; a cross-entropy is a student's own.
         own = [i for i, zero in enumerate(numbers[len(self) : -1]) if zero != 0]
-        for student, learning_rate in zip(self, learning_rates, strict=True):
+        for student, learning_rate, norm in zip(self, learning_rates, norms, strict=True):
             if bad or own:
                 student.discard()
             else:
-                student.step(learning_rate)
+                student.step(learning_rate, norm)
         return Outcome(norms, own or bad, stop=numbers[-1] > 0)
 
     @contextmanager
@@ -276,18 +286,18 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def engine_settings(train: TrainConfig, optimizer: OptimizerConfig, parameters: int, world: int) -> dict[str, Any]:
+def engine_settings(train: TrainConfig, parameters: int, world: int) -> dict[str, Any]:
     """DeepSpeed's configuration for one student: the loop owns batches and boundaries, it reduces and updates."""
     bucket = min(parameters, LARGEST_BUCKET)  # allocated whole, for each student: its default would be 2 GB
     return {
         "train_micro_batch_size_per_gpu": 1,  # it wants one; the loop makes its own batches
         "train_batch_size": world,
-        "gradient_clipping": optimizer.clip,
+        "gradient_clipping": 0.0,  # its default is 1; `Student.step` clips within the optimizer's one pass
         "bf16": {"enabled": train.precision == "bf16"},
         # With fp32 here, bf16 at stage 1 would get another optimizer, one that does not do for several engines.
         "data_types": {"grad_accum_dtype": "bf16" if train.precision == "bf16" else "fp32"},
         "zero_optimization": {
-            "stage": train.zero_stage,
+            "stage": train.stage(world),
             "overlap_comm": False,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,

@@ -50,7 +50,7 @@ def test_overrides_reach_nested_keys_and_list_places_over_the_yaml_over_the_defa
         ("train.steps=0", "train.steps=0: input should be greater than or equal to 1"),
         ("train.steps=", "train.steps=None: input should be a valid integer"),
         ("train.length=1", "train.length=1: input should be greater than or equal to 2"),
-        ("train.zero_stage=4", "train.zero_stage=4: input should be 0, 1, 2 or 3"),
+        ("train.zero_stage=4", "train.zero_stage=4: input should be 'auto', 0, 1, 2 or 3"),
         ("optimizer.schedule=cosinus", "optimizer.schedule='cosinus': input should be 'cosine'"),
         ("optimizer.clip=.nan", "optimizer.clip=nan: input should be a finite number"),
         ("optimizer.clip=.inf", "optimizer.clip=inf: input should be a finite number"),

@@ -50,7 +50,7 @@ def outcome(op: Any, inputs: list[Tensor], cotangents: list[Tensor]) -> list[Ten
 
 def assert_close_as(naive: Tensor, got: Tensor, want: Tensor, floor: float) -> None:
     """Error at most three times the naive one's (fp16 may make NaN of that), or a rounding of the largest term: `floor`
-    is the size of the terms where they cancel."""
+    is the size of the terms where they cancel or add up."""
     allowed = 3 * (naive - want).abs().nan_to_num(nan=torch.inf).max()
     assert (got - want).abs().max() <= allowed + torch.finfo(got.dtype).eps * max(floor, want.abs().max().item())
 
@@ -65,7 +65,7 @@ def assert_error_at_most_three_times_torchs(op: Any, inputs: list[Tensor], cotan
         plain = outcome(op, stored, given)
     for got, naive, want in zip(ours, plain, exact, strict=True):
         assert got.dtype == naive.dtype
-        assert_close_as(naive, got, want, floor=max(c.abs().max().item() for c in given))
+        assert_close_as(naive, got, want, floor=4 * max(c.abs().max().item() for c in given))
 
 
 @pytest.mark.parametrize("width", [1, 7, 64, 257])
