@@ -135,9 +135,15 @@ class TrainConfig:
     chunks: Literal["fixed", "random"] = "fixed"  # random: each begins anywhere in its chunk, as in Baby Llama
     seed: Natural = 0  # of the data order
     precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"  # auto: 0 for one rank in fp32, with nothing to shard; else 1
     recompute: bool = False  # recompute activations in the backward pass: less memory, about a third more time
     skip_limit: Count = 5  # so many skipped steps in a row stop the run
+
+    def stage(self, world: int) -> int:
+        """The ZeRO stage on `world` ranks."""
+        if self.zero_stage != "auto":
+            return self.zero_stage
+        return 0 if world == 1 and self.precision == "fp32" else 1
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def check(config: Config) -> None:
     if config.train.precision == "bf16" and config.train.zero_stage == 0:
         raise ValueError(
             "train.zero_stage=0 with train.precision=bf16: DeepSpeed keeps no fp32 weights that can be read there; "
-            "take train.zero_stage=1, which on one rank costs nothing"
+            "take train.zero_stage=1"
         )
 
 
@@ -202,7 +202,7 @@ class Run:
             self._write({"kind": "streams", "step": 0, "students": [s.name for s in self.cohort], "teachers": []})
         elif self.runtime.is_main:
             print(f"going on from {found}, step {self.state.step} of {self.config.train.steps}")
-        place = f"{self.runtime.world} rank(s), ZeRO {self.config.train.zero_stage}"
+        place = f"{self.runtime.world} rank(s), ZeRO {self.config.train.stage(self.runtime.world)}"
         if self.state.place not in ("", place):
             text = f"goes on with {place}, after {self.state.place}"
             self._write({"kind": "event", "step": self.state.step, "text": text})
@@ -417,7 +417,7 @@ class Run:
             "tokens": state.tokens,
             "seconds": state.seconds,
             "world_size": self.runtime.world,
-            "zero_stage": self.config.train.zero_stage,
+            "zero_stage": self.config.train.stage(self.runtime.world),
             "device": device_name(self.runtime.device),
             "data": {
                 "name": manifest["name"],
