@@ -30,7 +30,7 @@ gpu: .venv/tested
 # The native kernels' tests once more, on a build that stops at any bad address or undefined operation.
 SANITIZERS = $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libubsan.so)
 sanitize: .venv/tested
-	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DSANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DSANITIZE=ON "-DINSTRUCTION_SETS=default;avx2;avx512" -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	$(BIN)/cmake --build build/sanitize
 	KERNELS_NATIVE=$(abspath build/sanitize) LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native.py tests/kernels/ops -k 'native'

@@ -16,7 +16,8 @@ its `both` counts logits and their gradients once, though the deferred form has 
 `linear_ensemble_kl` is measured against `products` instead: its own matrix products alone, for all N tokens at once,
 into tensors that exist already: logits, and each student's gradients of hidden states and head.
 
-Every variant runs in a process that keeps freed memory, as the engine's does: peers gain by that too.
+With --keep-freed-memory the process keeps what it frees, as the engine's does, and as a user's own does not: on a CPU
+large new tensors otherwise cost more than what is computed in them. Peers gain by it most.
 
 Memory is the peak of one call beyond what it was given, less the size of its results.
 
@@ -614,6 +615,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's own choice")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=BACKENDS)
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="as the engine does, for every variant")
     parser.add_argument("--budget", action="store_true", help="linear_ensemble_kl with chunks of 16 to 256 MiB")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FOLDER")
@@ -625,7 +627,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     chosen = arguments(argv)
-    keep_freed_memory()
+    if chosen.keep_freed_memory:
+        keep_freed_memory()
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
     device = torch.device(chosen.device)

@@ -23,7 +23,9 @@ def problem() -> str | None:
     if library is None:
         built = sorted(path.name for path in _folder().glob("creche-*.so"))
         if built:
-            return f"the native kernels were built for another torch than {version} ({', '.join(built)})"
+            return (
+                f"the native kernels were built for other than torch {version}, {instruction_set} ({', '.join(built)})"
+            )
         return "the native kernels were not built"
     try:
         torch.ops.load_library(library)
