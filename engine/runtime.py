@@ -70,7 +70,7 @@ class Runtime:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed. By default it returns every large tensor's memory to the system, which gives it back
+    """Let glibc keep what is freed. By default it returns every large tensor's memory to the system, and gets it back
     page by page, zeroed: on a CPU that costs more than most of what is computed in it. No effect elsewhere.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
