@@ -154,6 +154,9 @@ class EvaluationConfig:
     every: Count = 100  # steps; the last step always is
     tokens: Count = 100_000  # of the held-out split, evenly spread over it
     pairs: str = "auto"  # minimal pairs: auto (the prepared folder's own) | none | a file or folder of *.jsonl
+    every_words: Count | None = None  # also when so many more words have been read
+    tasks: tuple[str, ...] = ()  # zero-shot tasks (engine.evaluation.tasks) for every student and their ensemble
+    data: str | None = None  # the folder of their files
     samples: Natural = 3  # texts each student generates for the report
     sample_tokens: Count = 60  # each, and at most a student's positions
 
@@ -165,6 +168,7 @@ class CheckpointConfig:
     __pydantic_config__ = _STRICT
     every: Count = 200  # steps; the last step always is
     keep: Count = 2
+    milestones: bool = False  # export every student after 1M, 2M, … 10M, 20M, … words, as BabyLM asks (chck_1M, …)
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,30 @@ class PrepareConfig:
 
     __pydantic_config__ = _STRICT
     data: DataConfig = DataConfig()
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Classification tasks. What is None is the recipe's, task by task (engine.evaluation.finetune)."""
+
+    __pydantic_config__ = _STRICT
+    recipe: Literal["babylm-2025", "baby-llama"] = "babylm-2025"
+    seeds: tuple[Natural, ...] | None = None  # each trains anew; None: the recipe's one
+    learning_rate: Positive | None = None
+    batch: Count | None = None
+    epochs: Count | None = None
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What recipes/score.py scores."""
+
+    __pydantic_config__ = _STRICT
+    model: str  # a run's folder: its exported students and their ensemble; or a Hugging Face folder of a LLaMA
+    data: str  # the folder of the tasks' files
+    tasks: tuple[str, ...] = ("blimp", "blimp_supplement", "entity_tracking", "wug_adj_nominalization", "reading")
+    folder: str = "scores"  # where results go: <folder>/<name of the model>/
+    finetune: FinetuneConfig = FinetuneConfig()
 
 
 def load(cls: type[C], argv: Sequence[str], *, description: str | None, default: Path) -> C:

@@ -12,6 +12,7 @@ B sequences, L positions, N = B·L tokens.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,25 @@ class Step:
     number: int  # from 1
     epoch: float  # epochs begun and finished before this step ends
     valid_tokens: int  # predicted in this step, over all ranks and micro-batches
+    words: int  # begun by them (`WordStarts`); 0 where nobody counts
     micro_batches: list[Batch]
+
+
+class WordStarts:
+    """Which tokens begin a word: a run of text without white space, as BabyLM counts, in the text that the tokenizer
+    gives back. A word is counted with the token that holds its first character. White space that the tokenizer cuts
+    into bytes (U+00A0 and its like, with `normalization: none` alone) separates nothing."""
+
+    def __init__(self, surfaces: Sequence[str]) -> None:
+        """From what each piece adds to a text (`Tokenizer.surfaces`); special tokens stand between words."""
+        after_space = [sum(a.isspace() and not b.isspace() for a, b in pairwise(text)) for text in surfaces]
+        self._inside = np.array(after_space)  # words that begin in the piece behind white space of its own
+        self._solid = np.array([text != "" and not text[0].isspace() for text in surfaces])
+        self._open = np.array([text == "" or text[-1].isspace() for text in surfaces])
+
+    def count(self, tokens: np.ndarray) -> int:
+        """How many words begin in tokens[1:]."""
+        return int(self._inside[tokens[1:]].sum() + (self._open[tokens[:-1]] & self._solid[tokens[1:]]).sum())
 
 
 class TokenFile:
@@ -103,6 +122,7 @@ class TrainingData:
         micro_batch: int | None,
         seed: int,
         random_offsets: bool,
+        word_starts: WordStarts | None = None,
         rank: int,
         world: int,
         device: torch.device,
@@ -115,7 +135,7 @@ class TrainingData:
                 f"train.batch={batch}: give more text, or a smaller train.batch or train.length"
             )
         self.file, self.batch, self.seed, self.random_offsets = file, batch, seed, random_offsets
-        self.rank, self.device = rank, device
+        self.word_starts, self.rank, self.device = word_starts, rank, device
 
     def start_of(self, sample: int) -> int:
         """Where, in tokens, the `sample`-th sequence of the endless row of epochs begins."""
@@ -136,11 +156,16 @@ class TrainingData:
                 number=number,
                 epoch=number * self.batch / self.file.chunks,
                 valid_tokens=sum(map(self.file.predicted, starts)),
+                words=0 if self.word_starts is None else sum(map(self._words, starts)),
                 micro_batches=[
                     self.file.batch(mine[i : i + self.micro_batch], self.device)
                     for i in range(0, self.share, self.micro_batch)
                 ],
             )
+
+    def _words(self, start: int) -> int:
+        assert self.word_starts is not None
+        return self.word_starts.count(self.file.tokens[start : start + self.file.predicted(start) + 1])
 
 
 class HeldOutData:

@@ -16,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine import tokenizer as tokenization
 from engine.config import StudentConfig
 from engine.models.llama import Llama, LlamaShape
 from engine.tokenizer import Tokenizer
 
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
 _HEAD = "lm_head.weight"
 
 
@@ -48,7 +50,7 @@ def require_folder(config: StudentConfig) -> tuple[Path, str]:
     """The folder `config.init` and how messages name it; ValueError where it is not a whole Hugging Face folder."""
     assert config.init is not None
     folder, key = Path(config.init), f"students.{config.name}.init={config.init}"
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+    for name in FILES:
         if not (folder / name).is_file():
             raise ValueError(f"{key}: no {name}; expected a Hugging Face folder of a LLaMA with safetensors")
     return folder, key
@@ -67,14 +69,44 @@ def import_student(config: StudentConfig, shape: LlamaShape, tokenizer: Tokenize
             f"{key}: its tokenizer ({found_hash[:8]}) is not the data's ({tokenizer.hash[:8]}): students learn "
             "together over one vocabulary; drop init, or prepare the data with the tokenizer it was trained with"
         )
+    _, tensors = _read(folder, key, wanted=shape)
+    return {f"weight/{name}": tensor for name, tensor in tensors.items()}
+
+
+def load_model(folder: Path) -> tuple[Llama, Tokenizer]:
+    """The LLaMA and the tokenizer of a Hugging Face folder, fp32, on the CPU.
+
+    Raises ValueError where the folder is not a whole LLaMA, or has no fast tokenizer, or one of more pieces than the
+    model knows.
+    """
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: no {name}; expected a Hugging Face folder of a LLaMA with safetensors")
+    tokenizer = tokenization.load(folder)
+    shape, tensors = _read(folder, str(folder))
+    if tokenizer.size > shape.vocabulary:
+        raise ValueError(
+            f"{folder}: its tokenizer has {tokenizer.size} pieces, its model {shape.vocabulary}: they do not belong "
+            "together; fetch it again"
+        )
+    model = Llama(shape)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+    return model.eval(), tokenizer
+
+
+def _read(folder: Path, key: str, wanted: LlamaShape | None = None) -> tuple[LlamaShape, dict[str, Tensor]]:
+    """Shape and weights, by the model's own names; ValueError, beginning with `key`, where they are not a LLaMA's, or
+    not of the shape that is wanted, whatever its positions."""
     try:
-        found = _shape_of(json.loads((folder / "config.json").read_text()), key)
+        shape = _shape_of(json.loads((folder / "config.json").read_text()), key)
     except json.JSONDecodeError as error:
         raise ValueError(f"{key}: config.json is damaged ({error}); fetch it again") from None
     except KeyError as error:
         raise ValueError(f"{key}: config.json has no {error.args[0]}; fetch it again") from None
-    if replace(found, positions=shape.positions) != shape:
-        raise ValueError(f"{key}: its shape {found} is not the student's {shape}: make the settings equal")
+    if wanted is not None and replace(shape, positions=wanted.positions) != wanted:
+        raise ValueError(f"{key}: its shape {shape} is not the student's {wanted}: make the settings equal")
     try:
         tensors = load_file(folder / "model.safetensors")
     except SafetensorError as error:
@@ -87,7 +119,7 @@ def import_student(config: StudentConfig, shape: LlamaShape, tokenizer: Tokenize
             raise ValueError(
                 f"{key}: model.safetensors holds {name} as {stored}, expected {expected.get(name)} (None: not at all)"
             )
-    return {f"weight/{name.removeprefix('model.')}": tensor.float() for name, tensor in tensors.items()}
+    return shape, {name.removeprefix("model."): tensor.float() for name, tensor in tensors.items()}
 
 
 def _hf_name(name: str) -> str:

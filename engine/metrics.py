@@ -51,6 +51,7 @@ class StepRecord(TypedDict):
     step: int
     epoch: float
     tokens: int  # seen since the run began, over all ranks
+    words: NotRequired[int]  # begun by them (engine.data.WordStarts)
     seconds: float  # of this step
     tokens_per_second: float  # over all ranks, all students trained
     students: dict[str, StudentStep]  # S, in the order of the streams
@@ -60,12 +61,14 @@ class StepRecord(TypedDict):
 class StudentEvaluation(TypedDict):
     validation_loss: float  # nats per token
     pairs_accuracy: float | None  # 0 to 1; None where the data has no minimal pairs
+    scores: NotRequired[dict[str, float]]  # of evaluation.tasks, by name
 
 
 class EvaluationRecord(TypedDict):
     kind: Literal["evaluation"]
     step: int
     students: dict[str, StudentEvaluation]
+    ensemble: NotRequired[StudentEvaluation]  # the mean of the students' logits, where there are several
 
 
 class SkippedRecord(TypedDict):
@@ -255,8 +258,10 @@ def _scalars(record: Record, teachers: Sequence[str]) -> Iterator[tuple[str, flo
     """TensorBoard's view of a record: (tag, value) of every number in it that is finite."""
     values: dict[str, Any] = {}
     if record["kind"] == "step" or record["kind"] == "evaluation":
-        for name, numbers in record["students"].items():
-            values |= {f"{measure}/{name}": value for measure, value in numbers.items()}
+        ensemble = {"ensemble": record["ensemble"]} if "ensemble" in record else {}
+        for name, numbers in (record["students"] | ensemble).items():
+            flat = dict(numbers) | numbers.get("scores", {})
+            values |= {f"{measure}/{name}": value for measure, value in flat.items() if measure != "scores"}
     if record["kind"] == "step":
         values |= {f"run/{key}": record[key] for key in ("epoch", "tokens", "seconds", "tokens_per_second")}
         learners = list(record["students"])

@@ -6,6 +6,7 @@
         tensorboard/
         checkpoints/      engine.checkpoint
         students/<name>/  Hugging Face folders of the best checkpoint
+        milestones/<name>/chck_<n>M/   the same after n million words
         summary.json      the final table
         report.html
         ranks.pid         the ranks' process ids while it trains: where to send SIGTERM or SIGUSR1
@@ -32,22 +33,38 @@ from engine import checkpoint, schedule
 from engine import config as settings
 from engine.checkpoint import State
 from engine.cohort import Cohort, Outcome, Student
-from engine.config import Config
+from engine.cohort import Record as ParametersAndMoments
+from engine.config import Config, StudentConfig
 from engine.corpus.prepare import Prepared, prepare
-from engine.data import HeldOutData, Step, TokenFile, TrainingData, shares
+from engine.data import HeldOutData, Step, TokenFile, TrainingData, WordStarts, shares
 from engine.evaluation.held_out import validation_losses
-from engine.evaluation.pairs import Pair, PairScorer, PairScores, read_pairs
+from engine.evaluation.results import SetScore, TaskScore, pooled
 from engine.evaluation.samples import samples
+from engine.evaluation.scoring import cohort_log_probabilities
+from engine.evaluation.tasks import Task, minimal_pairs, read_tasks
+from engine.evaluation.zero_shot import ZeroShot
 from engine.export import export_student, import_student, require_folder
-from engine.metrics import MetricsLog, Progress, Record, StudentSummary, Summary, final_table
+from engine.metrics import (
+    EvaluationRecord,
+    MetricsLog,
+    Progress,
+    Record,
+    StudentEvaluation,
+    StudentSummary,
+    Summary,
+    final_table,
+)
 from engine.models.llama import LlamaShape
 from engine.report import write_report
 from engine.runtime import Runtime, device_name, git_commit
+from engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine.train import Tally
 
 STUDENTS_AT_MOST = 8  # streams of one loss
+PAIRS = "evaluation.pairs"  # the task of the minimal pairs that every run is watched by
+MILESTONES = [digit * 10**decade for decade in (6, 7, 8) for digit in range(1, 10)] + [10**9]  # words
 
 # A run may go on with other values of these: they change what it costs or shows, not what it learns.
 _FREE_TO_CHANGE = (
@@ -88,6 +105,8 @@ def check(config: Config) -> None:
         raise ValueError(
             f"optimizer.warmup={config.optimizer.warmup} is not less than train.steps={config.train.steps}: lower it"
         )
+    if config.evaluation.tasks and config.evaluation.data is None:
+        raise ValueError("evaluation.tasks needs evaluation.data, the folder of the tasks' files: name it")
     alone = len(names) == 1 or config.objective.peers == 0
     if alone and (config.objective.temperature, config.objective.divergence) != (1.0, "forward"):
         raise ValueError(
@@ -109,7 +128,7 @@ class Run:
         self.folder = Path(config.run.folder) / config.run.name
         self.checkpoints = self.folder / "checkpoints"
         found = self._found()
-        pairs = self._pairs()
+        tasks = self._tasks()
         shares(config.train.batch, config.train.micro_batch, runtime.world)  # refused before the text is prepared
 
         with runtime.main_first():  # the others find it prepared
@@ -122,6 +141,7 @@ class Run:
             micro_batch=config.train.micro_batch,
             seed=config.train.seed,
             random_offsets=config.train.chunks == "random",
+            word_starts=WordStarts(self.prepared.tokenizer.surfaces()),
             rank=runtime.rank,
             world=runtime.world,
             device=runtime.device,
@@ -134,10 +154,10 @@ class Run:
             world=runtime.world,
             device=runtime.device,
         )
-        if pairs is None and config.evaluation.pairs == "auto":
-            pairs = read_pairs(self.prepared.pairs)
+        if config.evaluation.pairs == "auto":
+            tasks.append(minimal_pairs(PAIRS, self.prepared.pairs))
         positions = min(student.positions for student in config.students)
-        self.pairs = None if pairs is None else PairScorer(pairs, self.prepared.tokenizer, runtime, positions=positions)
+        self.questions = ZeroShot(tasks, self.prepared.tokenizer, runtime, positions=positions, share=False)
 
         self.state = State(self.prepared.identity) if found is None else checkpoint.read_state(found)
         if self.state.data != self.prepared.identity:
@@ -163,10 +183,11 @@ class Run:
             raise ValueError(f"{self.checkpoints} holds no checkpoint and run.resume=always: take run.resume=auto")
         return found
 
-    def _pairs(self) -> list[Pair] | None:
-        """The minimal pairs that the settings name; None where they are the prepared folder's own, or not wanted."""
-        path = self.config.evaluation.pairs
-        return None if path in ("auto", "none") else read_pairs(Path(path))
+    def _tasks(self) -> list[Task]:
+        """The zero-shot tasks that the settings name; the prepared folder's own pairs are not among them."""
+        evaluation = self.config.evaluation
+        tasks = [] if evaluation.data is None else read_tasks(evaluation.tasks, Path(evaluation.data))
+        return tasks if evaluation.pairs in ("auto", "none") else [*tasks, minimal_pairs(PAIRS, Path(evaluation.pairs))]
 
     def _cohort(self, found: Path | None) -> Cohort:
         vocabulary = self.prepared.tokenizer.size
@@ -231,16 +252,20 @@ class Run:
 
     def record(self, step: Step, tally: "Tally", outcome: Outcome) -> None:
         """Write down what the step did; evaluate and save where that is due."""
-        skipped = bool(outcome.bad)
+        skipped, words = bool(outcome.bad), self.state.words + step.words
+        milestones = [n for n in MILESTONES if self.state.words < n <= words]
+        every = self.config.evaluation.every_words
+        evaluate = every is not None and self.state.words // every < words // every
         self.state = replace(
             self.state,
             step=step.number,
             tokens=self.state.tokens + step.valid_tokens,
+            words=words,
             updates=self.state.updates + (not skipped),
             skipped_in_a_row=self.state.skipped_in_a_row + 1 if skipped else 0,
         )
         last = step.number == self.config.train.steps
-        evaluate = last or step.number % self.config.evaluation.every == 0
+        evaluate = evaluate or last or step.number % self.config.evaluation.every == 0
         save = last or outcome.stop or step.number % self.config.checkpoint.every == 0
         if skipped or evaluate or save or step.number % self.config.run.log_every == 0:
             self._log_step(step, tally, outcome)
@@ -250,6 +275,9 @@ class Run:
         improved = evaluate and self._evaluate()
         if improved or save:
             self._save()
+        if self.config.checkpoint.milestones:
+            for milestone in milestones:
+                self._export_milestone(milestone)
         self._logged += time.monotonic() - begin  # evaluating and saving are not training time
 
     def _log_step(self, step: Step, tally: "Tally", outcome: Outcome) -> None:
@@ -280,6 +308,7 @@ class Run:
                 "step": step.number,
                 "epoch": step.epoch,
                 "tokens": self.state.tokens,
+                "words": self.state.words,
                 "seconds": seconds / steps,
                 "tokens_per_second": tokens / seconds,
                 "students": {
@@ -320,41 +349,59 @@ class Run:
     def _evaluate(self) -> bool:
         """Evaluate every student; whether the mean validation loss is the best so far."""
         losses = validation_losses(self.cohort, self.held_out, self.runtime)
-        pairs = None if self.pairs is None else self.pairs.scores(self.cohort)
-        self._write(
+        scores: list[list[TaskScore]] = [[] for _ in losses]
+        if self.questions.tasks:
+            with self.cohort.evaluating():
+                scores = self.questions.scores(cohort_log_probabilities(self.cohort))
+        found: list[StudentEvaluation] = [
             {
-                "kind": "evaluation",
-                "step": self.state.step,
-                "students": {
-                    student.name: {
-                        "validation_loss": losses[i],
-                        "pairs_accuracy": None if pairs is None else pairs.accuracy[i],
-                    }
-                    for i, student in enumerate(self.cohort)
-                },
+                "validation_loss": loss,
+                "pairs_accuracy": next((_half_ties(pooled("", t.sets)) for t in own if t.task == PAIRS), None),
+                "scores": {task.task: task.mean.score for task in own if task.task != PAIRS},
             }
-        )
-        mean = sum(losses) / len(losses)
+            for loss, own in zip(losses, scores, strict=True)
+        ]
+        names = [student.name for student in self.cohort]
+        record: EvaluationRecord = {
+            "kind": "evaluation",
+            "step": self.state.step,
+            "students": dict(zip(names, found, strict=False)),
+        }
+        if len(found) > len(names):
+            record["ensemble"] = found[-1]
+        self._write(record)
+        mean = sum(losses[: len(names)]) / len(names)
         improved = math.isfinite(mean) and (self.state.best_loss is None or mean < self.state.best_loss)
         if improved:
             self.state = replace(
-                self.state, best_step=self.state.step, best_loss=mean, best=tuple(self._describe(losses, pairs))
+                self.state, best_step=self.state.step, best_loss=mean, best=tuple(self._describe(found, scores))
             )
         return improved
 
-    def _describe(self, losses: list[float], pairs: PairScores | None) -> list[dict[str, Any]]:
+    def _describe(self, found: list[StudentEvaluation], scores: list[list[TaskScore]]) -> list[dict[str, Any]]:
         texts = samples(
             self.cohort, self.prepared.tokenizer, self.config.evaluation.samples, self.config.evaluation.sample_tokens
         )
         return [
             {
-                "validation_loss": losses[i],
-                "pairs_accuracy": None if pairs is None else pairs.accuracy[i],
-                "pairs_by_phenomenon": {} if pairs is None else pairs.by_phenomenon[i],
+                **found[i],
+                "pairs_by_phenomenon": {s.name: _half_ties(s) for t in scores[i] if t.task == PAIRS for s in t.sets},
                 "samples": texts[i],
             }
             for i in range(len(self.cohort))
         ]
+
+    def _export_milestone(self, words: int) -> None:
+        """Every student as BabyLM asks for it after so many words; a collective call."""
+        folder = self.folder / "milestones"
+        records = [student.record() for student in self.cohort]
+        name = f"chck_{words // 10**6}M"
+        with self.runtime.main_first():
+            if self.runtime.is_main:
+                for student, record in zip(self.cohort, records, strict=True):
+                    _export(folder / student.name / name, student.config, record, self.prepared.tokenizer)
+        text = f"{name}: every student exported after {self.state.words:,} words, {self.state.tokens:,} tokens"
+        self._write({"kind": "event", "step": self.state.step, "text": text})
 
     def _save(self) -> None:
         position = self._log.position() if self._log else 0
@@ -448,11 +495,18 @@ def export_run(run: Path, config: Config, prepared: Prepared, step: int | None, 
         )
     folders = []
     for student in config.students:
-        record = checkpoint.read_student(source, student.name)
-        weights = {name.removeprefix("weight/"): w for name, w in record.items() if name.startswith("weight/")}
         folders.append((to or run / "students") / student.name)
-        export_student(folders[-1], LlamaShape.of(student, prepared.tokenizer.size), weights, prepared.tokenizer)
+        _export(folders[-1], student, checkpoint.read_student(source, student.name), prepared.tokenizer)
     return folders
+
+
+def _export(folder: Path, student: StudentConfig, record: ParametersAndMoments, tokenizer: Tokenizer) -> None:
+    weights = {name.removeprefix("weight/"): w for name, w in record.items() if name.startswith("weight/")}
+    export_student(folder, LlamaShape.of(student, tokenizer.size), weights, tokenizer)
+
+
+def _half_ties(one: SetScore) -> float:
+    return (one.score + one.strict) / 2
 
 
 def _compare(config: Config, path: Path) -> None:

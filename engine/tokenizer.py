@@ -48,7 +48,8 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self.size = self._backend.get_vocab_size()
         self.hash = hashlib.sha256(definition.encode()).hexdigest()
-        boundary = json.loads(settings)["bos_token"]
+        boundary = json.loads(settings).get("bos_token")
+        boundary = boundary["content"] if isinstance(boundary, dict) else boundary  # as transformers 4 wrote it
         self.boundary = None if boundary is None else self._backend.token_to_id(boundary)
 
     def encode(self, text: str) -> list[int]:
@@ -62,6 +63,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out: `decode(encode(text)) == normalize(text, config)`."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def surfaces(self) -> list[str]:
+        """What each piece adds to a text behind other text: "" for special tokens, spaces as spaces."""
+        anchor = next(i for i in map(self._backend.token_to_id, ("a", "<0x61>")) if i is not None)
+        texts = self._backend.decode_batch([[anchor, piece] for piece in range(self.size)], skip_special_tokens=True)
+        return [text[1:] for text in texts]
 
     def export(self, folder: Path) -> None:
         """Write the files from which `transformers.AutoTokenizer` makes a fast tokenizer with the same ids.

@@ -5,10 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.data import IGNORED, HeldOutData, Step, TokenFile, TrainingData
+from engine import tokenizer as tokenization
+from engine.config import TokenizerConfig
+from engine.corpus.grammar import generate
+from engine.data import IGNORED, HeldOutData, Step, TokenFile, TrainingData, WordStarts
+from engine.tokenizer import Tokenizer
 
 LENGTH = 8
 CHUNKS = 21  # odd, so that epochs end inside a step; the last one predicts LEFT tokens only
@@ -162,3 +166,34 @@ def test_text_shorter_than_a_sequence_is_refused_and_one_just_long_enough_is_not
     np.arange(LENGTH, dtype="<u2").tofile(tmp_path / "t")
     with pytest.raises(ValueError, match=r"holds 8 tokens, too few for one sequence of train\.length=8: give more"):
         TokenFile(tmp_path / "t", "<u2", LENGTH)
+
+
+@pytest.fixture(scope="module", params=["sentencepiece-nfkc", "sentencepiece-none", "byte-bpe-nfkc"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    kind, normalization = request.param.rsplit("-", 1)
+    config = TokenizerConfig(kind=kind, normalization=normalization)
+    texts = [*generate(0, 3000), "two  spaces\tand a tab\nend \n"]
+    return tokenization.train(texts, config, 400, tmp_path_factory.mktemp("tokenizer"), boundary=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.sampled_from("ab dog.\t\n 猫é½\u2581"), max_size=40), cut=st.integers(0, 40))
+@example(text="the dog\n\n  sleeps .\t*MOT:\tlook !", cut=5)
+def test_words_are_counted_as_python_splits_what_the_tokenizer_gives_back(
+    tokenizer: Tokenizer, text: str, cut: int
+) -> None:
+    counter = WordStarts(tokenizer.surfaces())
+    assert tokenizer.boundary is not None
+    ids = np.array([tokenizer.boundary, *tokenizer.encode(text)])
+    assert counter.count(ids) == len(tokenizer.decode(ids.tolist()).split())
+    cut = min(cut, len(ids) - 1)
+    assert counter.count(ids[: cut + 1]) + counter.count(ids[cut:]) == counter.count(ids), "sequences add up"
+
+
+def test_a_step_counts_the_words_of_all_ranks(file: TokenFile) -> None:
+    counter = WordStarts([" a" if i % 3 == 0 else "b" for i in range(1000)])  # every third token begins a word
+    whole = list(training(file, word_starts=counter).steps(1, 6))
+    rank = list(training(file, 1, 2, word_starts=counter).steps(1, 6))
+    for step, part in zip(whole, rank, strict=True):
+        targets = [t for b in step.micro_batches for t in b.targets_N.tolist() if t != IGNORED]
+        assert step.words == part.words == sum(t % 3 == 0 for t in targets)

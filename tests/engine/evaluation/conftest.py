@@ -12,8 +12,10 @@ from engine import tokenizer as tokenization
 from engine.cohort import Cohort, Student
 from engine.config import OptimizerConfig, StudentConfig, TokenizerConfig, TrainConfig
 from engine.corpus.grammar import generate
+from engine.export import export_student
 from engine.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parents[3]
 PIECES = 360
 POSITIONS = 48
 
@@ -58,3 +60,20 @@ def train_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., T
 @pytest.fixture(scope="session")
 def tokenizer(train_tokenizer: Callable[..., Tokenizer]) -> Tokenizer:
     return train_tokenizer(boundary=True)
+
+
+@pytest.fixture(scope="session")
+def evaluation_data() -> Path:
+    """BabyLM's evaluation data; tests that want it are skipped where it is not."""
+    path = Path(os.environ.get("CRECHE_EVALUATION", ROOT.parent / "shared" / "data" / "eval"))
+    if not path.is_dir():
+        pytest.skip("no evaluation data: set CRECHE_EVALUATION to the folder that holds blimp_filtered")
+    return path
+
+
+@pytest.fixture(scope="session")
+def exported(cohort: Cohort, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first student as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("exported") / "student"
+    export_student(folder, cohort[0].shape, dict(cohort[0].model.named_parameters()), tokenizer)
+    return folder

@@ -1,0 +1,77 @@
+"""A model's, or a whole run's, scores of the tasks that the settings name: computed, printed, and written down.
+
+<folder>/<model>/scores.json   everything
+                 scores.csv    a line for every set
+                 scores.svg    a plot of the same
+"""
+
+from pathlib import Path
+
+import torch
+
+from engine.config import ScoreConfig, as_dict
+from engine.evaluation import results
+from engine.evaluation.finetune import CLASSIFICATION, finetune, read_classification
+from engine.evaluation.scoring import llama_log_probabilities
+from engine.evaluation.tasks import ZERO_SHOT, read_tasks
+from engine.evaluation.zero_shot import ZeroShot
+from engine.export import load_model
+from engine.models.llama import Llama
+from engine.runtime import git_commit, start
+from engine.tokenizer import Tokenizer
+
+
+def score_model(config: ScoreConfig) -> dict[str, list[results.TaskScore]]:
+    """Every model's scores, by its name: a run's students and, if they are several, `ensemble`; collective.
+
+    Raises ValueError for whatever a user can mend, before anything is computed where that can be known before.
+    """
+    known = (*ZERO_SHOT, *CLASSIFICATION)
+    for name in config.tasks:
+        if name not in known:
+            raise ValueError(f"tasks: {name!r} is not known: expected some of {', '.join(known)}")
+    tasks = read_tasks([name for name in config.tasks if name in ZERO_SHOT], Path(config.data))
+    learnt = [read_classification(name, Path(config.data)) for name in config.tasks if name in CLASSIFICATION]
+    models, tokenizer = load_models(Path(config.model))
+    runtime = start()
+    for model in models.values():
+        model.to(runtime.device)
+    names = [*models, "ensemble"] if len(models) > 1 else list(models)
+    scores: dict[str, list[results.TaskScore]] = {name: [] for name in names}
+    if tasks:
+        positions = min(model.shape.positions for model in models.values())
+        questions = ZeroShot(tasks, tokenizer, runtime, positions=positions, share=True)
+        with torch.inference_mode():
+            for name, found in zip(
+                names, questions.scores(llama_log_probabilities(list(models.values()))), strict=True
+            ):
+                scores[name] += found
+    for name, model in models.items():
+        folder = Path(config.folder) / name
+        scores[name] += [finetune(task, model, tokenizer, config.finetune, folder, runtime) for task in learnt]
+    with runtime.main_first():
+        if runtime.is_main:
+            for name, own in scores.items():
+                if own:
+                    about = {"settings": as_dict(config), "git_commit": git_commit()}
+                    results.write(Path(config.folder) / name, name, own, **about)
+            print(results.table(scores, sets=len(models) == 1))
+    return scores
+
+
+def load_models(path: Path) -> tuple[dict[str, Llama], Tokenizer]:
+    """The model of a Hugging Face folder, by the folder's name; or those of a run, by theirs."""
+    if (path / "config.json").is_file():
+        model, tokenizer = load_model(path)
+        return {path.resolve().name: model}, tokenizer
+    folders = sorted(folder for folder in path.glob("students/*") if (folder / "config.json").is_file())
+    if not folders:
+        raise ValueError(
+            f"model={path}: expected a Hugging Face folder (config.json, model.safetensors, tokenizer.json), or a run "
+            "that has exported its students; recipes/export.py does that for one that has not ended"
+        )
+    loaded = {f"{path.resolve().name}-{folder.name}": load_model(folder) for folder in folders}
+    tokenizers = [tokenizer for _, tokenizer in loaded.values()]
+    if len({tokenizer.hash for tokenizer in tokenizers}) > 1:
+        raise ValueError(f"model={path}: its students have different tokenizers: score them one by one")
+    return {name: model for name, (model, _) in loaded.items()}, tokenizers[0]

@@ -1,0 +1,260 @@
+"""Log-probabilities of texts: every token once, in batches that waste nothing.
+
+The answers to a question, two sentences of a minimal pair for instance, begin with the same tokens. These change no
+decision, so nothing is predicted there, and they are computed once: a *strand*, one row of a batch, holds what is
+common and then each answer's own part, which sees itself and what is common.
+
+B strands, L positions, U hidden states, N tokens to score, D hidden, V vocabulary, H heads, I texts; S models, and
+where there are several, their ensemble.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from engine.cohort import Cohort
+from engine.data import Batch
+from engine.models.llama import Block, Llama, rotary_table
+from engine.runtime import Runtime
+
+TOKENS_A_BATCH = 4096
+LOGITS_AT_ONCE = 2**23  # elements: more rows feed the matrix product better, fewer stay in the cache
+
+
+@dataclass(frozen=True)
+class Strand:
+    tokens: list[int]
+    positions: list[int]  # of each token in its own text
+    branches: list[int]  # 0: common to all texts of the strand; else whose token it is
+    rows: list[int]  # places in `tokens`, ascending, that predict something
+    sources: list[int]  # per target: the place in `rows` that predicts it
+    targets: list[int]
+    owners: list[int]  # per target: the text it belongs to
+
+
+@dataclass(frozen=True)
+class StrandBatch:
+    tokens_BL: Tensor
+    positions_BL: Tensor
+    branches_BL: Tensor
+    branched: bool  # False: plain causal texts
+    rows_U: Tensor  # places in the flattened tokens
+    sources_N: Tensor  # places in rows_U
+    targets_N: Tensor
+    owners_N: Tensor
+
+
+LogProbabilities = Callable[[StrandBatch], Tensor]  # [S, N] fp32, nats, of a batch's targets
+
+
+def causal_strands(texts: Sequence[list[int]], first: int, *, first_owner: int, share: bool) -> list[Strand]:
+    """The strands of one question for a model that reads from left to right.
+
+    Args:
+        texts: token ids of its answers; there is no prediction of a token that stands at the very beginning.
+        first: where a single text's scored part begins; several are scored from where they part.
+        first_owner: the number of texts[0]; the others follow.
+        share: compute what the texts have in common once (`hidden_states`); else each text is a strand of its own.
+    """
+    common = first if len(texts) == 1 else _in_common(texts)
+    if common == 0 or not share or len(texts) == 1:
+        return [
+            _plain(ids, max(common, 1), first_owner + i) for i, ids in enumerate(texts) if len(ids) > max(common, 1)
+        ]
+    tokens, branches, positions = texts[0][:common], [0] * common, list(range(common))
+    rows, sources, targets, owners = [common - 1], [], [], []
+    for i, own in enumerate(ids[common:] for ids in texts):
+        begin = len(tokens)
+        sources += [0, *range(len(rows), len(rows) + len(own) - 1)][: len(own)]
+        rows += range(begin, begin + len(own) - 1)
+        targets += own
+        owners += [first_owner + i] * len(own)
+        tokens = tokens + own[:-1]
+        branches += [i + 1] * (len(tokens) - begin)
+        positions += range(common, common + len(tokens) - begin)
+    return [Strand(tokens, positions, branches, rows, sources, targets, owners)] if targets else []
+
+
+def _in_common(texts: Sequence[list[int]]) -> int:
+    """How many tokens all of them begin with."""
+    first, last = min(texts), max(texts)  # what these two share, those between share too
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def _plain(ids: list[int], first: int, owner: int) -> Strand:
+    length, count = len(ids) - 1, len(ids) - first
+    rows = list(range(first - 1, length))
+    return Strand(ids[:-1], list(range(length)), [0] * length, rows, list(range(count)), ids[first:], [owner] * count)
+
+
+def masked_strands(ids: list[int], scored: Sequence[int], mask: int, owner: int) -> list[Strand]:
+    """The copies of a text whose log-probabilities make its pseudo-log-likelihood: in each, one token is masked
+    (Salazar et al. 2020, eq. 1). `ids` with whatever the model wants around a text, `scored` the places of the text."""
+    places, together = list(range(len(ids))), [0] * len(ids)
+    return [Strand([*ids[:at], mask, *ids[at + 1 :]], places, together, [at], [0], [ids[at]], [owner]) for at in scored]
+
+
+def plan(strands: Sequence[Strand], world: int, *, padding: bool) -> list[list[int]]:
+    """Strands by length, in rounds of bounded size, the same on every rank; without `padding` all of equal length."""
+    order = sorted(range(len(strands)), key=lambda i: len(strands[i].tokens))
+    rounds: list[list[int]] = []
+    for i in order:
+        length = len(strands[i].tokens)
+        full = not rounds or (len(rounds[-1]) + 1) * length > TOKENS_A_BATCH * world
+        if full or (not padding and len(strands[rounds[-1][-1]].tokens) != length):
+            rounds.append([])
+        rounds[-1].append(i)
+    return rounds
+
+
+def score(
+    strands: Sequence[Strand], texts: int, log_probabilities: LogProbabilities, runtime: Runtime, *, padding: bool
+) -> Tensor:
+    """[S, I] float64 on the CPU: each text's summed log-probability, 0 where it has nothing to predict; collective.
+
+    Every rank takes every world-th strand of a round, and meets the others in every round, as sharded models need it.
+    Raises ValueError where a score is not finite or not whole.
+    """
+    sums: Tensor | None = None
+    for indices in plan(strands, runtime.world, padding=padding):
+        mine = indices[runtime.rank :: runtime.world]
+        batch = batch_of([strands[i] for i in mine or indices[:1]], runtime.device)
+        found_SN = log_probabilities(batch).double()
+        if sums is None:  # the last row counts what was added
+            sums = torch.zeros(len(found_SN) + 1, texts, dtype=torch.float64, device=runtime.device)
+        if mine:
+            sums.index_add_(1, batch.owners_N, torch.cat([found_SN, torch.ones_like(found_SN[:1])]))
+    if sums is None:
+        raise ValueError("nothing to score: every text is empty, or equal to its alternatives")
+    if runtime.world > 1:
+        torch.distributed.all_reduce(sums)
+    scores_SI, counted_I = sums[:-1].cpu(), sums[-1].cpu()
+    expected_I = torch.bincount(torch.tensor([owner for s in strands for owner in s.owners]), minlength=texts)
+    if not torch.equal(counted_I.long(), expected_I):
+        raise ValueError("some tokens were not scored on any rank: no score of a part is given out as the whole")
+    if not scores_SI.isfinite().all():
+        raise ValueError("a score is not finite: the model has diverged, or its weights are damaged")
+    return scores_SI
+
+
+def batch_of(strands: list[Strand], device: torch.device) -> StrandBatch:
+    """The strands one below the other. Padding stands behind, and takes no part in anything."""
+    length = max(len(s.tokens) for s in strands)
+
+    def padded(lists: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([x + [fill] * (length - len(x)) for x in lists], device=device)
+
+    def joined(lists: Sequence[Sequence[int]], step: Sequence[int]) -> Tensor:
+        return torch.tensor([x + shift for xs, shift in zip(lists, step, strict=True) for x in xs], device=device)
+
+    before = [0]  # hidden states of the strands above
+    for strand in strands:
+        before.append(before[-1] + len(strand.rows))
+    return StrandBatch(
+        tokens_BL=padded([s.tokens for s in strands], 0),
+        positions_BL=padded([s.positions for s in strands], 0),
+        branches_BL=padded([s.branches for s in strands], -1),
+        branched=any(s.branches[-1] for s in strands),
+        rows_U=joined([s.rows for s in strands], [b * length for b in range(len(strands))]),
+        sources_N=joined([s.sources for s in strands], before[:-1]),
+        targets_N=torch.tensor(list(chain.from_iterable(s.targets for s in strands)), device=device),
+        owners_N=torch.tensor(list(chain.from_iterable(s.owners for s in strands)), device=device),
+    )
+
+
+def llama_log_probabilities(models: Sequence[Llama]) -> LogProbabilities:
+    """Scores by models of one vocabulary and, where there are several, by their ensemble."""
+
+    def log_probabilities(batch: StrandBatch) -> Tensor:
+        hidden = [hidden_states(model, batch) for model in models]
+        return project(hidden, [model.head for model in models], batch.sources_N, batch.targets_N)
+
+    return log_probabilities
+
+
+def cohort_log_probabilities(cohort: Cohort) -> LogProbabilities:
+    """The same by the students of a run, wherever ZeRO keeps them; their strands must not share (`causal_strands`).
+
+    Call it under `cohort.evaluating()`.
+    """
+
+    def log_probabilities(batch: StrandBatch) -> Tensor:
+        hidden = [student.body(Batch(batch.tokens_BL, batch.targets_N, batch.rows_U)) for student in cohort]
+        with cohort.heads():
+            return project(hidden, [student.model.head for student in cohort], batch.sources_N, batch.targets_N)
+
+    return log_probabilities
+
+
+def project(hidden: Sequence[Tensor], heads: Sequence[Tensor], sources_N: Tensor, targets_N: Tensor) -> Tensor:
+    """[S, N] log-probabilities of the targets, each predicted by row `source` of every model's hidden states [U, D]
+    through its head [V, D]; logits in fp32.
+
+    With several models the last row is the ensemble's: the softmax of their logits' mean.
+    """
+    heads = [head.float() for head in heads]
+    streams = len(heads) + (len(heads) > 1)
+    chunk = max(1, LOGITS_AT_ONCE // len(heads[0]))
+    found_SN = torch.empty(streams, len(targets_N), device=targets_N.device)
+    for start in range(0, len(hidden[0]), chunk):
+        chosen_n = ((sources_N >= start) & (sources_N < start + chunk)).nonzero().squeeze(1)
+        at = sources_N[chosen_n] - start, targets_N[chosen_n]
+        mean_uV: Tensor | None = None
+        for i, (hidden_UD, head_VD) in enumerate(zip(hidden, heads, strict=True)):
+            logits_uV = hidden_UD[start : start + chunk].float() @ head_VD.T
+            if streams > 1:
+                mean_uV = logits_uV / len(heads) if mean_uV is None else mean_uV.add_(logits_uV, alpha=1 / len(heads))
+            found_SN[i, chosen_n] = _log_softmax_at(logits_uV, *at)
+        if mean_uV is not None:
+            found_SN[-1, chosen_n] = _log_softmax_at(mean_uV, *at)
+    return found_SN
+
+
+def _log_softmax_at(logits_uV: Tensor, source_n: Tensor, target_n: Tensor) -> Tensor:
+    """log softmax(logits)[source, target], in three passes over the logits instead of log_softmax's several.
+
+    Nothing is subtracted before the exponential; where that overflows, or a whole row vanishes, the usual way is taken.
+    """
+    total_u = logits_uV.exp().sum(-1)
+    if not ((total_u > 1e-30) & (total_u < torch.inf)).all():
+        return logits_uV.log_softmax(-1)[source_n, target_n]
+    return logits_uV[source_n, target_n] - total_u.log()[source_n]
+
+
+def hidden_states(model: Llama, batch: StrandBatch) -> Tensor:
+    """[U, D] of the batch's rows.
+
+    The model's own forward pass where no strand branches. Else its layers, one by one, with positions that go on from
+    the common part in every branch, and attention that sees no other branch; all the rest sees one long row of tokens.
+    """
+    if not batch.branched:
+        return model(batch.tokens_BL, batch.rows_U)
+    rows, length = batch.tokens_BL.shape
+    table = rotary_table(model.shape.positions, model.shape.head_width, model.shape.rope_theta, batch.tokens_BL.device)
+    cos, sin = (x[batch.positions_BL.flatten()] for x in table)
+    branch_BL = batch.branches_BL
+    sees_BLL = (branch_BL[:, None, :] == 0) | (branch_BL[:, None, :] == branch_BL[:, :, None])
+    bias_B1LL = torch.zeros(rows, 1, length, length, device=branch_BL.device, dtype=model.head.dtype)
+    bias_B1LL.masked_fill_(~sees_BLL.tril()[:, None], -torch.inf)
+
+    branch_1ND, residual_1ND = model.embed_tokens(batch.tokens_BL.view(1, -1)), None
+    for layer in model.layers:
+        assert isinstance(layer, Block)
+        attention = layer.self_attn
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        x_1ND, between_1ND = layer.input_layernorm(branch_1ND, residual_1ND)
+        q, k, v = (project(x_1ND).unflatten(-1, (-1, attention.width)) for project in projections)
+        q, k = kernels.rotary(q, k, cos, sin)
+        q, k, v = (x.view(rows, length, *x.shape[2:]).transpose(1, 2) for x in (q, k, v))
+        mixed_BHLd = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1LL, enable_gqa=q.shape[1] != k.shape[1])
+        mixed_1ND = attention.o_proj(mixed_BHLd.transpose(1, 2).reshape(1, rows * length, -1))
+        x_1ND, residual_1ND = layer.post_attention_layernorm(mixed_1ND, between_1ND)
+        branch_1ND = layer.mlp(x_1ND)
+    assert residual_1ND is not None, "there is at least one layer"
+    hidden_UD, _ = model.norm(branch_1ND[0, batch.rows_U], residual_1ND[0, batch.rows_U])
+    return hidden_UD

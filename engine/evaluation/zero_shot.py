@@ -1,0 +1,70 @@
+"""Questions as token ids: prepared once, answered by one model or several, as often as wanted.
+
+S models, I texts.
+"""
+
+from collections.abc import Sequence
+
+from engine.evaluation.results import TaskScore
+from engine.evaluation.scoring import LogProbabilities, causal_strands, score
+from engine.evaluation.tasks import Task
+from engine.runtime import Runtime
+from engine.tokenizer import Tokenizer
+
+
+class ZeroShot:
+    """The questions of some tasks, for models that share a tokenizer and read from left to right.
+
+    A text's score is the sum of its tokens' log-probabilities, after the boundary token, as BabyLM 2025 has it. Without
+    a trained boundary token the first token goes unscored: nothing trained could stand in front of it.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], tokenizer: Tokenizer, runtime: Runtime, *, positions: int, share: bool
+    ) -> None:
+        """`share`: as `causal_strands` has it. Raises ValueError for a text longer than the models' positions."""
+        self.tasks, self.runtime = tasks, runtime
+        front = [] if tokenizer.boundary is None else [tokenizer.boundary]
+        answers = [answer for task in tasks for question in task.questions for answer in question.answers]
+        contexts = sorted({question.context for task in tasks for question in task.questions if question.context})
+        encoded = iter(tokenizer.encode_batch(answers))
+        fronts = dict(zip(contexts, (front + ids for ids in tokenizer.encode_batch(contexts)), strict=True))
+        self.lengths: list[list[int]] = []  # per question, of each answer, in tokens
+        self.strands = []
+        self.texts = 0
+        for task in tasks:
+            for question in task.questions:
+                before = fronts.get(question.context, front)
+                ids = [before + next(encoded) for _ in question.answers]
+                for text, own in zip(question.answers, ids, strict=True):
+                    if len(own) > positions + 1:
+                        raise ValueError(
+                            f"{task.name}: {question.context + text!r}: {len(own)} tokens, more than the models' "
+                            f"{positions} positions: take a model that has them, or leave the task out"
+                        )
+                self.strands += causal_strands(ids, len(before), first_owner=self.texts, share=share)
+                self.lengths.append([len(own) - len(before) for own in ids])
+                self.texts += len(ids)
+
+    def answers(self, log_probabilities: LogProbabilities) -> list[list[list[float]]]:
+        """Per model and question, each answer's log-probability in nats, from where the answers part; collective.
+
+        Raises ValueError where one is not finite.
+        """
+        scores_SI = score(self.strands, self.texts, log_probabilities, self.runtime, padding=True)
+        found = []
+        for row in scores_SI.tolist():
+            scores = iter(row)
+            found.append([[next(scores) for _ in lengths] for lengths in self.lengths])
+        return found
+
+    def scores(self, log_probabilities: LogProbabilities) -> list[list[TaskScore]]:
+        """Per model, and last the ensemble where there are several, its score of each task; collective."""
+        return [self._judge(answers) for answers in self.answers(log_probabilities)]
+
+    def _judge(self, answers: list[list[float]]) -> list[TaskScore]:
+        judged, begin = [], 0
+        for task in self.tasks:
+            own = slice(begin, begin := begin + len(task.questions))
+            judged.append(TaskScore(task.name, tuple(task.judge(task.questions, answers[own], self.lengths[own]))))
+        return judged

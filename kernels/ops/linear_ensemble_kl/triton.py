@@ -1,0 +1,213 @@
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
+"""`linear_ensemble_kl` on a GPU: matrix products by cuBLAS, and between them one launch over a chunk's logits.
+
+Shapes: N tokens, D hidden, V vocabulary, W = V rounded up to a multiple of 64, S students, K teachers, R = S + K
+streams; n tokens of a chunk.
+
+Logits are fp32 whatever the storage. Their gradients have the storage's dtype, as the next products' operands must; in
+fp32 they replace the logits. They are not divided by the normalizer, which would take them below fp16's range: the
+products' alpha does that, in fp32. Sums over chunks are fp32.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.ops.ensemble_kl.triton import loss_and_grad
+from kernels.ops.linear_ensemble_kl import Projected
+from kernels.ops.linear_ensemble_kl.reference import weighted_losses
+
+CHUNK_BYTES = 2**30  # of logits and their gradients at a time
+CHUNK_ROWS = 1024  # at least: fewer leave the products' last tiles idle (pytorch issue 124480)
+ALIGNMENT = 64  # columns: rows begin on 128 bytes, and every load of 16 bytes is aligned and whole
+
+
+def losses_and_gradients(
+    students: Sequence[Projected],
+    teachers: Sequence[Projected],
+    targets: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor | None,
+    ce_rows: Tensor,
+    kl_rows: Tensor,
+    normalizer: int | Tensor,
+    temperature: float,
+    divergence: str,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]:
+    """As `losses_and_gradients` in `reference.py`.
+
+    Raises:
+        ValueError: a tensor of float64.
+    """
+    streams = (*students, *teachers)
+    for r, stream in enumerate(streams):
+        if any(x is not None and x.dtype == torch.float64 for x in stream):
+            raise ValueError(
+                f"stream {r} holds torch.float64: the Triton kernel computes in fp32; convert it, or choose"
+                " kernels.backend('reference')"
+            )
+    ce, kl, *made = _sweep(
+        [stream.hidden for stream in streams],
+        [stream.weight for stream in streams],
+        [stream.bias for stream in streams],
+        targets,
+        ce_weight.float(),
+        None if kl_weight is None else kl_weight.float(),
+        ce_rows,
+        kl_rows,
+        normalizer if isinstance(normalizer, Tensor) else None,
+        1.0 if isinstance(normalizer, Tensor) else 1 / normalizer,
+        float(temperature),
+        divergence,
+        [need for own in needs for need in own],
+    )
+    remaining = iter(made)
+    gradients = [
+        [next(remaining) if x is not None and need else None for x, need in zip(student, own, strict=True)]
+        for student, own in zip(students, needs, strict=True)
+    ]
+    kl = None if kl_weight is None else kl
+    losses = weighted_losses(
+        ce_weight.float() / normalizer,
+        ce,
+        None if kl_weight is None else kl_weight.float() / normalizer,
+        kl,
+        temperature,
+    )
+    return losses, ce, kl, gradients
+
+
+@torch.library.custom_op("creche_triton::linear_ensemble_kl", mutates_args=())
+def _sweep(
+    hidden: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    targets: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor | None,
+    ce_rows: Tensor,
+    kl_rows: Tensor,
+    divisor: Tensor | None,
+    alpha: float,
+    temperature: float,
+    divergence: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """[ce, kl, *gradients]; the gradients are multiplied by alpha / divisor. Those not needed are left out.
+
+    needs: per student of hidden, weight, bias.
+    """
+    S, N, V = len(ce_weight), len(targets), len(weight[0])
+    ce, kl, *made = outputs = _allocate(hidden, weight, bias, ce_weight, needs)
+    if kl_weight is None or len(hidden) == 1:
+        kl.zero_()
+    counted = ce_rows if kl_weight is None else ce_rows | kl_rows
+    heads = [_head(h, w) for h, w in zip(hidden, weight, strict=True)]
+    wanted = [any(needs[3 * i : 3 * i + 3]) for i in range(S)]
+    chunk = _chunk_rows(N, V, heads, wanted)
+    width = math.ceil(V / ALIGNMENT) * ALIGNMENT
+    logits_RnW = [ce.new_empty(chunk, width) for _ in heads]
+    d_SnW = [
+        None if not want else logits if w.dtype == torch.float32 else torch.empty_like(logits, dtype=w.dtype)
+        for logits, w, want in zip(logits_RnW, heads, wanted, strict=False)
+    ]
+    targets, ce_rows, kl_rows = targets.contiguous(), ce_rows.contiguous(), kl_rows.contiguous()
+    for start in range(0, N, chunk):
+        rows = slice(start, min(start + chunk, N))
+        n = rows.stop - start
+        # Rows that do not count may hold anything: as zeros they cannot spread a NaN through the products.
+        idle = ~counted[rows, None]
+        inputs = [h[rows].masked_fill(idle, 0).to(w.dtype) for h, w in zip(hidden, heads, strict=True)]
+        for x, w, b, logits in zip(inputs, heads, bias, logits_RnW, strict=True):
+            out = logits[:n, :V]
+            if b is not None:
+                out.copy_(b.expand(n, V))
+            _add_product(out, x, w.T, beta=0 if b is None else 1)
+        d = [None if d_nW is None else d_nW[:n] for d_nW in d_SnW]
+        ce[:, rows], kl_SRn = loss_and_grad(
+            [logits[:n] for logits in logits_RnW],
+            d,
+            targets[rows],
+            ce_weight,
+            kl_weight,
+            ce_rows[rows],
+            kl_rows[rows],
+            vocabulary=V,
+            temperature=temperature,
+            divergence=divergence,
+        )
+        if kl_SRn is not None:
+            kl[:, :, rows] = kl_SRn
+        remaining = iter(made)
+        for i in range(S):
+            d_nV = None if d[i] is None else d[i][:, :V]
+            beta = 0 if start == 0 else 1
+            if needs[3 * i]:
+                _add_product(next(remaining)[rows], d_nV, heads[i], alpha=alpha, beta=0)
+            if needs[3 * i + 1]:
+                _add_product(next(remaining), d_nV.T, inputs[i], alpha=alpha, beta=beta)
+            if needs[3 * i + 2]:
+                total, summand = next(remaining), d_nV.sum(0, dtype=torch.float32)
+                torch.mul(summand, alpha, out=total) if start == 0 else total.add_(summand, alpha=alpha)
+    if N == 0:
+        return [x.zero_() for x in outputs]
+    return outputs if divisor is None else [ce, kl, *(gradient.div_(divisor) for gradient in made)]
+
+
+@_sweep.register_fake
+def _(
+    hidden: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    targets: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor | None,
+    ce_rows: Tensor,
+    kl_rows: Tensor,
+    divisor: Tensor | None,
+    alpha: float,
+    temperature: float,
+    divergence: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return _allocate(hidden, weight, bias, ce_weight, needs)
+
+
+def _allocate(
+    hidden: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    ce_weight: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    S, R, N = len(ce_weight), len(hidden), len(hidden[0])
+    ce = ce_weight.new_empty(S, N)
+    inputs = [x for i in range(S) for x in (hidden[i], weight[i], bias[i])]
+    gradients = [ce.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if x is not None and need]
+    return [ce, ce.new_empty(S, R, N), *gradients]
+
+
+def _head(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The head in the dtype of the products: the storage's if there is one, else fp32."""
+    return weight if hidden.dtype == weight.dtype else weight.float()
+
+
+def _chunk_rows(tokens: int, width: int, heads: Sequence[Tensor], wanted: Sequence[bool]) -> int:
+    """Rows of a chunk: within the budget, but no fewer than the products need, and chunks as even as can be."""
+    of_gradients = sum(
+        w.element_size() for w, want in zip(heads, wanted, strict=False) if want and w.element_size() < 4
+    )
+    most = max(CHUNK_ROWS, CHUNK_BYTES // (width * (4 * len(heads) + of_gradients)))
+    chunks = max(1, math.ceil(tokens / most))
+    return math.ceil(tokens / chunks)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: int) -> None:
+    """total = beta·total + alpha·a·b, in fp32, whatever a and b are stored in; without beta, total may hold anything."""
+    if a.dtype != torch.float32 and a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, alpha=alpha, beta=beta, out=total)
+    else:  # a CPU has no such product
+        torch.addmm(total, a.float(), b.float(), alpha=alpha, beta=beta, out=total)

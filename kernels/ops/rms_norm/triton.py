@@ -1,0 +1,248 @@
+"""`rms_norm` in Triton: one read of each input and one write of each output, forward and backward.
+
+Shapes: N rows (tokens), D hidden.
+
+Forward, a tile of whole rows per program: x̂ = x · rsqrt(mean x² + eps) in fp32, rounded to x's dtype, times the weight.
+With a residual the sum is rounded and stored first, so that what is normalised is what the next layer will read.
+
+Backward (by differentiation; roundings pass the gradient on): with g = dy · weight,
+
+    dx = rsqrt(mean x² + eps) · (g − x̂ · mean(g · x̂))      dweight = Σ_n dy · round(x̂)
+
+The root mean square is recomputed from the row, which is on chip anyway: nothing but x is saved. `dweight` is summed by
+a fixed number of programs into fp32 rows of their own, added up afterwards in a fixed order: no atomics, the same bits
+each time.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import launch
+
+WIDEST = 16384  # of D: a row's share of the registers; no launch configuration keeps longer rows on chip
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """See `kernels.rms_norm`. Differentiable once.
+
+    Raises:
+        ValueError: D above 16384.
+    """
+    if len(weight) > WIDEST:
+        raise ValueError(f"x has {len(weight)} columns: expected at most {WIDEST}; choose backend 'reference'")
+    return _normed(x, weight, eps) if residual is None else _normed_sum(x, weight, eps, residual)
+
+
+@torch.library.custom_op("creche_triton::rms_norm", mutates_args=())
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return run_forward(x, weight, eps, None)[0]
+
+
+@torch.library.custom_op("creche_triton::rms_norm_residual", mutates_args=())
+def _normed_sum(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    return run_forward(x, weight, eps, residual)
+
+
+@torch.library.custom_op("creche_triton::rms_norm_backward", mutates_args=())
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, total_grad: Tensor | None, weight_wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight (empty if not wanted), x being the sum where there was a residual."""
+    return run_backward(grad, x, weight, eps, total_grad, weight_wanted)
+
+
+@_normed.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _empty(x, torch.promote_types(x.dtype, weight.dtype))
+
+
+@_normed_sum.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty(x, torch.promote_types(x.dtype, weight.dtype)), _empty(x, x.dtype)
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, total_grad: Tensor | None, weight_wanted: bool
+) -> tuple[Tensor, Tensor]:
+    return _empty(x, x.dtype), weight.new_empty(weight.shape if weight_wanted else 0)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _save_sum(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _, weight, ctx.eps, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], weight)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple:
+    x, weight = ctx.saved_tensors
+    x_grad, weight_grad = _backward(grad, x, weight, ctx.eps, None, ctx.needs_input_grad[1])
+    return x_grad, weight_grad if ctx.needs_input_grad[1] else None, None
+
+
+def _differentiate_sum(ctx: Any, grad: Tensor | None, total_grad: Tensor | None) -> tuple:
+    if grad is None:  # the normed output is not used
+        return total_grad, None, None, total_grad
+    total, weight = ctx.saved_tensors
+    x_grad, weight_grad = _backward(grad, total, weight, ctx.eps, total_grad, ctx.needs_input_grad[1])
+    return x_grad, weight_grad if ctx.needs_input_grad[1] else None, None, x_grad
+
+
+_normed.register_autograd(_differentiate, setup_context=_save)
+_normed_sum.register_autograd(_differentiate_sum, setup_context=_save_sum)
+
+
+def run_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    normed = _empty(x, torch.promote_types(x.dtype, weight.dtype))
+    total = x if residual is None else _empty(x, x.dtype)
+    if x.numel():
+        x_ND, residual_ND = _rows(x), None if residual is None else _rows(residual)
+        N, D = x_ND.shape
+        constants = _constants(D, eps)
+        with torch.cuda.device_of(x):
+            _forward_kernel[(triton.cdiv(N, constants["BLOCK_N"]),)](
+                x_ND,
+                residual_ND,
+                weight.contiguous(),
+                normed,
+                None if residual is None else total,
+                N,
+                x_ND.stride(0),
+                0 if residual_ND is None else residual_ND.stride(0),
+                **constants,
+            )
+    return normed, total
+
+
+def run_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, total_grad: Tensor | None, weight_wanted: bool
+) -> tuple[Tensor, Tensor]:
+    x_grad, weight_grad = _empty(x, x.dtype), weight.new_zeros(weight.shape if weight_wanted else 0)
+    if x.numel():
+        grad_ND, x_ND, total_grad_ND = _rows(grad), _rows(x), None if total_grad is None else _rows(total_grad)
+        N, D = x_ND.shape
+        constants = _constants(D, eps)
+        programs = min(int(triton.cdiv(N, constants["BLOCK_N"])), launch.RMS_NORM_PARTIALS)
+        wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+        partial_PD = x.new_empty(programs, D, dtype=wide) if weight_wanted else None
+        with torch.cuda.device_of(x):
+            _backward_kernel[(programs,)](
+                grad_ND,
+                x_ND,
+                weight.contiguous(),
+                total_grad_ND,
+                x_grad,
+                partial_PD,
+                N,
+                grad_ND.stride(0),
+                x_ND.stride(0),
+                0 if total_grad_ND is None else total_grad_ND.stride(0),
+                **constants,
+            )
+        if partial_PD is not None:
+            weight_grad = partial_PD.sum(0).to(weight.dtype)
+    return x_grad, weight_grad
+
+
+def _constants(D: int, eps: float) -> dict[str, Any]:
+    columns = int(triton.next_power_of_2(D))
+    tile = launch.rms_norm(columns)
+    return {"D": D, "eps": eps, "BLOCK_N": tile.block // columns, "BLOCK_D": columns, "num_warps": tile.warps}
+
+
+def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, D] with adjacent columns: a view wherever strides allow it."""
+    x_ND = x.reshape(-1, x.shape[-1])
+    return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,  # None: no residual, and no total
+    weight_ptr,
+    normed_ptr,
+    total_ptr,
+    N,
+    x_stride,
+    residual_stride,
+    D: tl.constexpr,
+    eps: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    dtype = x_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    inside = (row < N)[:, None] & (column < D)[None, :]
+    place = row[:, None] * D + column[None, :]
+
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0)
+    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0)
+    x = x.to(tl.float64 if dtype == tl.float64 else tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row[:, None] * residual_stride + column[None, :], mask=inside, other=0)
+        total = (x + residual.to(x.dtype)).to(dtype)
+        tl.store(total_ptr + place, total, mask=inside)
+        x = total.to(x.dtype)
+    x_hat = (x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]).to(dtype)
+    wide = tl.float64 if weight.dtype == tl.float64 else x.dtype
+    normed = x_hat.to(wide) * weight.to(wide)[None, :]
+    tl.store(normed_ptr + place, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    total_grad_ptr,  # None: the sum, if there was one, is used nowhere else
+    x_grad_ptr,
+    partial_ptr,  # [programs, D], or None: the weight's gradient is not wanted
+    N,
+    grad_stride,
+    x_stride,
+    total_grad_stride,
+    D: tl.constexpr,
+    eps: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    dtype = x_ptr.dtype.element_ty
+    wide = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0).to(wide)[None, :]
+    partial = tl.zeros([BLOCK_N, BLOCK_D], wide)
+    for block in range(program, tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        row = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (row < N)[:, None] & (column < D)[None, :]
+        x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0).to(wide)
+        grad = tl.load(grad_ptr + row[:, None] * grad_stride + column[None, :], mask=inside, other=0).to(wide)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x_hat = x * scale
+        if partial_ptr is not None:
+            partial += grad * x_hat.to(dtype).to(wide)
+        grad *= weight
+        x_grad = (grad - x_hat * (tl.sum(grad * x_hat, 1) / D)[:, None]) * scale
+        if total_grad_ptr is not None:
+            total_grad = tl.load(
+                total_grad_ptr + row[:, None] * total_grad_stride + column[None, :], mask=inside, other=0
+            )
+            x_grad += total_grad.to(wide)
+        tl.store(x_grad_ptr + row[:, None] * D + column[None, :], x_grad.to(dtype), mask=inside)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + program * D + column, tl.sum(partial, 0), mask=column < D)

@@ -1,0 +1,153 @@
+"""`rotary` in Triton: queries and (grouped) keys in one launch, each element read once and written once.
+
+Shapes: B sequences, L positions, H query heads, H_kv key heads, P = D_head / 2 pairs.
+
+A program takes a few tokens with all their heads, so that the angles are read once per token. A rotation is linear and
+its gradient the rotation back, the same kernel with −sin: the op is its own derivative, of any order.
+
+The backward does not write over the gradients it is given: autograd may have handed the same memory to others (a sum's
+backward does), nothing public tells, and in place would move as many bytes.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import launch
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See `kernels.rotary`. The angles are constants.
+
+    Raises:
+        ValueError: q and k of different dtypes, or angles that require a gradient.
+    """
+    if k.dtype != q.dtype:
+        raise ValueError(f"k has dtype {k.dtype}: expected q's {q.dtype}; cast it, or choose backend 'reference'")
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        raise ValueError(
+            "cos or sin requires a gradient: expected constants; detach them, or choose backend 'reference'"
+        )
+    return _rotate(q, k, cos, sin, False)
+
+
+@torch.library.custom_op("creche_triton::rotary", mutates_args=())
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    return run(q, k, cos, sin, back)
+
+
+@_rotate.register_fake
+def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos, sin, ctx.back = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _differentiate(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple:
+    return *_rotate(q_grad, k_grad, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+_rotate.register_autograd(_differentiate, setup_context=_save)
+
+
+def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    if q.numel() or k.numel():
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        B, L = q.shape[:2]
+        constants = _constants(q, k, back)
+        with torch.cuda.device_of(q):
+            _kernel[(triton.cdiv(B * L, constants["BLOCK_N"]),)](
+                q,
+                k,
+                cos.contiguous(),
+                sin.contiguous(),
+                q_out,
+                k_out,
+                B * L,
+                L,
+                q.stride(0),
+                q.stride(1),
+                q.stride(2),
+                k.stride(0),
+                k.stride(1),
+                k.stride(2),
+                **constants,
+            )
+    return q_out, k_out
+
+
+def _constants(q: Tensor, k: Tensor, back: bool) -> dict[str, Any]:
+    H, H_kv, P = q.shape[2], k.shape[2], q.shape[3] // 2
+    block_h, block_p = int(triton.next_power_of_2(H + H_kv)), int(triton.next_power_of_2(P))
+    tile = launch.rotary(block_h * block_p)
+    return {
+        "H": H,
+        "H_KV": H_kv,
+        "P": P,
+        "BACK": back,
+        "BLOCK_N": tile.block // (block_h * block_p),
+        "BLOCK_H": block_h,
+        "BLOCK_P": block_p,
+        "num_warps": tile.warps,
+    }
+
+
+@triton.jit
+def _kernel(
+    q_ptr,
+    k_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    N,
+    L,
+    q_stride_b,
+    q_stride_l,
+    q_stride_h,
+    k_stride_b,
+    k_stride_l,
+    k_stride_h,
+    H: tl.constexpr,
+    H_KV: tl.constexpr,
+    P: tl.constexpr,
+    BACK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    dtype = q_ptr.dtype.element_ty
+    wide = tl.float64 if dtype == tl.float64 else tl.float32
+    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None, None]
+    n, sequence, position = token.to(tl.int64), (token // L).to(tl.int64), (token % L).to(tl.int64)
+    head = tl.arange(0, BLOCK_H)[None, :, None]  # the query heads, then the key heads
+    pair = tl.arange(0, BLOCK_P)[None, None, :]
+    inside = (n < N) & (pair < P)
+
+    cos = tl.load(cos_ptr + position * P + pair, mask=inside, other=0).to(wide)
+    sin = tl.load(sin_ptr + position * P + pair, mask=inside, other=0).to(wide)
+    if BACK:
+        sin = -sin
+
+    is_q = inside & (head < H)
+    is_k = inside & (head >= H) & (head < H + H_KV)
+    q_ptr += sequence * q_stride_b + position * q_stride_l + head * q_stride_h + pair
+    k_ptr += sequence * k_stride_b + position * k_stride_l + (head - H) * k_stride_h + pair
+    first = tl.where(head < H, tl.load(q_ptr, mask=is_q, other=0), tl.load(k_ptr, mask=is_k, other=0)).to(wide)
+    second = tl.where(head < H, tl.load(q_ptr + P, mask=is_q, other=0), tl.load(k_ptr + P, mask=is_k, other=0)).to(wide)
+    new_first = (first * cos - second * sin).to(dtype)
+    new_second = (second * cos + first * sin).to(dtype)
+
+    q_out_ptr += (n * H + head) * (2 * P) + pair
+    k_out_ptr += (n * H_KV + head - H) * (2 * P) + pair
+    tl.store(q_out_ptr, new_first, mask=is_q)
+    tl.store(q_out_ptr + P, new_second, mask=is_q)
+    tl.store(k_out_ptr, new_first, mask=is_k)
+    tl.store(k_out_ptr + P, new_second, mask=is_k)

@@ -1,0 +1,167 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.cohort import Cohort
+from engine.config import FinetuneConfig
+from engine.evaluation import finetune as module
+from engine.evaluation.finetune import Classification, Examples, finetune, read_classification
+from engine.evaluation.results import TaskScore
+from engine.models.llama import Llama
+from engine.runtime import Runtime
+from engine.tokenizer import Tokenizer
+
+QUICK = FinetuneConfig(seeds=(1,), learning_rate=3e-3, batch=8, epochs=3)
+
+
+@pytest.fixture
+def model(cohort: Cohort) -> Llama:
+    return cohort[0].model
+
+
+def questions(count: int, begin: int) -> Examples:
+    """Class 1 where both texts name the same animal; lengths vary."""
+    animals = ("dog", "cat", "bird")
+    chosen = [(animals[i % 3], animals[(i if i % 2 else i + 1) % 3], i % 2) for i in range(begin, begin + count)]
+    texts = [(f"look at the {a} " + "now " * (i % 4), f"the {b}") for i, (a, b, _) in enumerate(chosen)]
+    return Examples(list(texts), [label for *_, label in chosen])
+
+
+SET = Classification("rte", "rte", questions(40, 0), questions(18, 40))
+
+
+def run(model: Llama, tokenizer: Tokenizer, place: Runtime, folder: Path, config: FinetuneConfig = QUICK) -> TaskScore:
+    return finetune([SET], model, tokenizer, config, folder, place, say=lambda _: None)
+
+
+def test_a_model_learns_and_stays_as_it_was(model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path) -> None:
+    before = [p.detach().clone() for p in model.parameters()]
+    config = replace(QUICK, epochs=8, seeds=(1, 2))
+    state = torch.get_rng_state()
+    score = run(model, tokenizer, place, tmp_path, config)
+    assert [s.name for s in score.sets] == ["rte, seed 1", "rte, seed 2"]
+    assert all(s.score >= 0.9 for s in score.sets)
+    assert (score.mean.chance, score.mean.baseline) == (0.5, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), state), "training draws what it would have drawn without"
+
+
+def test_a_stopped_job_ends_where_it_would_have_ended(
+    model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tokenizer, place, tmp_path / "whole")
+    [whole] = (tmp_path / "whole").glob("*.json")
+
+    epochs: list[int] = []
+    epoch = module._Job._epoch
+
+    def stop_at_second(self: Any, number: int) -> float:
+        epochs.append(number)
+        if epochs == [0, 1]:
+            raise KeyboardInterrupt
+        return epoch(self, number)
+
+    losses: dict[str, list[str]] = {}
+
+    def say_into(key: str) -> Callable[[str], None]:
+        return losses.setdefault(key, []).append
+
+    monkeypatch.setattr(module._Job, "_epoch", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        finetune([SET], model, tokenizer, QUICK, tmp_path / "parts", place, say_into("parts"))
+    finetune([SET], model, tokenizer, QUICK, tmp_path / "parts", place, say_into("parts"))
+    assert epochs == [0, 1, 1, 2]
+    monkeypatch.undo()
+    finetune([SET], model, tokenizer, QUICK, tmp_path / "again", place, say_into("again"))
+    assert losses["parts"] == losses["again"], "the same losses, epoch by epoch"
+    [parts] = (tmp_path / "parts").iterdir()
+    assert (parts.name, parts.read_text()) == (whole.name, whole.read_text()), "and nothing else is left behind"
+
+
+def test_results_are_kept_for_the_same_job_alone(
+    model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(model, tokenizer, place, tmp_path)
+    monkeypatch.setattr(module._Job, "run", lambda self, state: pytest.fail("done before"))
+    assert run(model, tokenizer, place, tmp_path) == first
+    with pytest.raises(pytest.fail.Exception):
+        run(model, tokenizer, place, tmp_path, replace(QUICK, learning_rate=1e-3))
+
+
+def test_ranks_share_the_jobs_out(
+    model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module._Job, "run", lambda self, state: [SET.valid.labels])
+    monkeypatch.setattr(Runtime, "barrier", lambda self: None)
+    config = replace(QUICK, seeds=(1, 2, 3))
+    with pytest.raises(FileNotFoundError):  # what the other rank has not done yet
+        run(model, tokenizer, replace(place, rank=1, world=2), tmp_path, config)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert run(model, tokenizer, replace(place, rank=0, world=2), tmp_path, config).mean.score == 1.0
+
+
+def test_the_best_epoch_is_reported_beside_the_last() -> None:
+    labels = SET.valid.labels
+    wrong = [1 - label for label in labels]
+    one = module._judge(SET, module.Settings(seed=5), [wrong, labels, wrong])
+    assert (one.score, one.strict, one.error, one.name) == (1.0, 0.0, 0.0, "rte, seed 5")
+    msgs = replace(SET, task="msgs", name="main_verb_control")
+    judged = module._judge(msgs, module.Settings(), [wrong])
+    assert judged.score == pytest.approx(-1.0), "Matthews' correlation"
+
+
+def test_a_loss_that_is_not_finite_stops_it(model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="loss not finite in epoch"):
+        run(model, tokenizer, place, tmp_path, replace(QUICK, learning_rate=1e30))
+
+
+def test_long_examples_are_cut_and_it_is_said(tokenizer: Tokenizer) -> None:
+    said: list[str] = []
+    part = Examples([("look " * 40, "the dog"), ("look", "the dog")], [0, 1])
+    long, short = module._strands(part, tokenizer, 20, said.append, "rte")
+    assert (len(long.tokens), long.tokens.count(tokenizer.boundary or 0)) == (20, 2)
+    assert long.tokens[-len(tokenizer.encode("the dog")) :] == tokenizer.encode("the dog"), "the longer text is cut"
+    assert short.tokens == [
+        tokenizer.boundary,
+        *tokenizer.encode("look"),
+        tokenizer.boundary,
+        *tokenizer.encode("the dog"),
+    ]
+    assert (short.targets, short.rows) == ([1], [len(short.tokens) - 1])
+    assert said == ["rte: 1 of 2 examples are longer than 20 tokens and were cut"]
+
+
+def test_what_is_missing_or_malformed_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "glue_filtered"
+    folder.mkdir()
+    good = json.dumps({"sentence1": "a", "sentence2": "b", "label": 1}) + "\n"
+    (folder / "rte.valid.jsonl").write_text(good)
+    with pytest.raises(ValueError, match=r"rte: no .*rte\.train\.jsonl"):
+        read_classification("rte", tmp_path)
+    for bad, expected in (
+        ('{"sentence1": "a", "label": 1}', "expected sentence2"),
+        ('{"sentence1": "a", "sentence2": "b", "label": "1"}', r"expected label \(int\)"),
+        ('{"sentence1": "a", "sentence2": "b", "label": -1}', "expected 0 or more"),
+    ):
+        (folder / "rte.train.jsonl").write_text(good + bad + "\n")
+        with pytest.raises(ValueError, match=rf"rte\.train\.jsonl:2: .*{expected}"):
+            read_classification("rte", tmp_path)
+    msgs = tmp_path / "msgs_filtered"
+    msgs.mkdir()
+    for name in ("main_verb_control.train.json", "main_verb_control.validation.json"):
+        (msgs / name).write_text(json.dumps({"sentence": "a", "label": 0}) + "\n")
+    assert [one.name for one in read_classification("msgs", tmp_path)] == ["main_verb_control"]
+
+
+def test_the_published_sets_are_read_whole(evaluation_data: Path) -> None:
+    sizes = {"mnli": (10_000, 4_908, 3), "mrpc": (3_668, 204, 2), "rte": (2_490, 139, 2), "wsc": (554, 52, 2)}
+    for task, expected in sizes.items():
+        [one] = read_classification(task, evaluation_data)
+        assert (len(one.train.labels), len(one.valid.labels), one.classes) == expected
+    with pytest.raises(ValueError, match=r"boolq: no .*boolq\.train\.jsonl"):
+        read_classification("boolq", evaluation_data)

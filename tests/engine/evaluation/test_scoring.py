@@ -1,0 +1,185 @@
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from engine.cohort import Cohort
+from engine.evaluation import scoring
+from engine.evaluation.scoring import (
+    Strand,
+    StrandBatch,
+    causal_strands,
+    cohort_log_probabilities,
+    llama_log_probabilities,
+    masked_strands,
+    plan,
+    project,
+    score,
+)
+from engine.models.llama import Llama
+from engine.runtime import Runtime
+
+# Answers to five questions: a common beginning, none at all, one text, equal texts, and one text that goes on further.
+QUESTIONS = [
+    [[1, 5, 6, 7, 8], [1, 5, 6, 9, 10, 11, 12], [1, 5, 6, 9, 13]],
+    [[4, 5, 6], [7, 5, 6, 9]],
+    [[1, 20, 21, 22, 23, 24]],
+    [[1, 30, 31], [1, 30, 31]],
+    [[1, 40, 41, 42], [1, 40]],
+]
+FIRST = 3  # where the single text's scored part begins
+
+
+@pytest.fixture
+def models(cohort: Cohort) -> list[Llama]:
+    return [student.model for student in cohort]
+
+
+def strands_of(*, share: bool) -> list[Strand]:
+    strands, owner = [], 0
+    for texts in QUESTIONS:
+        strands += causal_strands(texts, FIRST, first_owner=owner, share=share)
+        owner += len(texts)
+    return strands
+
+
+TEXTS = sum(map(len, QUESTIONS))
+
+
+@torch.no_grad()
+def naive(models: Sequence[Llama]) -> list[float]:
+    """Sum of log p(token | all before it) from where a question's answers part, one text at a time, in float64."""
+    sums = []
+    for texts in QUESTIONS:
+        same = [len(set(column)) == 1 for column in zip(*texts, strict=False)]
+        begin = FIRST if len(texts) == 1 else max(1, [*same, False].index(False))
+        for ids in texts:
+            logits = sum((m(torch.tensor([ids])) @ m.head.T).double() for m in models) / len(models)
+            log_prob = torch.as_tensor(logits).log_softmax(-1)
+            sums.append(sum(log_prob[i - 1, ids[i]].item() for i in range(begin, len(ids))))
+    return sums
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("tokens_a_batch", [7, 4096])
+def test_scores_equal_those_of_one_text_at_a_time(
+    models: list[Llama], place: Runtime, monkeypatch: pytest.MonkeyPatch, share: bool, tokens_a_batch: int
+) -> None:
+    monkeypatch.setattr(scoring, "TOKENS_A_BATCH", tokens_a_batch)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 3 * 360)  # several chunks of hidden states
+    with torch.no_grad():
+        found_SI = score(strands_of(share=share), TEXTS, llama_log_probabilities(models), place, padding=True)
+    expected = torch.tensor([naive([models[0]]), naive([models[1]]), naive(models)], dtype=torch.float64)
+    torch.testing.assert_close(found_SI, expected, rtol=2e-6, atol=0)
+    assert found_SI[0, 6].item() == found_SI[0, 7].item() == 0.0, "equal texts tie exactly"
+
+
+def test_the_students_of_a_run_score_alike_and_are_back_in_training(cohort: Cohort, place: Runtime) -> None:
+    with cohort.evaluating():
+        found_SI = score(strands_of(share=False), TEXTS, cohort_log_probabilities(cohort), place, padding=True)
+    torch.testing.assert_close(found_SI[2], torch.tensor(naive([s.model for s in cohort])).double(), rtol=2e-6, atol=0)
+    assert all(student.model.training for student in cohort)
+
+
+def test_what_answers_share_is_computed_once() -> None:
+    [strand] = causal_strands(QUESTIONS[0], 1, first_owner=0, share=True)
+    assert strand.tokens == [1, 5, 6, 7, 9, 10, 11, 9]
+    assert strand.positions == [0, 1, 2, 3, 3, 4, 5, 3]
+    assert len(strand.targets) == 8
+    assert len(strand.rows) == 6, "the row before the answers part serves all three"
+
+
+@pytest.mark.parametrize("padding", [True, False])
+def test_rounds_hold_every_strand_once_within_their_bound(monkeypatch: pytest.MonkeyPatch, padding: bool) -> None:
+    monkeypatch.setattr(scoring, "TOKENS_A_BATCH", 20)
+    strands = [scoring._plain(list(range(length)), 1, 0) for length in (5, 9, 3, 5, 5, 30, 9, 2)]
+    rounds = plan(strands, 1, padding=padding)
+    assert sorted(i for indices in rounds for i in indices) == list(range(8))
+    for indices in rounds:
+        lengths = [len(strands[i].tokens) for i in indices]
+        assert len(indices) * max(lengths) <= 20 or len(indices) == 1
+        assert padding or len(set(lengths)) == 1
+    assert padding is any(len({len(strands[i].tokens) for i in indices}) > 1 for indices in rounds)
+
+
+def test_two_ranks_score_every_text_once(models: list[Llama], place: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "TOKENS_A_BATCH", 6)  # some rounds of one strand: nothing for one of the ranks
+    log_probabilities = llama_log_probabilities(models)
+    with torch.no_grad():
+        alone = score(strands_of(share=True), TEXTS, log_probabilities, place, padding=True)
+        from_rank_0: list[Tensor] = []
+
+        def score_on(rank: int) -> Tensor:
+            place_of_two = replace(place, rank=rank, world=2)
+            return score(strands_of(share=True), TEXTS, log_probabilities, place_of_two, padding=True)
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: from_rank_0.append(sums.clone()))
+        with pytest.raises(ValueError, match="no score of a part is given out as the whole"):
+            score_on(0)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.add_(from_rank_0[0]))
+        torch.testing.assert_close(score_on(1), alone, rtol=1e-6, atol=0)
+
+
+def test_scores_that_are_not_finite_are_no_result(models: list[Llama], place: Runtime) -> None:
+    norm = models[0].norm.weight
+    kept = norm.detach().clone()
+    with torch.no_grad():
+        norm[0] = math.nan
+        try:
+            with pytest.raises(ValueError, match="not finite"):
+                score(strands_of(share=True), TEXTS, llama_log_probabilities(models), place, padding=True)
+        finally:
+            norm.copy_(kept)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, -1e3])
+def test_logits_of_any_size(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.rand(5, 4, generator=generator), torch.rand(9, 4, generator=generator)
+    sources, targets = torch.tensor([0, 0, 3, 4]), torch.tensor([1, 8, 2, 0])
+    found = project([hidden * scale], [head], sources, targets)
+    expected = (hidden.double() * scale @ head.double().T).log_softmax(-1)[sources, targets]
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pseudo_log_likelihood_equals_a_naive_loop(place: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "TOKENS_A_BATCH", 40)
+    mask = 3
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    model = RobertaForMaskedLM(RobertaConfig(vocab_size=50, max_position_embeddings=40, **shape)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    sentences = [[0, 10, 11, 12, 2], [0, 20, 21, 22, 23, 24, 2], [0, 30, 2]]
+    strands = [
+        strand
+        for i, ids in enumerate(sentences)
+        for strand in masked_strands(ids, range(1, len(ids) - 1), mask, owner=i)
+    ]
+
+    def log_probabilities(batch: StrandBatch) -> Tensor:
+        logits = model(input_ids=batch.tokens_BL).logits.flatten(0, 1)[batch.rows_U]
+        return logits.log_softmax(-1)[batch.sources_N, batch.targets_N][None]
+
+    with torch.no_grad():
+        found = score(strands, len(sentences), log_probabilities, place, padding=False)[0]
+        expected = []
+        for ids in sentences:
+            total = 0.0
+            for at in range(1, len(ids) - 1):
+                copy = torch.tensor([ids])
+                copy[0, at] = mask
+                total += model(input_ids=copy).logits[0, at].double().log_softmax(-1)[ids[at]].item()
+            expected.append(total)
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-5, atol=0)

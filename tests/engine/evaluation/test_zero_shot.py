@@ -1,0 +1,120 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.cohort import Cohort
+from engine.corpus.grammar import minimal_pairs
+from engine.evaluation.scoring import llama_log_probabilities
+from engine.evaluation.tasks import Question, Task, _accuracies, read_tasks
+from engine.evaluation.zero_shot import ZeroShot
+from engine.export import load_model
+from engine.runtime import Runtime
+from engine.tokenizer import Tokenizer
+
+POSITIONS = 48
+
+
+def task(*questions: Question) -> Task:
+    return Task("test", list(questions), _accuracies)
+
+
+@torch.no_grad()
+def plain(folder: Path, questions: list[Question]) -> list[list[float]]:
+    """Every answer's summed log-probability by transformers alone, a text at a time."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+
+    def log_probability(text: str) -> float:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        log_prob = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        return log_prob.gather(-1, ids[0, 1:, None]).double().sum().item()
+
+    return [[log_probability(answer) for answer in question.answers] for question in questions]
+
+
+def margins(answers: list[list[float]]) -> torch.Tensor:
+    """Each answer's lead over the first."""
+    return torch.tensor([other - item[0] for item in answers for other in item[1:]])
+
+
+def assert_equal_decisions(found: list[list[float]], expected: list[list[float]]) -> None:
+    torch.testing.assert_close(margins(found), margins(expected), rtol=1e-4, atol=1e-4)
+    decisions = [[item.index(max(item)) for item in answers] for answers in (found, expected)]
+    assert decisions[0] == decisions[1]
+    assert len(set(decisions[0])) > 1
+
+
+def test_an_exported_student_decides_item_by_item_as_transformers_does(exported: Path, place: Runtime) -> None:
+    questions = [Question(p.phenomenon, (p.good, p.bad)) for p in minimal_pairs(5, 3)]
+    texts = ["the dog sees a cat.\nthe cat sleeps.", "the dog sees a cat.\nthe dog sleeps.", "the dog sees.\n"]
+    questions += [Question("three", tuple(texts)), Question("same", (texts[0], texts[0]))]
+    model, tokenizer = load_model(exported)
+    zero_shot = ZeroShot([task(*questions)], tokenizer, place, positions=POSITIONS, share=True)
+    with torch.inference_mode():
+        [found] = zero_shot.answers(llama_log_probabilities([model]))
+    assert found[-1] == [0.0, 0.0]
+    assert_equal_decisions(found, plain(exported, questions))
+
+
+def test_and_so_it_does_on_every_set_of_the_evaluation_data(
+    cohort: Cohort, exported: Path, place: Runtime, evaluation_data: Path
+) -> None:
+    """A sample; the tiny tokenizer makes long texts, so positions are taken from a copy of the student with more."""
+    tasks = read_tasks(("blimp", "blimp_supplement", "wug_adj_nominalization"), evaluation_data)
+    picked = [question for t in tasks for question in t.questions[:: max(1, len(t.questions) // 90)]]
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 300}))
+    try:
+        model, tokenizer = load_model(exported)
+        zero_shot = ZeroShot([task(*picked)], tokenizer, place, positions=300, share=True)
+        with torch.inference_mode():
+            [found] = zero_shot.answers(llama_log_probabilities([model]))
+        assert_equal_decisions(found, plain(exported, picked))
+    finally:
+        (exported / "config.json").write_text(json.dumps(config))
+
+
+def test_every_student_and_the_ensemble_get_a_score_of_each_task(
+    cohort: Cohort, place: Runtime, tokenizer: Tokenizer
+) -> None:
+    one = task(Question("a", ("look!", "look look!")), Question("b", ("the dog.", "dog the.", "the the.")))
+    two = task(Question("c", ("where is she?", "where is she?")))
+    zero_shot = ZeroShot([one, two], tokenizer, place, positions=POSITIONS, share=True)
+    with torch.no_grad():
+        found = zero_shot.scores(llama_log_probabilities([student.model for student in cohort]))
+    assert len(found) == 3
+    for first, second in found:
+        assert [s.name for s in first.sets] == ["a", "b"]
+        assert [s.chance for s in first.sets] == [1 / 2, 1 / 3]
+        assert (second.mean.score, second.mean.strict) == (1.0, 0.0), "the tie policies differ where all is a tie"
+
+
+def test_a_context_is_not_scored(cohort: Cohort, place: Runtime, tokenizer: Tokenizer) -> None:
+    context, word = "the dog", "sleeps."
+    questions = ZeroShot([task(Question("", (word,), context))], tokenizer, place, positions=POSITIONS, share=True)
+    model = cohort[0].model
+    with torch.no_grad():
+        [[[found]]] = questions.answers(llama_log_probabilities([model]))
+        front, own = [tokenizer.boundary, *tokenizer.encode(context)], tokenizer.encode(word)
+        log_prob = (model(torch.tensor([front + own])) @ model.head.T).double().log_softmax(-1)
+    expected = sum(log_prob[len(front) + i - 1, token].item() for i, token in enumerate(own))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("boundary", [True, False])
+def test_a_text_may_fill_the_positions_and_no_more(
+    cohort: Cohort, place: Runtime, train_tokenizer: Callable[..., Tokenizer], boundary: bool
+) -> None:
+    tokenizer = train_tokenizer(boundary=boundary)
+    inputs = len(tokenizer.encode("the dog sleeps.")) - (not boundary)  # all but the last token
+    question = task(Question("x", ("the dog sleeps.", "the dog.")))
+    zero_shot = ZeroShot([question], tokenizer, place, positions=inputs, share=True)
+    with torch.no_grad():
+        zero_shot.answers(llama_log_probabilities([cohort[0].model]))
+    with pytest.raises(ValueError, match=rf"^test: 'the dog sleeps\.': .* {inputs - 1} positions"):
+        ZeroShot([question], tokenizer, place, positions=inputs - 1, share=True)

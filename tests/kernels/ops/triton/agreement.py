@@ -1,0 +1,106 @@
+"""The yardstick of the Triton kernels' tests: float64.
+
+A kernel may err 3 times as much as plain torch (`reference.py`) in the same storage dtype, and by one rounding to that
+dtype more, since plain torch is now and then exact by luck.
+
+Triton's interpreter is wrong in bf16: its arithmetic takes the bits for integers (the kernels widen what they load, so
+none happens), and its casts from fp32 cut off what a GPU rounds to the nearest even. `honest_memory_and_casts` puts
+torch's rounding in their place. It also fills with NaN what is allocated but not written.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def assert_agrees(
+    ours: Function,
+    plain: Function,
+    inputs: Sequence[Tensor],
+    view: Callable[[Tensor], Tensor] = torch.clone,
+    cotangent: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> None:
+    """Outputs and every gradient of ours(*inputs) are as near to plain's in float64 as its own in `inputs`' dtypes are.
+
+    `view` gives our inputs other strides, and `cotangent` makes the gradients of the outputs.
+    """
+    dtypes = [x.dtype for x in inputs]
+    exact_outputs = _outputs(plain, [x.double() for x in inputs])
+    torch.manual_seed(1)
+    cotangents = [cotangent(x) for x in _outputs(plain, inputs)]
+    exact = exact_outputs + _gradients(plain, [x.double() for x in inputs], [g.double() for g in cotangents])
+    theirs = _outputs(plain, inputs) + _gradients(plain, inputs, cotangents)
+    viewed = [view(x) for x in inputs]
+    with honest_memory_and_casts():
+        mine = _outputs(ours, viewed) + _gradients(ours, viewed, cotangents)
+    for k, (a, b, c) in enumerate(zip(mine, theirs, exact, strict=True)):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        if not c.numel():
+            continue
+        error, allowed = ((x - c).abs().max().item() for x in (a, b))
+        rounding = torch.finfo(a.dtype).eps / 2 * c.abs().max().item()
+        assert error <= 3 * allowed + rounding, f"result {k} of {dtypes}: {error:.3g}, plain torch {allowed:.3g}"
+
+
+@contextmanager
+def honest_memory_and_casts() -> Iterator[None]:
+    cast = InterpreterBuilder.cast_impl
+
+    def round_to_nearest(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, src, dst_type)
+        rounded = torch.tensor(src.data).bfloat16().view(torch.int16).numpy().view("uint16")
+        return TensorHandle(rounded, tl.bfloat16)
+
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then returns NaN
+    try:
+        with mock.patch.object(InterpreterBuilder, "cast_impl", round_to_nearest):
+            assert torch.empty(3).isnan().all()
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _outputs(function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        outputs = function(*inputs)
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def _gradients(function: Function, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    return list(torch.autograd.grad(outputs, leaves, cotangents))
+
+
+def packed(x: Tensor) -> Tensor:
+    """The same numbers as a slice of something wider: rows lie an odd number of elements apart, off 16 bytes."""
+    wider = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan"))
+    wider[..., 1:-2] = x
+    return wider[..., 1:-2]
+
+
+def scattered(x: Tensor) -> Tensor:
+    """The same numbers in the opposite order of dimensions: nothing is adjacent."""
+    return x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
+
+
+def expanded(x: Tensor) -> Tensor:
+    """A gradient such as `.sum()` sends: one number in memory."""
+    return torch.randn((), device=x.device).to(x.dtype).expand(x.shape)
+
+
+def sliced(x: Tensor) -> Tensor:
+    """A gradient whose rows lie apart, as `torch.cat` sends."""
+    return packed(torch.randn_like(x))

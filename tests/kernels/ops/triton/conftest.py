@@ -1,0 +1,10 @@
+"""These tests run Triton kernels: on a GPU, or in the interpreter, which a whole process must choose beforehand."""
+
+import importlib.util
+import os
+
+import torch
+
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+runnable = importlib.util.find_spec("triton") is not None and (interpreted or torch.cuda.is_available())
+collect_ignore_glob = [] if runnable else ["test_*.py"]

@@ -1,0 +1,432 @@
+"""`ensemble_kl` in Triton against the reference in float64. What the interpreter gets wrong in bf16: see agreement.py."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kernels
+from kernels import launch
+from kernels.launch import Launch
+from kernels.ops.ensemble_kl import reference, triton
+from tests.kernels.ops.triton.agreement import (
+    DEVICE,
+    assert_agrees,
+    expanded,
+    honest_memory_and_casts,
+    packed,
+    scattered,
+)
+
+DIVERGENCES = ("forward", "reverse", "jsd")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, where NaN and infinity are meant
+
+
+def make(streams: int, tokens: int, vocabulary: int, dtype=torch.float32, *, scale=3.0, seed=0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(tokens, vocabulary, generator=generator) * scale).to(DEVICE, dtype) for _ in range(streams)]
+
+
+def make_targets(tokens: int, vocabulary: int) -> Tensor:
+    """The first and the last token of the vocabulary among them, and ignored rows."""
+    targets = torch.arange(tokens) * 7 % vocabulary
+    targets[-1] = vocabulary - 1
+    targets[1:-1:5] = -100
+    return targets.to(DEVICE)
+
+
+def of_students(backend, teachers, targets, *, temperature=1.0, divergence="forward"):
+    """`backend.ensemble_kl` as a function of the students, with teachers in float64 where those are."""
+
+    def run(*students: Tensor) -> tuple[Tensor, Tensor]:
+        peers = [t.double() if students[0].dtype == torch.float64 else t for t in teachers]
+        ce, kl = backend.ensemble_kl((*students, *peers), targets, len(students), temperature, divergence, -100)
+        nothing = sum(0 * x.sum(-1) for x in students)  # ties both to the students, also where a loss is constant
+        return ce + nothing, kl + nothing
+
+    return run
+
+
+def check(students: int, streams: list[Tensor], targets: Tensor | None, *views, **options) -> None:
+    teachers = streams[students:]
+    assert_agrees(
+        of_students(triton, [views[0](t) for t in teachers] if views else teachers, targets, **options),
+        of_students(reference, teachers, targets, **options),
+        streams[:students],
+        *views,
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(
+    ("students", "streams"), [(1, 1), (1, 2), (2, 2), (3, 3), (4, 4), (2, 4), (1, 5), (5, 5), (1, 8), (5, 8)]
+)
+def test_students_and_teachers(students, streams, temperature, divergence):
+    if streams > 4 and temperature != 1:
+        pytest.skip("slow in the interpreter, and nothing of its own")
+    logits = make(streams, 3, 600)
+    check(students, logits, make_targets(3, 600), temperature=temperature, divergence=divergence)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(1, 7), (7, 64), (1000, 7), (2047, 1), (2048, 1), (2049, 2)])
+def test_shapes(vocabulary, tokens, dtype):
+    """2048 fp32 logits, and 4096 of 16 bits, are what 4 warps keep in registers."""
+    check(2, make(3, tokens, vocabulary, dtype), make_targets(tokens, vocabulary))
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "jsd"])
+@pytest.mark.parametrize("vocabulary", [1, 511, 512, 513, 1025])
+def test_shapes_read_in_blocks_of_512(vocabulary, divergence):
+    check(2, make(2, 2, vocabulary), make_targets(2, vocabulary), divergence=divergence)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [16000, 32000, 50257])
+def test_whole_vocabularies(vocabulary, dtype):
+    check(1, make(2, 1, vocabulary, dtype), make_targets(1, vocabulary))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("view", [packed, scattered])
+@pytest.mark.parametrize("cotangent", [torch.randn_like, expanded])
+def test_strides(view, cotangent, divergence):
+    check(2, make(3, 4, 90), make_targets(4, 90), view, cotangent, divergence=divergence)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32, torch.float16), (torch.float32, torch.bfloat16)])
+def test_streams_of_different_dtypes_and_strides(dtypes):
+    logits = [x.to(dtype) for x, dtype in zip(make(len(dtypes), 3, 600), dtypes, strict=True)]
+    targets = make_targets(3, 600)
+    views = (packed, scattered, torch.clone)
+
+    def ours(*students):
+        return of_students(triton, (), targets)(*(view(x) for view, x in zip(views, students, strict=False)))
+
+    assert_agrees(ours, of_students(reference, (), targets), logits)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_without_targets(divergence):
+    check(1, make(3, 3, 50), None, divergence=divergence)
+    alone = make(1, 3, 50)[0].requires_grad_()
+    ce, kl = triton.ensemble_kl([alone], None, 1, 1.0, divergence, -100)
+    assert not ce.any()
+    assert not kl.any()
+    assert not torch.autograd.grad(ce.sum() + kl.sum(), alone)[0].any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_only_one_of_the_losses_is_used(temperature):
+    logits = [x.requires_grad_() for x in make(2, 3, 50)]
+    targets = make_targets(3, 50)
+    for part in range(2):
+        results = []
+        for backend in (triton, reference):
+            losses = backend.ensemble_kl(logits, targets, 2, temperature, "forward", -100)
+            results.append(torch.autograd.grad(losses[part].sum(), logits))
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_point_masses(divergence, dtype):
+    """Saturated at ±30: two streams agree and one does not."""
+    logits = [torch.full((4, 600), -30.0, device=DEVICE) for _ in range(3)]
+    for r, at in enumerate((5, 5, 599)):
+        logits[r][:, at] = 30.0
+    targets = torch.tensor([5, 599, 0, -100], device=DEVICE)
+    check(3, [x.to(dtype) for x in logits], targets, divergence=divergence)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("shift", [0.0, 20.0])
+def test_tiny_divergences(temperature, divergence, shift):
+    """At KL ≈ 1e-7, where Σ p·u − p + q is some percent wrong; and where one stream's logits are all shifted."""
+    generator = torch.Generator().manual_seed(2)
+    base = torch.randn(4, 4000, generator=generator) * 3 * temperature
+    nearby = base + torch.randn(4, 4000, generator=generator) * 4.5e-4 * temperature
+    streams = [base.to(DEVICE), nearby.to(DEVICE) + shift]
+    targets = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    exact = reference.ensemble_kl([x.double() for x in streams], targets, 2, temperature, divergence, -100)[1]
+    kl = triton.ensemble_kl(streams, targets, 2, temperature, divergence, -100)[1]
+    assert 1e-8 < exact[0, 1].max() < 3e-6
+    for i, j in ((0, 1), (1, 0)):
+        assert (kl[i, j].double() / exact[i, j] - 1).abs().max() < (1e-3 if shift == 0 else 1e-2)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+@pytest.mark.parametrize("case", ["padding", "one stream", "target", "other row", "nan"])
+def test_infinities_and_nans_are_the_references(case, temperature, divergence):
+    logits = make(3, 5, 40)
+    targets = torch.tensor([0, 1, 3, -100, 39], device=DEVICE)
+    if case == "padding":
+        for x in logits:
+            x[:, 5:12] = -math.inf
+    elif case == "one stream":
+        logits[1][:, 17:30] = -math.inf
+    elif case == "target":
+        logits[0][2, 3] = -math.inf
+    elif case == "other row":
+        for x, junk in zip(logits, (math.nan, math.inf, -math.inf), strict=True):
+            x[3] = junk
+    else:
+        logits[0][1, 7] = math.nan
+    for x in logits[:2]:
+        x.requires_grad_()
+    results = []
+    for backend in (triton, reference):
+        losses = backend.ensemble_kl(logits, targets, 2, temperature, divergence, -100)
+        results.append([*losses, *torch.autograd.grad([x.sum() for x in losses], logits[:2])])
+    for ours, theirs in zip(results[0][:2], results[1][:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+    for ours, theirs in zip(results[0][2:], results[1][2:], strict=True):
+        good = theirs.isfinite().all(-1)
+        torch.testing.assert_close(ours[good], theirs[good], rtol=1e-4, atol=2e-6)
+        assert not ours[~good].isfinite().all(-1).any()
+        assert not ours[3].any()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_row_without_a_finite_logit_is_nan(divergence):
+    logits = make(2, 2, 40)
+    logits[1][0] = -math.inf
+    ce, kl = triton.ensemble_kl(logits, torch.tensor([1, 2], device=DEVICE), 2, 1.0, divergence, -100)
+    assert ce[1, 0].isnan()
+    assert kl[0, 1, 0].isnan()
+    assert kl[1, 0, 0].isnan()
+    assert kl[:, :, 1].isfinite().all()
+
+
+def sweep(backend, logits, targets, ce_weight, kl_weight, ce_rows, kl_rows, *, wanted, padding=0, into=None, **options):
+    """`loss_and_grad` of Triton or the reference, on copies: ce, kl and the gradients."""
+    vocabulary = logits[0].shape[1]
+    if backend is reference:
+        copies = [x.double() for x in logits]
+        ce_weight, kl_weight = ce_weight.double(), None if kl_weight is None else kl_weight.double()
+        return reference.loss_and_grad(
+            copies, targets, ce_weight, kl_weight, ce_rows, kl_rows, wanted=wanted, **options
+        )
+    padded = [torch.nn.functional.pad(x, (0, padding), value=math.nan) for x in logits]
+    made = [
+        None if not want else x if into is None else torch.full_like(x, math.nan, dtype=into)
+        for x, want in zip(padded, wanted, strict=False)
+    ]
+    with honest_memory_and_casts():
+        ce, kl = triton.loss_and_grad(
+            padded, made, targets, ce_weight, kl_weight, ce_rows, kl_rows, vocabulary=vocabulary, **options
+        )
+    assert all(g is None or not g[:, vocabulary:].any() for g in made)
+    return ce, kl, [None if g is None else g[:, :vocabulary] for g in made]
+
+
+@pytest.mark.parametrize("into", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("students", "streams", "temperature"), [(1, 3, 2.0), (2, 2, 1.0), (3, 4, 0.7), (6, 7, 1.0)])
+def test_losses_and_gradients_in_one_launch(students, streams, temperature, divergence, into):
+    """In place over the students' logits (`into` None), or elsewhere; rows padded with NaN."""
+    logits = make(streams, 4, 590)
+    targets = torch.tensor([0, 589, -100, -100], device=DEVICE)
+    ce_rows, kl_rows = targets != -100, torch.tensor([True, False, True, False], device=DEVICE)
+    for x in logits:
+        x[3] = math.nan
+    generator = torch.Generator().manual_seed(1)
+    ce_weight = torch.rand(students, generator=generator).to(DEVICE)
+    kl_weight = torch.rand(students, streams, generator=generator).to(DEVICE)
+    kl_weight[0, -1] = 0
+    wanted = [i != 1 for i in range(students)]
+    arguments = (targets, ce_weight, kl_weight, ce_rows, kl_rows)
+    options = {"temperature": temperature, "divergence": divergence, "wanted": wanted}
+    with torch.no_grad():
+        clean = [x.nan_to_num() for x in logits]
+        exact = sweep(reference, clean, *arguments, **options)
+        ours = sweep(triton, logits, *arguments, padding=18, into=into, **options)
+    for got, want in zip(ours[:2], exact[:2], strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-7)
+    tolerance = 3e-6 if into is None else torch.finfo(into).eps
+    for got, want in zip(ours[2], exact[2], strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_without_kl_weights_only_cross_entropy_is_computed():
+    """The teacher is not looked at, nor is the temperature."""
+    (student,) = make(1, 3, 70)
+    teacher = torch.full_like(student, math.nan)
+    targets = torch.tensor([0, 69, -100], device=DEVICE)
+    rows = targets != -100
+    ones = torch.ones(1, device=DEVICE)
+    ce, kl, (gradient,) = sweep(
+        triton, [student, teacher], targets, ones, None, rows, rows, wanted=[True], temperature=2.0, divergence="jsd"
+    )
+    assert kl is None
+    want = student.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(want, targets, reduction="none")
+    torch.testing.assert_close(ce[0].double(), exact.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(exact.sum(), want)[0], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_launch_gives_the_same(divergence, dtype, monkeypatch):
+    """Rows kept on chip or read again, in parts, in sweeps: whatever `launch` chooses for some other shape or GPU."""
+    logits = make(3, 2, 1500, dtype)
+    arguments = (
+        torch.tensor([3, 1499], device=DEVICE),
+        torch.ones(2, device=DEVICE),
+        torch.ones(2, 3, device=DEVICE),
+        *[torch.ones(2, dtype=torch.bool, device=DEVICE)] * 2,
+    )
+    options = {"temperature": 1.0, "divergence": divergence, "wanted": [True, True]}
+    vector = 16 // dtype.itemsize
+    tile = 32 * vector
+    exact = sweep(reference, logits, *arguments, **options)
+    for chosen in (
+        Launch(tile * 4, 4),
+        Launch(tile * 1, 1, parts=2),
+        Launch(tile * 2, 2, parts=vector // 2, sweeps=4),
+        Launch(-(-1500 // (tile * 2)) * tile * 2, 2),
+        Launch(-(-1500 // (tile * 4)) * tile * 4, 4, parts=2, sweeps=2),
+    ):
+        monkeypatch.setattr(launch, "ensemble_kl", lambda *_, chosen=chosen, **__: chosen)
+        ce, kl, gradients = sweep(triton, logits, *arguments, into=torch.float32, **options)
+        torch.testing.assert_close(ce.double(), exact[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(kl.double(), exact[1], rtol=2e-6, atol=1e-7)
+        for got, want in zip(gradients, exact[2], strict=True):
+            assert (got.double() - want).abs().max() <= 2e-6 * want.abs().max()
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    students=st.integers(1, 3),
+    teachers=st.integers(0, 2),
+    tokens=st.integers(1, 4),
+    vocabulary=st.integers(2, 40),
+    scale=st.sampled_from([1e-3, 1.0, 10.0]),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    divergence=st.sampled_from(DIVERGENCES),
+)
+def test_properties(seed, students, teachers, tokens, vocabulary, scale, temperature, divergence):
+    streams = students + teachers
+    logits = make(streams, tokens, vocabulary, scale=scale, seed=seed)
+    targets = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    weights = torch.ones(students, device=DEVICE), torch.ones(students, streams, device=DEVICE)
+
+    def run(logits, targets=targets):
+        rows = torch.ones_like(targets, dtype=torch.bool)
+        return sweep(
+            triton,
+            logits,
+            targets,
+            *weights,
+            rows,
+            rows,
+            wanted=[True] * students,
+            temperature=temperature,
+            divergence=divergence,
+        )
+
+    tiny = 30 * torch.finfo(torch.float32).eps * max(scale, 1.0) / temperature
+    close = {"rtol": 1e3 * tiny, "atol": 1e2 * tiny}
+    ce, kl, gradients = run(logits)
+    again = run(logits)
+    assert torch.equal(ce, again[0])
+    assert torch.equal(kl, again[1])
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again[2], strict=True))
+
+    assert (kl >= -tiny * kl.max()).all()
+    for gradient in gradients:
+        torch.testing.assert_close(gradient.sum(-1), torch.zeros_like(ce[0]), **close)
+    if streams == 1:
+        torch.testing.assert_close(ce[0], torch.nn.functional.cross_entropy(logits[0], targets, reduction="none"))
+        assert not kl.any()
+
+    shifted = run([x + 3 * (i + 1) for i, x in enumerate(logits)])
+    torch.testing.assert_close(shifted[1], kl, rtol=5e3 * tiny, atol=5e2 * tiny)
+
+    assert run([logits[0]] * streams)[1].abs().max() <= tiny**2
+
+    order = [*reversed(range(students)), *reversed(range(students, streams))]
+    permuted = run([logits[i] for i in order])
+    torch.testing.assert_close(permuted[0], ce[order[:students]], **close)
+    torch.testing.assert_close(permuted[1], kl[order[:students]][:, order], **close)
+
+    cut = tokens // 2
+    halves = [run([x[part] for x in logits], targets[part]) for part in (slice(cut), slice(cut, None))]
+    assert torch.equal(torch.cat([half[1] for half in halves], -1), kl)
+    for i in range(students):
+        assert torch.equal(torch.cat([half[2][i] for half in halves]), gradients[i])
+
+
+def test_64_bit_offsets():
+    """Rows 2³⁰ elements apart, the third of them past 2³¹; the memory between is never touched."""
+    apart = 2**30 + 1
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 2 * apart * 2 + 2**30:
+        pytest.skip("needs 6 GiB")
+    wide = torch.empty(2 * apart + 16, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 16), (apart, 1))
+    wide.copy_(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)))
+    targets = torch.tensor([0, 5, 15], device=DEVICE)
+    got = triton.ensemble_kl([wide, wide.flip(1)], targets, 1, 1.0, "forward", -100)
+    want = triton.ensemble_kl([wide.clone(), wide.flip(1)], targets, 1, 1.0, "forward", -100)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_no_tokens():
+    logits = [torch.zeros(0, 5, device=DEVICE, requires_grad=True) for _ in range(2)]
+    ce, kl = triton.ensemble_kl(logits, torch.zeros(0, dtype=torch.int64, device=DEVICE), 1, 1.0, "forward", -100)
+    assert (ce.shape, kl.shape) == ((1, 0), (1, 2, 0))
+    assert torch.autograd.grad(ce.sum() + kl.sum(), logits[0])[0].shape == (0, 5)
+
+
+def test_float64_is_refused():
+    with pytest.raises(ValueError, match=r"stream 1 is torch.float64: .* choose kernels.backend\('reference'\)"):
+        triton.ensemble_kl(
+            [torch.zeros(2, 3, device=DEVICE), torch.zeros(2, 3, device=DEVICE, dtype=torch.float64)],
+            None,
+            1,
+            1.0,
+            "forward",
+            -100,
+        )
+
+
+def test_a_second_derivative_is_refused():
+    logits = [x.requires_grad_() for x in make(2, 3, 8)]
+    ce, kl = triton.ensemble_kl(logits, make_targets(3, 8), 2, 1.0, "forward", -100)
+    (first,) = torch.autograd.grad(ce.sum() + (kl * kl).sum(), logits[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(first.sum(), logits[0])
+
+
+def test_torch_compile_traces_it():
+    logits = [x.requires_grad_() for x in make(3, 3, 24)]
+    targets = make_targets(3, 24)
+
+    def loss(*logits):
+        ce, kl = triton.ensemble_kl(logits, targets, 2, 2.0, "jsd", -100)
+        return ce.sum() + kl.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        torch.autograd.grad(compiled(*logits), logits[:2]), torch.autograd.grad(loss(*logits), logits[:2]), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_auto_takes_it_for_cuda_tensors_with_no_gpu():
+    with FakeTensorMode(), kernels.backend("auto"):
+        logits = [torch.empty(4, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        targets = torch.empty(4, device="cuda", dtype=torch.int64)
+        losses = kernels.ensemble_kl(logits, targets, students=2)
+        gradients = torch.autograd.grad(losses.kl.sum(), logits[:2])
+    assert (losses.ce.shape, losses.kl.shape, losses.kl.dtype) == ((2, 4), (2, 3, 4), torch.float32)
+    assert [(g.shape, g.dtype) for g in gradients] == [((4, 16), torch.bfloat16)] * 2

@@ -1,0 +1,123 @@
+"""The scoring recipe as users meet it: a run's students and their ensemble, what it leaves, one line for a mistake."""
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine import tokenizer as tokenization
+from engine.config import StudentConfig, TokenizerConfig
+from engine.corpus.grammar import generate, minimal_pairs
+from engine.evaluation.report import score_model
+from engine.export import export_student
+from engine.models.llama import Llama, LlamaShape, initialise
+
+ROOT = Path(__file__).parents[2]
+PIECES = 360
+
+specification = importlib.util.spec_from_file_location("score", ROOT / "recipes" / "score.py")
+assert specification is not None
+assert specification.loader is not None
+recipe = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(recipe)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Left as it was found: scoring joins a process group of one, whose place it writes there."""
+    before, threads = dict(os.environ), torch.get_num_threads()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a run's, with two exported students."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    (folder / "tokenizer").mkdir(parents=True)
+    tokenizer = tokenization.train(generate(0, 3000), TokenizerConfig(), PIECES, folder / "tokenizer", boundary=True)
+    for seed, name in enumerate(("one", "two")):
+        shape = LlamaShape.of(StudentConfig(name, 1, 16, 2, 24, positions=64), PIECES)
+        model = Llama(shape)
+        initialise(model, seed)
+        export_student(folder / "students" / name, shape, dict(model.named_parameters()), tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name, sets in (("supplement_filtered", 5), ("glue_filtered", 0)):
+        (folder / name).mkdir()
+        for number in range(sets):
+            pairs = minimal_pairs(number, 1)
+            lines = [json.dumps({"sentence_good": p.good, "sentence_bad": p.bad}) + "\n" for p in pairs]
+            (folder / name / f"set{number}.jsonl").write_text("".join(lines))
+    for part in ("train", "valid"):
+        example = {"sentence1": "the dog", "sentence2": "a dog", "label": 0}
+        lines = [json.dumps(example | {"label": i % 2}) + "\n" for i in range(6)]
+        (folder / "glue_filtered" / f"rte.{part}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def score(*arguments: object) -> None:
+    score_model(recipe.settings(list(map(str, arguments))))
+
+
+def test_a_run_is_scored_with_its_ensemble(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("folder=" + str(tmp_path / "scores"), "finetune.epochs=1", "finetune.seeds=[3]")
+    score("--model", run, "--tasks", "blimp_supplement,rte", "--data", data, *settings)
+    printed = capsys.readouterr().out
+    written = {path.name: json.loads((path / "scores.json").read_text()) for path in (tmp_path / "scores").iterdir()}
+    assert written.keys() == {"tiny-one", "tiny-two", "ensemble"}
+    assert [task["task"] for task in written["tiny-one"]["tasks"]] == ["blimp_supplement", "rte"]
+    assert [task["task"] for task in written["ensemble"]["tasks"]] == ["blimp_supplement"]
+    for name in written:
+        assert f"\n{name} " in printed
+        assert {"scores.csv", "scores.svg"} <= {path.name for path in (tmp_path / "scores" / name).iterdir()}
+
+
+def broken(student: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for file in student.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_mistakes_are_answered_by_one_line_and_nothing_is_written(run: Path, data: Path, tmp_path: Path) -> None:
+    student = run / "students" / "one"
+    no_tokenizer = broken(student, tmp_path / "no_tokenizer")
+    (no_tokenizer / "tokenizer.json").unlink()
+    not_finite = broken(student, tmp_path / "not_finite")
+    weights = load_file(not_finite / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], torch.nan)
+    save_file(weights, not_finite / "model.safetensors")
+    not_llama = broken(student, tmp_path / "not_llama")
+    config = json.loads((not_llama / "config.json").read_text())
+    (not_llama / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+
+    supplement = ("--data", data, "--tasks", "blimp_supplement")
+    for arguments, expected in (
+        (("--model", student), "data is missing"),
+        (("--model", student, "--data", data, "--tasks", "blimp"), "no blimp_filtered or blimp in"),
+        (("--model", student, "--data", data, "--tasks", "blimq"), "'blimq' is not known: expected some of blimp"),
+        (("--model", student, *supplement, "taks=[]"), "did you mean 'tasks'"),
+        (("--model", tmp_path, *supplement), "expected a Hugging Face folder"),
+        (("--model", no_tokenizer, *supplement), "no tokenizer.json"),
+        (("--model", not_llama, *supplement), "model_type='gpt2': expected 'llama'"),
+        (("--model", not_finite, *supplement), "a score is not finite"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(expected)) as caught:
+            score(*arguments, f"folder={tmp_path / 'scores'}")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "scores").exists()
