@@ -8,8 +8,7 @@ choose. Liger's kernels for the same work stand in the next row.
 
 What is counted, and where:
     registers, spills, stack, shared memory     in the machine code, by cuobjdump or in AMD's metadata
-    load and store width                        in PTX or AMD assembly, of the narrowest access to a tile of rows, which
-                                                are those of as many elements as the largest
+    load and store width                        in PTX or AMD assembly, of the narrowest access to rows
     bytes, exponentials per element             in Triton's IR: what one program does, a loop being taken once per tile
                                                 of its row. Every access counts, though a later pass over a row, or a
                                                 weight that all programs read, may be found in a cache.
@@ -296,15 +295,10 @@ def audit(case: Case, key: str) -> Row:
     threads = kernel.metadata.num_warps * chip.target.warp_size
     work = read_ir(kernel.asm["ttir"], case.elements / programs)
     code = read_cubin(kernel) if chip.target.backend == "cuda" else read_amd(kernel)
-    widths = {"load": 0, "store": 0}
-    for kind in widths:
-        rows = {place for k, place, size in work.accesses if k == kind and size == work.tile}
-        if missing := rows - {place for k, place in code.widths if k == kind}:
-            raise RuntimeError(
-                f"{case.op} {case.name}: the assembly has no {kind} from lines {missing}: Triton's cache holds files of"
-                f" different compilations; remove {knobs.cache.dir}"
-            )
-        widths[kind] = min((code.widths[kind, place] for place in rows), default=0)
+    widths = {
+        kind: min((code.width(kind, access.place) for access in work.rows() if access.kind == kind), default=0)
+        for kind in ("load", "store")
+    }
     per_program = kernel.metadata.num_warps * chip.target.warp_size * -(-code.registers // 8) * 8
     resident = min(
         chip.threads // threads,
@@ -347,9 +341,18 @@ def audit(case: Case, key: str) -> Row:
 
 ACCESS = re.compile(r"tt\.(load|store) .*: tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>.*loc\((#loc\d*)\)")
 ARITHMETIC = re.compile(r"= ((?:arith|math)\.(?:\w+f|select|exp2?|log2?|rsqrt|sqrt|erf|fma)) .*: .*?tensor<([\dx]+)x")
+COUNTED_LOOP = re.compile(r"scf\.for %\w+ = %c(\d+)\w* to %c(\d+)\w* step %c(\d+)")
 EXPONENTIALS = {"math.exp", "math.exp2"}
 SPECIAL = EXPONENTIALS | {"math.log", "math.log2", "math.rsqrt", "math.sqrt", "arith.divf"}
 Place = tuple[int, int]  # line and column of the source
+
+
+@dataclass(frozen=True)
+class Access:
+    kind: str  # "load" or "store"
+    place: Place
+    elements: int
+    dimensions: int
 
 
 @dataclass
@@ -362,8 +365,16 @@ class Work:
     special: float = 0.0
     operations: float = 0.0
     under_way: float = 0.0
-    tile: int = 0  # elements of the largest tile loaded: rows, or a part of one
-    accesses: list[tuple[str, Place, int]] = field(default_factory=list)  # kind, place, elements
+    accesses: list["Access"] = field(default_factory=list)
+
+    def rows(self) -> list["Access"]:
+        """The accesses to rows: of as many dimensions as the largest, and no less than an eighth of it."""
+        largest = max(self.accesses, key=lambda access: access.elements)
+        return [
+            access
+            for access in self.accesses
+            if access.dimensions == largest.dimensions and 8 * access.elements >= largest.elements
+        ]
 
     def add(self, other: "Work", times: float = 1.0) -> None:
         for name in ("read", "written", "exponentials", "special", "operations"):
@@ -377,9 +388,7 @@ def read_ir(ttir: str, elements: float) -> Work:
     places = _places(ttir)
     lines = [line.strip() for line in ttir.splitlines() if not line.startswith("#loc")]
     tile = max(_size(match[2]) for line in lines if (match := ACCESS.search(line)))
-    work, _ = _region(iter(lines), elements, elements / tile, False, places)
-    work.tile = tile
-    return work
+    return _region(iter(lines), elements, elements / tile, False, places)[0]
 
 
 def _region(
@@ -400,7 +409,7 @@ def _region(
                 work.read, under_way = work.read + size, under_way + size
             else:
                 work.written += size
-            work.accesses.append((kind, places[match[4]], count))
+            work.accesses.append(Access(kind, places[match[4]], count, match[2].count("x") + 1))
         elif match := ARITHMETIC.search(line):
             count = _size(match[2]) * (1.0 if in_loop else min(1.0, elements / _size(match[2])))
             work.operations += count
@@ -419,7 +428,11 @@ def _region(
             inner, more = _region(lines, elements, tiles, in_loop or loop, places)
             while more:
                 _, more = _region(lines, elements, tiles, in_loop, places)
-            work.add(inner, tiles if loop and not in_loop else 1.0)
+            if match := COUNTED_LOOP.search(line):  # over the parts of a tile
+                first, end, step = (int(number) for number in match.groups())
+                work.add(inner, -(-(end - first) // step))
+            else:
+                work.add(inner, tiles if loop and not in_loop else 1.0)
     work.under_way = max(work.under_way, under_way)
     return work, False
 
@@ -451,6 +464,14 @@ class Code:
     spills: int
     stack: int
     widths: dict[tuple[str, Place], int]  # bits of the narrowest access that this place of the source became
+
+    def width(self, kind: str, place: Place) -> int:
+        """Of the place itself or, as Triton 3.9 is some lines off in what it inlines, of the nearest in its column."""
+        line, column = place
+        near = [found for k, found in self.widths if k == kind and found[1] == column and abs(found[0] - line) <= 5]
+        if not near:
+            raise RuntimeError(f"the assembly has no {kind} from line {line}; remove {knobs.cache.dir} and try again")
+        return self.widths[kind, min(near, key=lambda found: abs(found[0] - line))]
 
 
 def read_cubin(kernel: Any) -> Code:

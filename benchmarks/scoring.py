@@ -10,7 +10,8 @@
     products          the matrix products of `ours` alone, at their own shapes and in the same batches
 
 A student of about 10M parameters with random weights: the time does not depend on them. `--share n` takes every n-th
-pair. Each variant runs once a round, in turn (benchmarks.timing), lm-eval in a process of its own that waits meanwhile.
+set, whole. Each variant runs once a round, in turn (benchmarks.timing), lm-eval in a process of its own that waits
+meanwhile.
 
 N tokens, U hidden states, D hidden, V vocabulary.
 """
@@ -34,7 +35,7 @@ from engine.evaluation.tasks import minimal_pairs
 from engine.evaluation.zero_shot import ZeroShot
 from engine.export import export_student
 from engine.models.llama import Llama, LlamaShape, initialise
-from engine.runtime import Runtime, device_name, git_commit
+from engine.runtime import Runtime, device_name, git_commit, keep_freed_memory
 
 ALONE = Runtime(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
 SHAPE = LlamaShape(layers=7, hidden=256, heads=8, kv_heads=8, ffn=768, vocabulary=16000, positions=256, tied=True)
@@ -47,18 +48,20 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="a folder with tokenizer.json")
     parser.add_argument("--lm-eval", type=Path, help="an interpreter that has lm-eval; without it, ours and products")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--share", type=int, default=1, help="every n-th pair")
+    parser.add_argument("--share", type=int, default=1, help="every n-th set")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
 
     tokenizer = tokenization.load(arguments.tokenizer)
     model = Llama(replace(SHAPE, vocabulary=tokenizer.size)).eval()
     initialise(model, 0)
     task = minimal_pairs("pairs", arguments.data)
-    task.questions[:] = task.questions[:: arguments.share]
+    sets = sorted({question.subset for question in task.questions})[:: arguments.share]
+    task.questions[:] = [question for question in task.questions if question.subset in sets]
 
     def prepare() -> ZeroShot:
         return ZeroShot([task], tokenizer, ALONE, positions=SHAPE.positions, share=True)

@@ -319,8 +319,8 @@ def _strands(part: Examples, tokenizer: Tokenizer, longest: int, say: Callable[[
         while sum(map(len, pieces)) > longest:
             max(pieces, key=len).pop()
         ids = [token for piece in pieces for token in piece]
-        places = list(range(len(ids)))
-        strands.append(Strand(ids, places, [0] * len(ids), [len(ids) - 1], [0], [label], [number]))
+        places, ends = list(range(len(ids))), [len(ids)] * len(ids)
+        strands.append(Strand(ids, places, ends, [len(ids) - 1], [0], [label], [number]))
     if cut:
         say(f"{name}: {cut} of {len(strands)} examples are longer than {longest} tokens and were cut")
     return strands

@@ -1,8 +1,8 @@
 """Log-probabilities of texts: every token once, in batches that waste nothing.
 
-The answers to a question, two sentences of a minimal pair for instance, begin with the same tokens. These change no
-decision, so nothing is predicted there, and they are computed once: a *strand*, one row of a batch, holds what is
-common and then each answer's own part, which sees itself and what is common.
+Texts that begin alike are computed alike, and once: a *strand*, one row of a batch, is a tree of texts in depth-first
+order, in which a token sees those on its way from the root. Nor is anything predicted where it changes no decision,
+which is where all answers to a question are still the same.
 
 B strands, L positions, U hidden states, N tokens to score, D hidden, V vocabulary, H heads, I texts; S models, and
 where there are several, their ensemble.
@@ -23,6 +23,8 @@ from engine.models.llama import Block, Llama, rotary_table
 from engine.runtime import Runtime
 
 TOKENS_A_BATCH = 4096
+TOKENS_A_STRAND = 64  # longer ones share more and attend to more
+LONGEST = 512  # of strands whose texts have most in common
 LOGITS_AT_ONCE = 2**23  # elements: more rows feed the matrix product better, fewer stay in the cache
 
 
@@ -30,8 +32,8 @@ LOGITS_AT_ONCE = 2**23  # elements: more rows feed the matrix product better, fe
 class Strand:
     tokens: list[int]
     positions: list[int]  # of each token in its own text
-    branches: list[int]  # 0: common to all texts of the strand; else whose token it is
-    rows: list[int]  # places in `tokens`, ascending, that predict something
+    ends: list[int]  # behind the last token that has this one on its way from the root, and so sees it
+    rows: list[int]  # places in `tokens` that predict something
     sources: list[int]  # per target: the place in `rows` that predicts it
     targets: list[int]
     owners: list[int]  # per target: the text it belongs to
@@ -41,7 +43,7 @@ class Strand:
 class StrandBatch:
     tokens_BL: Tensor
     positions_BL: Tensor
-    branches_BL: Tensor
+    ends_BL: Tensor
     branched: bool  # False: plain causal texts
     rows_U: Tensor  # places in the flattened tokens
     sources_N: Tensor  # places in rows_U
@@ -52,51 +54,56 @@ class StrandBatch:
 LogProbabilities = Callable[[StrandBatch], Tensor]  # [S, N] fp32, nats, of a batch's targets
 
 
-def causal_strands(texts: Sequence[list[int]], first: int, *, first_owner: int, share: bool) -> list[Strand]:
-    """The strands of one question for a model that reads from left to right.
+def causal_strands(texts: Sequence[list[int]], firsts: Sequence[int], *, share: bool) -> list[Strand]:
+    """The strands of texts for a model that reads from left to right.
 
     Args:
-        texts: token ids of its answers; there is no prediction of a token that stands at the very beginning.
-        first: where a single text's scored part begins; several are scored from where they part.
-        first_owner: the number of texts[0]; the others follow.
-        share: compute what the texts have in common once (`hidden_states`); else each text is a strand of its own.
+        texts: token ids.
+        firsts: the place in each text where its scored part begins; nothing predicts the very first token.
+        share: compute what texts begin with once (`hidden_states`); else each text is a strand of its own.
     """
-    common = first if len(texts) == 1 else _in_common(texts)
-    if common == 0 or not share or len(texts) == 1:
-        return [
-            _plain(ids, max(common, 1), first_owner + i) for i, ids in enumerate(texts) if len(ids) > max(common, 1)
-        ]
-    tokens, branches, positions = texts[0][:common], [0] * common, list(range(common))
-    rows, sources, targets, owners = [common - 1], [], [], []
-    for i, own in enumerate(ids[common:] for ids in texts):
-        begin = len(tokens)
-        sources += [0, *range(len(rows), len(rows) + len(own) - 1)][: len(own)]
-        rows += range(begin, begin + len(own) - 1)
-        targets += own
-        owners += [first_owner + i] * len(own)
-        tokens = tokens + own[:-1]
-        branches += [i + 1] * (len(tokens) - begin)
-        positions += range(common, common + len(tokens) - begin)
-    return [Strand(tokens, positions, branches, rows, sources, targets, owners)] if targets else []
+    strands: list[Strand] = []
+    whole = [i for i, (ids, first) in enumerate(zip(texts, firsts, strict=True)) if len(ids) > max(first, 1)]
+    path: list[int] = []  # places in the strand of the last text's tokens
+    last: list[int] = []
+    for i in sorted(whole, key=lambda i: texts[i]) if share else whole:
+        inputs = texts[i][:-1]
+        common = in_common((last, inputs))
+        size = len(inputs) - common + (len(strands[-1].tokens) if strands else 0)
+        if not share or not strands or (size > TOKENS_A_STRAND and (2 * common < len(inputs) or size > LONGEST)):
+            strands.append(Strand([], [], [], [], [], [], []))
+            path, common = [], 0
+        strand = strands[-1]
+        del path[common:]
+        path += range(len(strand.tokens), len(strand.tokens) + len(inputs) - common)
+        strand.tokens.extend(inputs[common:])
+        strand.positions.extend(range(common, len(inputs)))
+        strand.ends.extend([0] * (len(inputs) - common))
+        for place in path:
+            strand.ends[place] = len(strand.tokens)
+        known = {row: number for number, row in enumerate(strand.rows)}
+        for at in range(max(firsts[i], 1), len(texts[i])):
+            row = path[at - 1]
+            strand.sources.append(known.setdefault(row, len(known)))
+            if len(known) > len(strand.rows):
+                strand.rows.append(row)
+        strand.targets.extend(texts[i][max(firsts[i], 1) :])
+        strand.owners.extend([i] * (len(texts[i]) - max(firsts[i], 1)))
+        last = inputs
+    return strands
 
 
-def _in_common(texts: Sequence[list[int]]) -> int:
+def in_common(texts: Sequence[list[int]]) -> int:
     """How many tokens all of them begin with."""
     first, last = min(texts), max(texts)  # what these two share, those between share too
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def _plain(ids: list[int], first: int, owner: int) -> Strand:
-    length, count = len(ids) - 1, len(ids) - first
-    rows = list(range(first - 1, length))
-    return Strand(ids[:-1], list(range(length)), [0] * length, rows, list(range(count)), ids[first:], [owner] * count)
-
-
 def masked_strands(ids: list[int], scored: Sequence[int], mask: int, owner: int) -> list[Strand]:
     """The copies of a text whose log-probabilities make its pseudo-log-likelihood: in each, one token is masked
     (Salazar et al. 2020, eq. 1). `ids` with whatever the model wants around a text, `scored` the places of the text."""
-    places, together = list(range(len(ids))), [0] * len(ids)
-    return [Strand([*ids[:at], mask, *ids[at + 1 :]], places, together, [at], [0], [ids[at]], [owner]) for at in scored]
+    places, ends = list(range(len(ids))), [len(ids)] * len(ids)
+    return [Strand([*ids[:at], mask, *ids[at + 1 :]], places, ends, [at], [0], [ids[at]], [owner]) for at in scored]
 
 
 def plan(strands: Sequence[Strand], world: int, *, padding: bool) -> list[list[int]]:
@@ -158,8 +165,8 @@ def batch_of(strands: list[Strand], device: torch.device) -> StrandBatch:
     return StrandBatch(
         tokens_BL=padded([s.tokens for s in strands], 0),
         positions_BL=padded([s.positions for s in strands], 0),
-        branches_BL=padded([s.branches for s in strands], -1),
-        branched=any(s.branches[-1] for s in strands),
+        ends_BL=padded([s.ends for s in strands], length),  # padding sees itself: a row that sees nothing would be NaN
+        branched=any(min(s.ends) < len(s.tokens) for s in strands),
         rows_U=joined([s.rows for s in strands], [b * length for b in range(len(strands))]),
         sources_N=joined([s.sources for s in strands], before[:-1]),
         targets_N=torch.tensor(list(chain.from_iterable(s.targets for s in strands)), device=device),
@@ -229,18 +236,18 @@ def _log_softmax_at(logits_uV: Tensor, source_n: Tensor, target_n: Tensor) -> Te
 def hidden_states(model: Llama, batch: StrandBatch) -> Tensor:
     """[U, D] of the batch's rows.
 
-    The model's own forward pass where no strand branches. Else its layers, one by one, with positions that go on from
-    the common part in every branch, and attention that sees no other branch; all the rest sees one long row of tokens.
+    The model's own forward pass where no strand branches. Else its layers, one by one, with each token's position in
+    its own text, and attention along the way from the root; all the rest sees one long row of tokens.
     """
     if not batch.branched:
         return model(batch.tokens_BL, batch.rows_U)
     rows, length = batch.tokens_BL.shape
     table = rotary_table(model.shape.positions, model.shape.head_width, model.shape.rope_theta, batch.tokens_BL.device)
     cos, sin = (x[batch.positions_BL.flatten()] for x in table)
-    branch_BL = batch.branches_BL
-    sees_BLL = (branch_BL[:, None, :] == 0) | (branch_BL[:, None, :] == branch_BL[:, :, None])
-    bias_B1LL = torch.zeros(rows, 1, length, length, device=branch_BL.device, dtype=model.head.dtype)
-    bias_B1LL.masked_fill_(~sees_BLL.tril()[:, None], -torch.inf)
+    places_L = torch.arange(length, device=batch.ends_BL.device)
+    hidden_BLL = (batch.ends_BL[:, None, :] <= places_L[:, None]) | (places_L > places_L[:, None])
+    bias_B1LL = torch.zeros(rows, 1, length, length, device=places_L.device, dtype=model.head.dtype)
+    bias_B1LL.masked_fill_(hidden_BLL[:, None], -torch.inf)
 
     branch_1ND, residual_1ND = model.embed_tokens(batch.tokens_BL.view(1, -1)), None
     for layer in model.layers:

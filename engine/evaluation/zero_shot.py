@@ -6,7 +6,7 @@ S models, I texts.
 from collections.abc import Sequence
 
 from engine.evaluation.results import TaskScore
-from engine.evaluation.scoring import LogProbabilities, causal_strands, score
+from engine.evaluation.scoring import LogProbabilities, causal_strands, in_common, score
 from engine.evaluation.tasks import Task
 from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
@@ -30,8 +30,8 @@ class ZeroShot:
         encoded = iter(tokenizer.encode_batch(answers))
         fronts = dict(zip(contexts, (front + ids for ids in tokenizer.encode_batch(contexts)), strict=True))
         self.lengths: list[list[int]] = []  # per question, of each answer, in tokens
-        self.strands = []
-        self.texts = 0
+        texts: list[list[int]] = []
+        firsts: list[int] = []  # where the answers to a question part; or where the only one begins
         for task in tasks:
             for question in task.questions:
                 before = fronts.get(question.context, front)
@@ -42,9 +42,11 @@ class ZeroShot:
                             f"{task.name}: {question.context + text!r}: {len(own)} tokens, more than the models' "
                             f"{positions} positions: take a model that has them, or leave the task out"
                         )
-                self.strands += causal_strands(ids, len(before), first_owner=self.texts, share=share)
                 self.lengths.append([len(own) - len(before) for own in ids])
-                self.texts += len(ids)
+                firsts += [len(before) if len(ids) == 1 else in_common(ids)] * len(ids)
+                texts += ids
+        self.texts = len(texts)
+        self.strands = causal_strands(texts, firsts, share=share)
 
     def answers(self, log_probabilities: LogProbabilities) -> list[list[list[float]]]:
         """Per model and question, each answer's log-probability in nats, from where the answers part; collective.

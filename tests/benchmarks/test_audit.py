@@ -36,7 +36,6 @@ SAMPLE = [
 def assert_sound(row: Row) -> None:
     assert (row.spills, row.stack) == (0, 0), row
     assert row.load_bits >= 128, row
-    assert row.store_bits == 0 or row.store_bits >= 128, row
 
 
 @pytest.mark.parametrize("case", ELEMENTWISE, ids=lambda case: f"{case.op} {case.name}")
@@ -44,6 +43,7 @@ def assert_sound(row: Row) -> None:
 def test_elementwise_kernels(case, key):
     row = audit.audit(case, key)
     assert_sound(row)
+    assert row.store_bits >= 128
     assert row.limit == "bandwidth"
 
 

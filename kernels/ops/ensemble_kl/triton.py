@@ -235,6 +235,12 @@ def _softmax(tiles, top, total, temperature, R: tl.constexpr):
 
 
 @triton.jit
+def _log_ratio(x, y, x_top, y_top, x_log, y_log, temperature):
+    """log p − log q, whose error is one number for the whole row, but for the last rounding."""
+    return (x - y) * (1 / temperature) - ((x_top - y_top) / temperature + (x_log - y_log))
+
+
+@triton.jit
 def _kl_both_ways(u, p, q):
     """p·f(u) and q·f(−u), the terms of KL(p ‖ q) and KL(q ‖ p), given u = log p − log q."""
     square = u * u
@@ -265,7 +271,8 @@ def _add_losses(
     means,
     tiles,
     p,
-    gaps,
+    top,
+    logs,
     temperature,
     S: tl.constexpr,
     R: tl.constexpr,
@@ -277,7 +284,7 @@ def _add_losses(
     for i in tl.static_range(S):
         for j in tl.static_range(i + 1, R):
             if (i + j) % SWEEPS == SWEEP:
-                u = (tiles[i] - tiles[j]) * (1 / temperature) - (gaps[i] - gaps[j])
+                u = _log_ratio(tiles[i], tiles[j], top[i], top[j], logs[i], logs[j], temperature)
                 if DIVERGENCE == "jsd":
                     v, w, series = _to_mean(u)
                     pv, pw = p[i] * v, p[j] * w
@@ -330,8 +337,8 @@ def _gradients(
     tiles,
     p,
     top,
+    logs,
     plain,
-    gaps,
     means,
     a,
     c,
@@ -343,17 +350,22 @@ def _gradients(
     TEMPERED: tl.constexpr,
 ):
     """S tiles, but for −a at the label."""
-    tilts = _repeat(tl.zeros_like(tiles[0]), S)  # Σ_j c_ij·(v_ij − E_i[v_ij])
+    tilts = _repeat(tl.zeros_like(tiles[0]), S)  # Σ_j c_ij·p_i·(v_ij − E_i[v_ij])
     if KL and DIVERGENCE != "forward":
         for i in tl.static_range(S):
             for j in tl.static_range(i + 1, R):
-                v = (tiles[i] - tiles[j]) * (1 / temperature)
-                w = -v
                 if DIVERGENCE == "jsd":
-                    v, w, _ = _to_mean(v - (gaps[i] - gaps[j]))
-                tilts = _put(tilts, i, tilts[i] + c[i * R + j] * (v - _mean(means[i * R + j], c[i * R + j])))
+                    u = _log_ratio(tiles[i], tiles[j], top[i], top[j], logs[i], logs[j], temperature)
+                    v, w, _ = _to_mean(u)
+                else:
+                    v = (tiles[i] - tiles[j]) * (1 / temperature)
+                    w = -v
+                # p first: where v is huge, a logit being −inf, p is 0 or the gradient does not exist
+                tilt = p[i] * (v - _mean(means[i * R + j], c[i * R + j]))
+                tilts = _put(tilts, i, tilts[i] + c[i * R + j] * tilt)
                 if j < S:
-                    tilts = _put(tilts, j, tilts[j] + c[j * R + i] * (w - _mean(means[j * R + i], c[j * R + i])))
+                    tilt = p[j] * (w - _mean(means[j * R + i], c[j * R + i]))
+                    tilts = _put(tilts, j, tilts[j] + c[j * R + i] * tilt)
     gradients = ()
     for i in tl.static_range(S):
         if TEMPERED:
@@ -366,7 +378,7 @@ def _gradients(
                     if j != i:
                         gradient += c[i * R + j] * (p[i] - p[j])
             else:
-                gradient += p[i] * tilts[i]
+                gradient += tilts[i]
         gradients = gradients + (gradient,)
     return gradients
 
@@ -510,9 +522,9 @@ def ensemble_kl_kernel(
             if MEANS or MOMENTS:
                 for k in tl.static_range(S * R):
                     means = _put(means, k, tl.load(mean_ratios + k * tokens + row))
-        gaps = ()  # the streams' log-sum-exps, less the first's, in nats
+        logs = ()
         for r in tl.static_range(R):
-            gaps = gaps + ((top[r] - top[0]) / temperature + LN_2 * (tl.log2(total[r]) - tl.log2(total[0])),)
+            logs = logs + (LN_2 * tl.log2(total[r]),)
 
         a, c = _repeat(0.0, S), _repeat(0.0, S * R)
         scale = kl_scale / temperature * (0.5 if DIVERGENCE == "jsd" else 1.0)
@@ -537,11 +549,11 @@ def ensemble_kl_kernel(
                         p = _softmax(tiles, top, total, temperature, R)
                         if LOSSES and KL:
                             losses, sums = _add_losses(
-                                losses, sums, tiles, p, gaps, temperature, S, R, DIVERGENCE, sweep, SWEEPS
+                                losses, sums, tiles, p, top, logs, temperature, S, R, DIVERGENCE, sweep, SWEEPS
                             )
                         if GRADIENTS and not SPLIT:
                             made = _gradients(
-                                tiles, p, top, plain, gaps, means, a, c, temperature, S, R, DIVERGENCE, KL, TEMPERED
+                                tiles, p, top, logs, plain, means, a, c, temperature, S, R, DIVERGENCE, KL, TEMPERED
                             )
                             _store(made, gradients, gradient_strides, row, column, width, label, a, S, UNIT)
                 if LOSSES and KL:
@@ -577,7 +589,7 @@ def ensemble_kl_kernel(
                     tiles = _widen(taken, logits, column, vocabulary, floor, R, PADDED, LANES, VEC // PARTS)
                     p = _softmax(tiles, top, total, temperature, R)
                     made = _gradients(
-                        tiles, p, top, plain, gaps, means, a, c, temperature, S, R, DIVERGENCE, KL, TEMPERED
+                        tiles, p, top, logs, plain, means, a, c, temperature, S, R, DIVERGENCE, KL, TEMPERED
                     )
                     _store(made, gradients, gradient_strides, row, column, width, label, a, S, UNIT)
     else:

@@ -15,6 +15,7 @@ from engine.evaluation.scoring import (
     StrandBatch,
     causal_strands,
     cohort_log_probabilities,
+    in_common,
     llama_log_probabilities,
     masked_strands,
     plan,
@@ -41,11 +42,8 @@ def models(cohort: Cohort) -> list[Llama]:
 
 
 def strands_of(*, share: bool) -> list[Strand]:
-    strands, owner = [], 0
-    for texts in QUESTIONS:
-        strands += causal_strands(texts, FIRST, first_owner=owner, share=share)
-        owner += len(texts)
-    return strands
+    firsts = [FIRST if len(texts) == 1 else in_common(texts) for texts in QUESTIONS for _ in texts]
+    return causal_strands([ids for texts in QUESTIONS for ids in texts], firsts, share=share)
 
 
 TEXTS = sum(map(len, QUESTIONS))
@@ -86,18 +84,33 @@ def test_the_students_of_a_run_score_alike_and_are_back_in_training(cohort: Coho
     assert all(student.model.training for student in cohort)
 
 
-def test_what_answers_share_is_computed_once() -> None:
-    [strand] = causal_strands(QUESTIONS[0], 1, first_owner=0, share=True)
-    assert strand.tokens == [1, 5, 6, 7, 9, 10, 11, 9]
-    assert strand.positions == [0, 1, 2, 3, 3, 4, 5, 3]
-    assert len(strand.targets) == 8
-    assert len(strand.rows) == 6, "the row before the answers part serves all three"
+def test_what_texts_begin_with_is_computed_once() -> None:
+    texts = [[1, 5, 6, 9, 10], [1, 7, 8], [1, 5, 6, 9, 13, 14], [1, 5, 6, 7, 8]]
+    [strand] = causal_strands(texts, [3, 1, 3, 3], share=True)
+    assert strand.tokens == [1, 5, 6, 7, 9, 13, 7]
+    assert strand.positions == [0, 1, 2, 3, 3, 4, 1]
+    assert strand.ends == [7, 6, 6, 4, 6, 6, 7]
+    assert len(strand.targets) == 2 + 2 + 3 + 2
+    assert len(strand.rows) == len(set(strand.rows)) == 6, "a row serves all texts that are the same up to it"
+
+
+@pytest.mark.parametrize("longest", [4, 12, 512])
+def test_texts_of_which_much_is_common_stay_together_up_to_a_bound(
+    models: list[Llama], place: Runtime, monkeypatch: pytest.MonkeyPatch, longest: int
+) -> None:
+    monkeypatch.setattr(scoring, "TOKENS_A_STRAND", 4)
+    monkeypatch.setattr(scoring, "LONGEST", longest)
+    strands = strands_of(share=True)
+    assert (max(len(s.tokens) for s in strands) > 6) is (longest > 4)
+    with torch.no_grad():
+        found_SI = score(strands, TEXTS, llama_log_probabilities(models), place, padding=True)
+    torch.testing.assert_close(found_SI[0], torch.tensor(naive([models[0]])).double(), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("padding", [True, False])
 def test_rounds_hold_every_strand_once_within_their_bound(monkeypatch: pytest.MonkeyPatch, padding: bool) -> None:
     monkeypatch.setattr(scoring, "TOKENS_A_BATCH", 20)
-    strands = [scoring._plain(list(range(length)), 1, 0) for length in (5, 9, 3, 5, 5, 30, 9, 2)]
+    strands = [causal_strands([list(range(length))], [1], share=False)[0] for length in (5, 9, 3, 5, 5, 30, 9, 2)]
     rounds = plan(strands, 1, padding=padding)
     assert sorted(i for indices in rounds for i in indices) == list(range(8))
     for indices in rounds:
@@ -108,6 +121,7 @@ def test_rounds_hold_every_strand_once_within_their_bound(monkeypatch: pytest.Mo
 
 
 def test_two_ranks_score_every_text_once(models: list[Llama], place: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "TOKENS_A_STRAND", 4)
     monkeypatch.setattr(scoring, "TOKENS_A_BATCH", 6)  # some rounds of one strand: nothing for one of the ranks
     log_probabilities = llama_log_probabilities(models)
     with torch.no_grad():
