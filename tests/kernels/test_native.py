@@ -1,6 +1,7 @@
 """What only the native backend promises: its error, its threads, its repeatability."""
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -129,6 +130,40 @@ def test_rotary_of_views():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("length", "heads", "kv_heads", "width"),
+    [(1, 1, 1, 1), (33, 4, 2, 6), (64, 3, 3, 32), (130, 8, 2, 40), (70, 2, 1, 66)],
+)
+def test_attention(length, heads, kv_heads, width, causal, dtype, threads):
+    q, k, v, out = (draw(2, length, h, width, seed=seed) for seed, h in enumerate((heads, kv_heads, kv_heads, heads)))
+
+    def op(q, k, v):
+        return kernels.attention(q, k, v, causal=causal)
+
+    assert_error_at_most_three_times_torchs(op, [q, k, v], [out], dtype)
+
+
+def test_attention_of_views_and_of_scores_far_apart():
+    """Heads as slices of one projection; and scores of which one outweighs all others by more than e^88."""
+    heads = draw(2, 3, 9, 24, scale=60.0).transpose(1, 2)
+
+    def op(heads):
+        return kernels.attention(*heads.split(8, dim=-1))
+
+    assert_error_at_most_three_times_torchs(op, [heads], [torch.ones(1).expand(2, 9, 3, 8)], torch.float32)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_attention_keeps_what_is_not_a_number(place):
+    inputs = [draw(1, 5, 1, 4).float() for _ in range(3)]
+    inputs[place][0, 2] = math.nan
+    out = kernels.attention(*inputs)
+    assert out[0, 2].isnan().all()
+    assert place == 2 or out[0, :2].isfinite().all()  # a weight of 0 times a value that is not a number is not one
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 60.0])
 def test_swiglu(dtype, scale, threads):
     gate, up = draw(33, 77, scale=scale), draw(33, 77, seed=1)
@@ -230,6 +265,7 @@ def everything() -> list[Tensor]:
     results = outcome(lambda x, r: kernels.rms_norm(x, weight, 1e-6, r), rows[:2], rows[2:])
     q, k, cos, sin = (draw(*shape).float() for shape in ((4, 64, 6, 16), (4, 64, 2, 16), (64, 8), (64, 8)))
     results += outcome(lambda q, k: kernels.rotary(q, k, cos, sin), [q, k], [q, k])
+    results += outcome(kernels.attention, [q, k, k], [q])
     results += outcome(kernels.swiglu, rows[:2], rows[2:3])
     targets, counted, ones = torch.arange(40), torch.ones(40, dtype=torch.bool), torch.ones(3)
     for divergence in DIVERGENCES:
@@ -248,13 +284,14 @@ def test_bitwise_the_same_again_and_with_any_number_of_threads(threads):
     assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True))
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "rotary", "swiglu", "ensemble_kl"])
+@pytest.mark.parametrize("op", ["rms_norm", "rotary", "attention", "swiglu", "ensemble_kl"])
 def test_a_second_derivative_is_refused(op):
     x = torch.ones(2, 3, 2, 4, requires_grad=True)
     table = torch.ones(3, 2)
     loss = {
         "rms_norm": lambda: kernels.rms_norm(x, torch.ones(4)),
         "rotary": lambda: kernels.rotary(x, x, table, table)[0],
+        "attention": lambda: kernels.attention(x, x, x),
         "swiglu": lambda: kernels.swiglu(x, x),
         "ensemble_kl": lambda: kernels.ensemble_kl([x.view(12, 4)], torch.zeros(12, dtype=torch.int64), students=1).ce,
     }[op]()

@@ -6,7 +6,7 @@ Shapes: B sequences, L positions, H query heads, H_kv key and value heads.
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.ops.attention import flash, reference
+from kernels.ops.attention import flash, native, reference
 
 
 def attention(
@@ -15,8 +15,9 @@ def attention(
     """`softmax(q kᵀ / sqrt(D_head)) v` (Vaswani et al. 2017, eq. 1), with grouped queries (Ainslie et al. 2023): query
     head h reads key and value head h // (H / H_kv).
 
-    flash-attn runs where it is installed and fits (`flash.usable`), unless the backend is "reference"; torch's
-    `scaled_dot_product_attention`, itself a choice of fused kernels, runs everywhere else, under every backend.
+    flash-attn runs where it is installed and fits (`flash.usable`), the native kernel on a CPU where it fits
+    (`native.usable`), unless the backend is "reference"; torch's `scaled_dot_product_attention`, itself a choice of fused
+    kernels, runs everywhere else, under every backend.
 
     Args:
         q: [B, L, H, D_head].
@@ -55,4 +56,6 @@ def attention(
         )
     if dispatch.current() != "reference" and flash.usable(q, segments):
         return flash.attention(q, k, v, causal, dropout)
+    if dispatch.current() in ("auto", "native") and q.device.type == "cpu" and native.usable(dropout, segments):
+        return dispatch.implementation("attention", q).attention(q, k, v, causal, dropout, segments)
     return reference.attention(q, k, v, causal, dropout, segments)
