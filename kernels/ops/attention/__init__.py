@@ -16,8 +16,8 @@ def attention(
     head h reads key and value head h // (H / H_kv).
 
     flash-attn runs where it is installed and fits (`flash.usable`), the native kernel on a CPU where it fits
-    (`native.usable`), unless the backend is "reference"; torch's `scaled_dot_product_attention`, itself a choice of fused
-    kernels, runs everywhere else, under every backend.
+    (`native.usable`), unless the backend is "reference"; torch's `scaled_dot_product_attention`, itself a choice of
+    fused kernels, runs everywhere else, under every backend.
 
     Args:
         q: [B, L, H, D_head].
