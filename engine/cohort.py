@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from engine.config import OptimizerConfig, StudentConfig, TrainConfig
 from engine.data import Batch
-from engine.models.llama import Llama, LlamaShape, initialise
+from engine.models.dropout import draws
+from engine.models.families import Model, model_of, parameter_count, shape_of
+from engine.models.llama import initialise
 from engine.runtime import Runtime
 from kernels import Projected
 
@@ -82,15 +84,15 @@ class Student:
     ) -> None:
         self.config, self.name, self.runtime = config, config.name, runtime
         self.zero_stage = train.stage(runtime.world)
-        self.shape = LlamaShape.of(config, vocabulary)
-        model = Llama(self.shape, recompute=train.recompute)
+        self.shape = shape_of(config, vocabulary)
+        model = model_of(self.shape, recompute=train.recompute)
         if weights is None:
             initialise(model, config.seed)
         else:  # before the engine is made: it copies, casts and shards what the model holds
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[f"weight/{name}"])
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.parameters = parameter_count(model)
         self.clock = Stopwatch(runtime.device)
         self.optimizer = torch.optim.AdamW(
             decay_groups(model, optimizer.weight_decay),
@@ -110,13 +112,16 @@ class Student:
         )[0]
         # At stage 0 it would copy all gradients together and back, even for one rank.
         self.engine.enable_backward_allreduce = runtime.world > 1 or self.zero_stage > 0
-        self.model: Llama = self.engine.module
+        self.model: Model = self.engine.module
         self._make_moments()
 
     def body(self, batch: Batch) -> Tensor:
         """Hidden states [N, D] of the batch, through the engine, so that its hooks see the pass."""
+        inputs = [batch.tokens_BL, batch.rows_N]
+        if self.config.dropout > 0 and batch.samples_B is not None:
+            inputs.append(draws(self.config.seed, batch.samples_B))
         with self.clock.running() if torch.is_grad_enabled() else nullcontext():  # evaluation is not training time
-            return self.engine(batch.tokens_BL, batch.rows_N)
+            return self.engine(*inputs)
 
     def project(self, hidden_ND: Tensor) -> Projected:
         return Projected(hidden_ND, self.model.head, None)

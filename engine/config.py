@@ -87,25 +87,55 @@ class StudentConfig:
     heads: Count
     ffn: Count
     preset: str | None = None
-    kv_heads: Count | None = None  # None: as many as heads
+    kv_heads: Count | None = None  # llama; None: as many as heads
     tied: bool = True  # the head shares the embedding's weight
     positions: Count = 256  # longest sequence
-    rope_theta: Positive = 10000.0
-    norm_eps: Positive = 1e-6
+    rope_theta: Positive | None = None  # llama; None: 10000
+    norm_eps: Positive | None = None  # None: 1e-6 for llama, 1e-5 for gpt2
+    family: Literal["llama", "gpt2"] = "llama"
+    dropout: Decay = 0.0  # gpt2
     learning_rate: Positive = 1e-3
-    seed: Natural = 0  # of the initial weights
-    init: str | None = None  # start from this Hugging Face folder of a LLaMA instead
+    seed: Natural = 0  # of the initial weights and of dropout
+    init: str | None = None  # start from the weights of this Hugging Face folder instead
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """A frozen model to learn from."""
+
+    __pydantic_config__ = _STRICT
+    path: str  # a Hugging Face folder of a LLaMA or a GPT-2, or the folder of a run that has exported one student
+    weight: Positive = 1.0  # beside the other teachers'; only their ratios matter
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The teachers' predictions for every chunk of the training text, computed once and kept (fixed chunks only)."""
+
+    __pydantic_config__ = _STRICT
+    path: str  # the folder; made where it is missing, and refused where it holds anything else's predictions
+    k: Count = 32  # the most probable tokens that are kept of each prediction; the rest is one bucket
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """loss_i = ce · CE_i + Σ_{j≠i} peers/(S−1) · T² · KL(p_j ‖ p_i), the peers constant (Zhang et al. 2018)."""
+    """loss_i = ce · CE_i + T² · [peers/(S−1) · Σ_{j≠i} KL(p_j ‖ p_i) + teachers · Σ_k ω_k · KL(q_k ‖ p_i)].
+
+    Peers p and teachers q are constant; ω are the teachers' weights, their sum 1. Baby Llama (Timiryasov & Tastet 2023)
+    has ce = α and teachers = 1 − α; deep mutual learning (Zhang et al. 2018) has ce = peers = 1.
+    """
 
     __pydantic_config__ = _STRICT
     ce: NonNegative = 1.0
-    peers: NonNegative = 1.0  # 0: the students train side by side, independently
+    peers: NonNegative = 1.0  # 0: the students do not learn from one another
+    teachers: NonNegative = 1.0
+    mix: Literal["logits", "each"] = "logits"  # one teacher, the weighted mean of all raw logits | each a teacher
     temperature: Positive = 1.0
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    reduction: Literal["token", "sequence"] = "token"  # sequence: divergences are summed over it, as the papers' code
+    kl_everywhere: bool = (
+        False  # divergences also where a sequence ends, its last token without a target: the same code
+    )
 
 
 @dataclass(frozen=True)
@@ -129,6 +159,7 @@ class TrainConfig:
 
     __pydantic_config__ = _STRICT
     steps: Count = 500
+    epochs: Positive | None = None  # in place of steps: so many times through the text, in whole steps
     batch: Count = 16  # sequences a step, over all ranks
     micro_batch: Count | None = None  # sequences a rank takes at once; None: all of its share
     length: Annotated[int, pydantic.Field(ge=2), _Number] = 128  # tokens a sequence
@@ -188,6 +219,8 @@ class Config:
 
     __pydantic_config__ = _STRICT
     students: tuple[StudentConfig, ...]
+    teachers: tuple[TeacherConfig, ...] = ()
+    cache: CacheConfig | None = None  # of the teachers' predictions
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -227,6 +260,31 @@ class ScoreConfig:
     tasks: tuple[str, ...] = ("blimp", "blimp_supplement", "entity_tracking", "wug_adj_nominalization", "reading")
     folder: str = "scores"  # where results go: <folder>/<name of the model>/
     finetune: FinetuneConfig = FinetuneConfig()
+
+
+@dataclass(frozen=True)
+class VaryConfig:
+    """Where a hyperparameter is looked for: between low and high, or among choices."""
+
+    __pydantic_config__ = _STRICT
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False  # evenly in the logarithm
+    choices: tuple[float | int | str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A search for hyperparameters (recipes/sweep.py)."""
+
+    __pydantic_config__ = _STRICT
+    base: str  # the YAML of the run that is varied, of recipes/pretrain.py
+    parameters: dict[str, VaryConfig]  # by dotted key, such as students.0.learning_rate
+    name: Name = "sweep"
+    folder: str = "sweeps"
+    trials: Count = 20  # finished or pruned
+    seed: Natural = 0  # of the proposals
+    overrides: tuple[str, ...] = ()  # of every trial's run
 
 
 def load(cls: type[C], argv: Sequence[str], *, description: str | None, default: Path) -> C:

@@ -10,7 +10,7 @@ B sequences, L positions, N = B·L tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from kernels import TopK
 
 IGNORED = -100  # a target that is not to be predicted
 
@@ -32,6 +34,10 @@ class Batch:
     tokens_BL: Tensor  # int64
     targets_N: Tensor  # int64, the token after each row; IGNORED where there is none to predict
     rows_N: Tensor | None = None  # int64, which positions of the flattened tokens are rows; None: all
+    kl_mask_N: Tensor | None = None  # bool, the rows whose divergences count; None: those with a target
+    samples_B: Tensor | None = None  # int64, the sequences' numbers in the endless row of epochs; None: not of it
+    chunks: tuple[int, ...] = ()  # the sequences' chunks of the file
+    predicted: tuple[TopK, ...] = ()  # by teachers, where a cache has kept it (engine.teacher_cache)
 
 
 @dataclass(frozen=True)
@@ -65,20 +71,23 @@ class WordStarts:
 class TokenFile:
     """Memory-mapped token ids, read in sequences of `length` tokens and the one that follows."""
 
-    def __init__(self, path: Path, dtype: str, length: int) -> None:
-        """Raises ValueError where the text is shorter than one sequence."""
+    def __init__(self, path: Path, dtype: str, length: int, *, open_end: bool = False) -> None:
+        """`open_end`: a sequence's last position has no target, but its divergences count, as in Baby Llama's code.
+
+        Raises ValueError where the text is shorter than one sequence.
+        """
         self.tokens = np.memmap(path, dtype=dtype, mode="r")
-        self.length = length
+        self.length, self.open_end = length, open_end
         if len(self.tokens) <= length:
             raise ValueError(
                 f"{path} holds {len(self.tokens):,} tokens, too few for one sequence of train.length={length}: "
                 "give more text (or raise data.validation, for a held-out split), or a smaller train.length"
             )
-        self.chunks = -(-(len(self.tokens) - 1) // length)
+        self.chunks = -(-(len(self.tokens) - 1 - open_end) // length)
 
     def predicted(self, start: int) -> int:
-        """How many tokens a sequence from `start` predicts: `length`, and fewer near the end."""
-        return min(self.length, len(self.tokens) - 1 - start)
+        """How many targets a sequence from `start` has: one a position, and fewer near the end."""
+        return min(self.length, len(self.tokens) - 1 - start) - self.open_end
 
     def batch(self, starts: Sequence[int], device: torch.device) -> Batch:
         """Inputs [B, L] and targets [B·L] of the sequences at `starts`.
@@ -92,10 +101,19 @@ class TokenFile:
         targets_BL = tokens[:, 1:].clone()
         for row, start in enumerate(starts):
             targets_BL[row, : max(0, start - latest)] = IGNORED
-        inputs_BL, targets_N = tokens[:, :-1].contiguous(), targets_BL.flatten()
-        if device.type == "cuda":  # from pinned memory the copy waits for nothing
-            inputs_BL, targets_N = inputs_BL.pin_memory(), targets_N.pin_memory()
-        return Batch(inputs_BL.to(device, non_blocking=True), targets_N.to(device, non_blocking=True))
+        kl_mask_N = (targets_BL != IGNORED).flatten() if self.open_end else None
+        if self.open_end:
+            targets_BL[:, -1] = IGNORED
+        return Batch(
+            to_device(tokens[:, :-1].contiguous(), device),
+            to_device(targets_BL.flatten(), device),
+            kl_mask_N=None if kl_mask_N is None else to_device(kl_mask_N, device),
+        )
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory, whose copy waits for nothing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def shares(batch: int, micro_batch: int | None, world: int) -> tuple[int, int]:
@@ -137,31 +155,44 @@ class TrainingData:
         self.file, self.batch, self.seed, self.random_offsets = file, batch, seed, random_offsets
         self.word_starts, self.rank, self.device = word_starts, rank, device
 
-    def start_of(self, sample: int) -> int:
-        """Where, in tokens, the `sample`-th sequence of the endless row of epochs begins."""
+    def chunk_of(self, sample: int) -> int:
+        """Which chunk of the file the `sample`-th sequence of the endless row of epochs is."""
         epoch, place = divmod(sample, self.file.chunks)
-        chunk = int(_permutation(self.seed, epoch, self.file.chunks)[place])
+        return int(_permutation(self.seed, epoch, self.file.chunks)[place])
+
+    def start_of(self, sample: int) -> int:
+        """Where, in tokens, that sequence begins."""
+        chunk = self.chunk_of(sample)
         start = chunk * self.file.length
         if self.random_offsets:
-            offsets = np.random.default_rng([self.seed, _OFFSET, epoch, chunk])
+            offsets = np.random.default_rng([self.seed, _OFFSET, sample // self.file.chunks, chunk])
             start += int(offsets.integers(self.file.predicted(start)))
         return start
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
         """The steps numbered `first` to `last`, both included, from 1."""
         for number in range(first, last + 1):
-            starts = [self.start_of(sample) for sample in range((number - 1) * self.batch, number * self.batch)]
-            mine = starts[self.rank * self.share : (self.rank + 1) * self.share]
+            first_sample = (number - 1) * self.batch
+            starts = [self.start_of(sample) for sample in range(first_sample, first_sample + self.batch)]
+            mine = range(first_sample + self.rank * self.share, first_sample + (self.rank + 1) * self.share)
             yield Step(
                 number=number,
                 epoch=number * self.batch / self.file.chunks,
                 valid_tokens=sum(map(self.file.predicted, starts)),
                 words=0 if self.word_starts is None else sum(map(self._words, starts)),
                 micro_batches=[
-                    self.file.batch(mine[i : i + self.micro_batch], self.device)
+                    self._batch(mine[i : i + self.micro_batch], starts, first_sample)
                     for i in range(0, self.share, self.micro_batch)
                 ],
             )
+
+    def _batch(self, samples: range, starts: Sequence[int], first_sample: int) -> Batch:
+        batch = self.file.batch([starts[sample - first_sample] for sample in samples], self.device)
+        return replace(
+            batch,
+            samples_B=to_device(torch.tensor(samples), self.device),
+            chunks=tuple(self.chunk_of(sample) for sample in samples),
+        )
 
     def _words(self, start: int) -> int:
         assert self.word_starts is not None

@@ -1,10 +1,12 @@
-"""Students as Hugging Face folders, and back: `LlamaForCausalLM`, safetensors, a fast tokenizer with the same ids.
+"""Models as Hugging Face folders, and back: `LlamaForCausalLM` or `GPT2LMHeadModel`, safetensors, a fast tokenizer with
+the same ids.
 
 V vocabulary.
 """
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,18 +16,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import tokenizer as tokenization
 from engine.config import StudentConfig
-from engine.models.llama import Llama, LlamaShape
+from engine.models.families import Model, Shape, model_of
+from engine.models.gpt2 import GPT2Shape
+from engine.models.llama import LlamaShape
 from engine.tokenizer import Tokenizer
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 _HEAD = "lm_head.weight"
+_PREFIX = {LlamaShape: "model.", GPT2Shape: "transformer."}
+_BUFFERS = re.compile(
+    r"\battn\.(bias|masked_bias)$|rotary_emb\.inv_freq$"
+)  # which old folders store beside the weights
+_TRANSPOSED = re.compile(r"\b(c_attn|c_fc|c_proj)\.weight$")  # GPT-2's projections: [in, out]
 
 
-def export_student(folder: Path, shape: LlamaShape, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+def export_student(folder: Path, shape: Shape, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
     """Write `folder` whole: config.json, model.safetensors (fp32), the tokenizer.
 
     `weights` are the model's parameters by their own names. The folder is written aside and comes into place by a
@@ -36,8 +45,7 @@ def export_student(folder: Path, shape: LlamaShape, weights: Mapping[str, Tensor
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         (aside / "config.json").write_text(json.dumps(_hf_config(shape, tokenizer), indent=2) + "\n")
-        tensors = {_hf_name(name): weight.float().contiguous() for name, weight in weights.items()}
-        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        save_file(hf_weights(shape, weights), aside / "model.safetensors", metadata={"format": "pt"})
         tokenizer.export(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
@@ -46,91 +54,149 @@ def export_student(folder: Path, shape: LlamaShape, weights: Mapping[str, Tensor
         raise ValueError(f"{folder} could not be written ({error}): make room and export again") from None
 
 
-def require_folder(config: StudentConfig) -> tuple[Path, str]:
-    """The folder `config.init` and how messages name it; ValueError where it is not a whole Hugging Face folder."""
-    assert config.init is not None
-    folder, key = Path(config.init), f"students.{config.name}.init={config.init}"
+def require_folder(folder: Path, key: str) -> Path:
+    """`folder`, or ValueError, beginning with `key`, where it is not a whole Hugging Face folder."""
     for name in FILES:
         if not (folder / name).is_file():
-            raise ValueError(f"{key}: no {name}; expected a Hugging Face folder of a LLaMA with safetensors")
-    return folder, key
+            raise ValueError(f"{key}: no {name}; expected a Hugging Face folder of a LLaMA or a GPT-2 with safetensors")
+    return folder
 
 
-def import_student(config: StudentConfig, shape: LlamaShape, tokenizer: Tokenizer) -> dict[str, Tensor]:
+def import_student(config: StudentConfig, shape: Shape, tokenizer: Tokenizer) -> dict[str, Tensor]:
     """The weights of the folder `config.init`, as a student's record (fp32, on the CPU).
 
-    Raises ValueError where the folder is not a whole LLaMA, has another shape, or another tokenizer: students learn
-    together over one vocabulary only.
+    Raises ValueError where the folder is not a whole model, has another shape, or another tokenizer.
     """
-    folder, key = require_folder(config)
-    found_hash = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-    if found_hash != tokenizer.hash:
-        raise ValueError(
-            f"{key}: its tokenizer ({found_hash[:8]}) is not the data's ({tokenizer.hash[:8]}): students learn "
-            "together over one vocabulary; drop init, or prepare the data with the tokenizer it was trained with"
-        )
+    key = f"students.{config.name}.init={config.init}"
+    folder = require_folder(Path(config.init or ""), key)
+    _require_same_tokenizer(folder, key, tokenizer)
     _, tensors = _read(folder, key, wanted=shape)
     return {f"weight/{name}": tensor for name, tensor in tensors.items()}
 
 
-def load_model(folder: Path) -> tuple[Llama, Tokenizer]:
-    """The LLaMA and the tokenizer of a Hugging Face folder, fp32, on the CPU.
+def load_model(
+    folder: Path, key: str | None = None, *, tokenizer: Tokenizer | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Model, Tokenizer]:
+    """The model and the tokenizer of a Hugging Face folder, on the CPU, for evaluation.
 
-    Raises ValueError where the folder is not a whole LLaMA, or has no fast tokenizer, or one of more pieces than the
-    model knows.
+    Raises ValueError, beginning with `key`, where the folder is not a whole model, has another tokenizer than the one
+    given, or no fast tokenizer, or one of more pieces than the model knows.
     """
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: no {name}; expected a Hugging Face folder of a LLaMA with safetensors")
-    tokenizer = tokenization.load(folder)
-    shape, tensors = _read(folder, str(folder))
-    if tokenizer.size > shape.vocabulary:
+    key = key or str(folder)
+    require_folder(folder, key)
+    if tokenizer is not None:
+        _require_same_tokenizer(folder, key, tokenizer)
+    found = tokenizer or tokenization.load(folder)
+    shape, tensors = _read(folder, key, dtype=dtype)
+    if found.size > shape.vocabulary:
         raise ValueError(
-            f"{folder}: its tokenizer has {tokenizer.size} pieces, its model {shape.vocabulary}: they do not belong "
+            f"{key}: its tokenizer has {found.size} pieces, its model {shape.vocabulary}: they do not belong "
             "together; fetch it again"
         )
-    model = Llama(shape)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
-    return model.eval(), tokenizer
+    with torch.device("meta"):
+        model = model_of(shape)
+    for name in list(tensors):
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, nn.Parameter(tensors.pop(name), requires_grad=False))
+    if shape.tied:
+        model.lm_head.weight = model.embedding.weight
+    return model.eval(), found
 
 
-def _read(folder: Path, key: str, wanted: LlamaShape | None = None) -> tuple[LlamaShape, dict[str, Tensor]]:
-    """Shape and weights, by the model's own names; ValueError, beginning with `key`, where they are not a LLaMA's, or
-    not of the shape that is wanted, whatever its positions."""
+def _require_same_tokenizer(folder: Path, key: str, tokenizer: Tokenizer) -> None:
+    found = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    if found != tokenizer.hash:
+        raise ValueError(
+            f"{key}: its tokenizer ({found[:8]}) is not the data's ({tokenizer.hash[:8]}): models learn from one "
+            "another over one vocabulary only; drop it, or prepare the data with the tokenizer it was trained with"
+        )
+
+
+def _read(
+    folder: Path, key: str, *, wanted: Shape | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Shape, dict[str, Tensor]]:
+    """Shape and weights, by the model's own names; ValueError, beginning with `key`, where they are not a model's, not
+    finite, or not of the shape that is wanted, whatever its dropout, and a LLaMA's positions."""
+    shape = shape_of_folder(folder, key)
+    if wanted is not None and _comparable(shape) != _comparable(wanted):
+        raise ValueError(f"{key}: its shape {shape} is not the student's {wanted}: make the settings equal")
     try:
-        shape = _shape_of(json.loads((folder / "config.json").read_text()), key)
+        stored = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{key}: model.safetensors is damaged ({error}); fetch it again") from None
+    tensors = {n.removeprefix(_PREFIX[type(shape)]): t for n, t in stored.items() if not _BUFFERS.search(n)}
+    del stored
+    if shape.tied:
+        tensors.pop(_HEAD, None)
+    with torch.device("meta"):
+        expected = {name: list(p.shape) for name, p in model_of(shape).named_parameters()}
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name in tensors and _transposed(shape, name) and tensors[name].ndim == 2:
+            tensors[name] = tensors[name].T.contiguous()
+        found = list(tensors[name].shape) if name in tensors else None
+        if found != expected.get(name):
+            raise ValueError(
+                f"{key}: model.safetensors holds {name} as {found}, expected {expected.get(name)} (None: not at all)"
+            )
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{key}: {name} is not finite (NaN or infinite): the model has diverged; take another")
+        tensors[name] = tensors[name].to(dtype)
+    return shape, tensors
+
+
+def shape_of_folder(folder: Path, key: str) -> Shape:
+    """What config.json says; ValueError, beginning with `key`, where that is no architecture of ours."""
+    try:
+        return _shape_of(json.loads((folder / "config.json").read_text()), key)
     except json.JSONDecodeError as error:
         raise ValueError(f"{key}: config.json is damaged ({error}); fetch it again") from None
     except KeyError as error:
         raise ValueError(f"{key}: config.json has no {error.args[0]}; fetch it again") from None
-    if wanted is not None and replace(shape, positions=wanted.positions) != wanted:
-        raise ValueError(f"{key}: its shape {shape} is not the student's {wanted}: make the settings equal")
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"{key}: model.safetensors is damaged ({error}); fetch it again") from None
-    with torch.device("meta"):
-        expected = {_hf_name(name): list(p.shape) for name, p in Llama(shape).named_parameters()}
-    for name in sorted(expected.keys() | tensors.keys()):
-        stored = list(tensors[name].shape) if name in tensors else None
-        if stored != expected.get(name):
-            raise ValueError(
-                f"{key}: model.safetensors holds {name} as {stored}, expected {expected.get(name)} (None: not at all)"
-            )
-    return shape, {name.removeprefix("model."): tensor.float() for name, tensor in tensors.items()}
 
 
-def _hf_name(name: str) -> str:
-    return name if name == _HEAD else f"model.{name}"
+def _comparable(shape: Shape) -> Shape:
+    return replace(shape, dropout=0.0) if isinstance(shape, GPT2Shape) else replace(shape, positions=1)
 
 
-def _hf_config(shape: LlamaShape, tokenizer: Tokenizer) -> dict[str, Any]:
+def _transposed(shape: Shape, name: str) -> bool:
+    return isinstance(shape, GPT2Shape) and _TRANSPOSED.search(name) is not None
+
+
+def hf_weights(shape: Shape, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's parameters by Hugging Face's names, fp32, laid out as there."""
+    return {
+        name if name == _HEAD else _PREFIX[type(shape)] + name: (
+            (weight.T if _transposed(shape, name) else weight).float().contiguous()
+        )
+        for name, weight in weights.items()
+    }
+
+
+def _hf_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
+    common = {
+        "vocab_size": shape.vocabulary,
+        "tie_word_embeddings": shape.tied,
+        "bos_token_id": tokenizer.boundary,
+        "eos_token_id": tokenizer.boundary,
+        "dtype": "float32",
+    }
+    if isinstance(shape, GPT2Shape):
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "n_embd": shape.hidden,
+            "n_inner": shape.ffn,
+            "n_layer": shape.layers,
+            "n_head": shape.heads,
+            "n_positions": shape.positions,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": shape.norm_eps,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout),
+            **common,
+        }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.ffn,
         "num_hidden_layers": shape.layers,
@@ -144,16 +210,42 @@ def _hf_config(shape: LlamaShape, tokenizer: Tokenizer) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": shape.tied,
-        "bos_token_id": tokenizer.boundary,
-        "eos_token_id": tokenizer.boundary,
-        "dtype": "float32",
+        **common,
     }
 
 
-def _shape_of(config: dict[str, Any], key: str) -> LlamaShape:
-    if config.get("model_type") != "llama":
-        raise ValueError(f"{key}: model_type={config.get('model_type')!r}: expected 'llama'")
+def _shape_of(config: dict[str, Any], key: str) -> Shape:
+    kind = config.get("model_type")
+    if kind == "llama":
+        return _llama_shape(config, key)
+    if kind == "gpt2":
+        return _gpt2_shape(config, key)
+    raise ValueError(f"{key}: model_type={kind!r}: expected 'llama' or 'gpt2'")
+
+
+def _gpt2_shape(config: dict[str, Any], key: str) -> GPT2Shape:
+    """With no dropout: that is a setting of training."""
+    for name, value in (
+        ("activation_function", "gelu_new"),
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
+        if config.get(name) not in (None, value):
+            raise ValueError(f"{key}: {name}={config[name]!r}: this GPT-2 has {value!r} alone")
+    return GPT2Shape(
+        layers=config["n_layer"],
+        hidden=config["n_embd"],
+        heads=config["n_head"],
+        ffn=config.get("n_inner") or 4 * config["n_embd"],
+        vocabulary=config["vocab_size"],
+        positions=config["n_positions"],
+        tied=config.get("tie_word_embeddings", True),
+        norm_eps=config["layer_norm_epsilon"],
+    )
+
+
+def _llama_shape(config: dict[str, Any], key: str) -> LlamaShape:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))  # folders of transformers 4 say `type`
     if rope_type != "default" or config.get("attention_bias") or config.get("mlp_bias"):

@@ -4,6 +4,7 @@ Every recipe pays loss_i = a_i · CE_i + Σ_{j≠i} w_ij · T² · KL(p_j ‖ p_
 alone. S students, K teachers, R streams.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +23,32 @@ class Coefficients:
     divergence: str
 
 
-def coefficients(objective: ObjectiveConfig, students: int, device: torch.device) -> Coefficients:
-    """Deep mutual learning (Zhang et al. 2018): peers share `objective.peers` equally, w_ij = peers/(S−1)."""
-    ce_weight_S = torch.full((students,), objective.ce, dtype=torch.float32, device=device)
-    if students == 1 or objective.peers == 0.0:
-        return Coefficients(ce_weight_S, None, objective.temperature, objective.divergence)
-    kl_weight_SR = torch.full(
-        (students, students), objective.peers / (students - 1), dtype=torch.float32, device=device
+def coefficients(
+    objective: ObjectiveConfig,
+    students: int,
+    device: torch.device,
+    *,
+    teachers: Sequence[float] = (),
+    labels: int = 1,
+) -> Coefficients:
+    """The formula of `ObjectiveConfig` as weights.
+
+    Args:
+        teachers: the K teacher streams' weights ω, their sum 1.
+        labels: targets of a whole sequence. The papers' code averages cross-entropy over tokens, but sums divergences
+            over a sequence's positions and averages over sequences alone (KLDivLoss, `batchmean`): as many times more.
+    """
+    ce_weight_S = torch.full((students,), objective.ce)
+    kl_weight_SR = torch.cat(
+        [
+            torch.full((students, students), objective.peers / max(1, students - 1)).fill_diagonal_(0.0),
+            objective.teachers * torch.tensor(teachers).expand(students, -1),
+        ],
+        dim=1,
     )
-    kl_weight_SR.fill_diagonal_(0.0)
-    return Coefficients(ce_weight_S, kl_weight_SR, objective.temperature, objective.divergence)
+    if objective.reduction == "sequence":
+        kl_weight_SR *= labels
+    learn = bool(kl_weight_SR.any())
+    return Coefficients(
+        ce_weight_S.to(device), kl_weight_SR.to(device) if learn else None, objective.temperature, objective.divergence
+    )

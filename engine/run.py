@@ -29,12 +29,12 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from engine import checkpoint, schedule
+from engine import checkpoint, schedule, teacher_cache
 from engine import config as settings
 from engine.checkpoint import State
 from engine.cohort import Cohort, Outcome, Student
 from engine.cohort import Record as ParametersAndMoments
-from engine.config import Config, StudentConfig
+from engine.config import Config, ObjectiveConfig, StudentConfig
 from engine.corpus.prepare import Prepared, prepare
 from engine.data import HeldOutData, Step, TokenFile, TrainingData, WordStarts, shares
 from engine.evaluation.held_out import validation_losses
@@ -54,15 +54,16 @@ from engine.metrics import (
     Summary,
     final_table,
 )
-from engine.models.llama import LlamaShape
+from engine.models.families import shape_of
 from engine.report import write_report
 from engine.runtime import Runtime, device_name, git_commit
+from engine.teachers import NO_TEACHERS, Teachers, folder_of, load_teachers
 from engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine.train import Tally
 
-STUDENTS_AT_MOST = 8  # streams of one loss
+STREAMS_AT_MOST = 8  # of one loss
 PAIRS = "evaluation.pairs"  # the task of the minimal pairs that every run is watched by
 MILESTONES = [digit * 10**decade for decade in (6, 7, 8) for digit in range(1, 10)] + [10**9]  # words
 
@@ -73,6 +74,7 @@ _FREE_TO_CHANGE = (
     "run.folder",
     "data.path",  # what it holds is compared by hash
     "data.folder",
+    "cache.path",  # of teachers, k and all else that it holds, compared by hash
     "train.micro_batch",
     "train.zero_stage",
     "train.recompute",
@@ -81,43 +83,79 @@ _FREE_TO_CHANGE = (
 )
 
 
-def check(config: Config) -> None:
-    """What can be known to be wrong before anything starts. Raises ValueError."""
+def check(config: Config, *, teachers: bool = True) -> None:
+    """What can be known to be wrong before anything starts; `teachers`: also in their folders. Raises ValueError."""
     names = [student.name for student in config.students]
-    if not 1 <= len(names) <= STUDENTS_AT_MOST:
-        raise ValueError(f"students: {len(names)} of them; expected 1 to {STUDENTS_AT_MOST}")
+    if not 1 <= len(names) <= STREAMS_AT_MOST:
+        raise ValueError(f"students: {len(names)} of them; expected 1 to {STREAMS_AT_MOST}")
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"students: {name!r} stands {names.count(name)} times; give each a name of its own")
     for student in config.students:
         try:
-            LlamaShape.of(student, vocabulary=1)
+            shape_of(student, vocabulary=1)
         except ValueError as error:
             raise ValueError(f"students.{student.name}: {error}") from None
         if student.init is not None:
-            require_folder(student)
+            require_folder(Path(student.init), f"students.{student.name}.init={student.init}")
         if student.positions < config.train.length:
             raise ValueError(
                 f"students.{student.name}.positions={student.positions} is less than train.length="
                 f"{config.train.length}: raise it"
             )
-    if config.optimizer.warmup >= config.train.steps:
-        raise ValueError(
-            f"optimizer.warmup={config.optimizer.warmup} is not less than train.steps={config.train.steps}: lower it"
-        )
+    for teacher in config.teachers if teachers else ():
+        folder_of(teacher)
+    _check_objective(config)
+    if config.train.epochs is None:
+        check_warmup(config, config.train.steps)
     if config.evaluation.tasks and config.evaluation.data is None:
         raise ValueError("evaluation.tasks needs evaluation.data, the folder of the tasks' files: name it")
-    alone = len(names) == 1 or config.objective.peers == 0
-    if alone and (config.objective.temperature, config.objective.divergence) != (1.0, "forward"):
-        raise ValueError(
-            "objective.temperature and objective.divergence say how students learn from one another, and here none "
-            "does: drop them, or raise objective.peers and the number of students"
-        )
     if config.train.precision == "bf16" and config.train.zero_stage == 0:
         raise ValueError(
             "train.zero_stage=0 with train.precision=bf16: DeepSpeed keeps no fp32 weights that can be read there; "
             "take train.zero_stage=1"
         )
+
+
+def steps_of(config: Config, chunks: int) -> int:
+    """The steps of a run over a text of so many sequences; ValueError where they are fewer than its warmup."""
+    epochs, batch = config.train.epochs, config.train.batch
+    steps = config.train.steps if epochs is None else max(1, round(epochs * chunks / batch))
+    check_warmup(config, steps)
+    return steps
+
+
+def check_warmup(config: Config, steps: int) -> None:
+    if config.optimizer.warmup >= steps:
+        raise ValueError(f"optimizer.warmup={config.optimizer.warmup} is not less than train.steps={steps}: lower it")
+
+
+def _check_objective(config: Config) -> None:
+    """Refuse what would have no effect, and what the loss cannot do."""
+    objective, teachers = config.objective, len(config.teachers)
+    streams = len(config.students) + (teachers if objective.mix == "each" else min(teachers, 1))
+    if streams > STREAMS_AT_MOST:
+        raise ValueError(
+            f"{streams} students and teachers: expected at most {STREAMS_AT_MOST}; take mix=logits or fewer"
+        )
+    if teachers and objective.teachers == 0:
+        raise ValueError("objective.teachers=0 with teachers: nobody would learn from them; raise it, or drop them")
+    if teachers < 2 and objective.mix != "logits":
+        raise ValueError(f"objective.mix={objective.mix} with {teachers} teacher(s): drop it, or name more teachers")
+    if config.cache is not None and not teachers:
+        raise ValueError("cache without teachers: name those whose predictions it holds, or drop it")
+    if config.cache is not None and config.train.chunks != "fixed":
+        raise ValueError(
+            f"cache with train.chunks={config.train.chunks}: it holds fixed chunks; take train.chunks=fixed"
+        )
+    alone = not teachers and (len(config.students) == 1 or objective.peers == 0)
+    plain = ObjectiveConfig()
+    for name in ("temperature", "divergence", "reduction", "kl_everywhere"):
+        if alone and getattr(objective, name) != getattr(plain, name):
+            raise ValueError(
+                f"objective.{name} says how students learn from others, and here none does: drop it, name teachers, or "
+                "raise objective.peers and the number of students"
+            )
 
 
 class Run:
@@ -133,7 +171,12 @@ class Run:
 
         with runtime.main_first():  # the others find it prepared
             self.prepared = prepare(config.data, say=print if runtime.is_main else lambda _: None)
-        train_file = TokenFile(self.prepared.train, self.prepared.manifest["dtype"], config.train.length)
+        train_file = TokenFile(
+            self.prepared.train,
+            self.prepared.manifest["dtype"],
+            config.train.length,
+            open_end=config.objective.kl_everywhere,
+        )
         held_out_file = TokenFile(self.prepared.validation, self.prepared.manifest["dtype"], config.train.length)
         self.data = TrainingData(
             train_file,
@@ -146,6 +189,7 @@ class Run:
             world=runtime.world,
             device=runtime.device,
         )
+        self.steps = steps_of(config, train_file.chunks)
         self.held_out = HeldOutData(
             held_out_file,
             tokens=config.evaluation.tokens,
@@ -165,6 +209,7 @@ class Run:
                 f"{self.folder} was trained on data {self.state.data[:8]}, and data.path={config.data.path} is now "
                 f"{self.prepared.identity[:8]}: restore the text, or choose another run.name"
             )
+        self.teachers = self._teachers()
         self.cohort = self._cohort(found)
 
         self._begin_folder(found, stack)
@@ -189,6 +234,13 @@ class Run:
         tasks = [] if evaluation.data is None else read_tasks(evaluation.tasks, Path(evaluation.data))
         return tasks if evaluation.pairs in ("auto", "none") else [*tasks, minimal_pairs(PAIRS, Path(evaluation.pairs))]
 
+    def _teachers(self) -> Teachers:
+        if not self.config.teachers:
+            return NO_TEACHERS
+        if self.config.cache is not None:
+            return teacher_cache.teachers(self.config, self.prepared, self.data, self.runtime)
+        return load_teachers(self.config, self.prepared.tokenizer, self.runtime.device)
+
     def _cohort(self, found: Path | None) -> Cohort:
         vocabulary = self.prepared.tokenizer.size
         students = []
@@ -197,7 +249,7 @@ class Run:
             if found is not None:
                 record = checkpoint.read_student(found, config.name)
             elif config.init is not None:
-                record = import_student(config, LlamaShape.of(config, vocabulary), self.prepared.tokenizer)
+                record = import_student(config, shape_of(config, vocabulary), self.prepared.tokenizer)
             student = Student(config, vocabulary, self.config.train, self.config.optimizer, self.runtime, record)
             if found is not None and record is not None:
                 student.restore(record, self.state.updates)
@@ -216,13 +268,18 @@ class Run:
                 self._lock(pids, stack)
                 settings.save(self.config, self.folder / "config.yaml", git_commit=git_commit())
                 self._log = stack.enter_context(MetricsLog(self.folder, self.state.metrics_position))
-        self._progress = stack.enter_context(
-            Progress(self.config.train.steps, start=self.state.step, rank=self.runtime.rank)
-        )
+        self._progress = stack.enter_context(Progress(self.steps, start=self.state.step, rank=self.runtime.rank))
         if found is None:
-            self._write({"kind": "streams", "step": 0, "students": [s.name for s in self.cohort], "teachers": []})
+            self._write(
+                {
+                    "kind": "streams",
+                    "step": 0,
+                    "students": [s.name for s in self.cohort],
+                    "teachers": self.teachers.names,
+                }
+            )
         elif self.runtime.is_main:
-            print(f"going on from {found}, step {self.state.step} of {self.config.train.steps}")
+            print(f"going on from {found}, step {self.state.step} of {self.steps}")
         place = f"{self.runtime.world} rank(s), ZeRO {self.config.train.stage(self.runtime.world)}"
         if self.state.place not in ("", place):
             text = f"goes on with {place}, after {self.state.place}"
@@ -247,7 +304,7 @@ class Run:
         stack.callback(path.unlink, missing_ok=True)
 
     def learning_rates(self, step: Step) -> list[float]:
-        factor = schedule.factor(self.config.optimizer, step.number, self.config.train.steps)
+        factor = schedule.factor(self.config.optimizer, step.number, self.steps)
         return [student.config.learning_rate * factor for student in self.cohort]
 
     def record(self, step: Step, tally: "Tally", outcome: Outcome) -> None:
@@ -264,7 +321,7 @@ class Run:
             updates=self.state.updates + (not skipped),
             skipped_in_a_row=self.state.skipped_in_a_row + 1 if skipped else 0,
         )
-        last = step.number == self.config.train.steps
+        last = step.number == self.steps
         evaluate = evaluate or last or step.number % self.config.evaluation.every == 0
         save = last or outcome.stop or step.number % self.config.checkpoint.every == 0
         if skipped or evaluate or save or step.number % self.config.run.log_every == 0:
@@ -502,7 +559,7 @@ def export_run(run: Path, config: Config, prepared: Prepared, step: int | None, 
 
 def _export(folder: Path, student: StudentConfig, record: ParametersAndMoments, tokenizer: Tokenizer) -> None:
     weights = {name.removeprefix("weight/"): w for name, w in record.items() if name.startswith("weight/")}
-    export_student(folder, LlamaShape.of(student, tokenizer.size), weights, tokenizer)
+    export_student(folder, shape_of(student, tokenizer.size), weights, tokenizer)
 
 
 def _half_ties(one: SetScore) -> float:

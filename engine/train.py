@@ -14,6 +14,7 @@ from engine.data import IGNORED, Step
 from engine.objective import Coefficients, coefficients
 from engine.run import Run, check
 from engine.runtime import StopSignal, start
+from engine.teachers import NO_TEACHERS, Teachers
 from kernels import LinearEnsembleKL, linear_ensemble_kl
 
 
@@ -27,9 +28,15 @@ def train(config: Config) -> None:
     stop = StopSignal()
     with ExitStack() as stack:
         run = Run(config, runtime, stack)
-        objective = coefficients(config.objective, len(run.cohort), runtime.device)
-        for step in run.data.steps(run.state.step + 1, config.train.steps):
-            tally = accumulate(run.cohort, step, objective)
+        objective = coefficients(
+            config.objective,
+            len(run.cohort),
+            runtime.device,
+            teachers=run.teachers.weights,
+            labels=run.data.file.predicted(0),
+        )
+        for step in run.teachers.ahead(run.data.steps(run.state.step + 1, run.steps)):
+            tally = accumulate(run.cohort, step, objective, run.teachers)
             outcome = run.cohort.step(tally.losses_S, tally.ce_S, run.learning_rates(step), stop=bool(stop))
             run.record(step, tally, outcome)  # logs; evaluates and saves where due
             if outcome.stop:
@@ -38,7 +45,7 @@ def train(config: Config) -> None:
         run.finish()
 
 
-def accumulate(cohort: Cohort, step: Step, objective: Coefficients) -> "Tally":
+def accumulate(cohort: Cohort, step: Step, objective: Coefficients, teachers: Teachers = NO_TEACHERS) -> "Tally":
     """Every student's gradient of its loss over the step's micro-batches: S forwards, one loss, S backwards."""
     tally = Tally(len(cohort), step.micro_batches[0].targets_N.device)
     for batch in step.micro_batches:
@@ -46,7 +53,13 @@ def accumulate(cohort: Cohort, step: Step, objective: Coefficients) -> "Tally":
         with cohort.heads():  # gathered under ZeRO 3
             streams = [student.project(hidden_ND) for student, hidden_ND in zip(cohort, hidden, strict=True)]
             result = linear_ensemble_kl(
-                streams, [], batch.targets_N, normalizer=step.valid_tokens, ignore_index=IGNORED, **vars(objective)
+                streams,
+                teachers(batch),
+                batch.targets_N,
+                normalizer=step.valid_tokens,
+                kl_mask=batch.kl_mask_N,
+                ignore_index=IGNORED,
+                **vars(objective),
             )
             for student, loss in zip(cohort, result.losses, strict=True):
                 student.backward(loss, last=batch is step.micro_batches[-1])

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.peers.eager import ensemble_losses
 from engine.config import OptimizerConfig, StudentConfig
+from engine.models.llama import LlamaShape
 
 
 class Loop:
@@ -61,6 +62,7 @@ class Loop:
 
 
 def _model(student: StudentConfig, weights: Mapping[str, Tensor], vocabulary: int) -> LlamaForCausalLM:
+    shape = LlamaShape.of(student, vocabulary)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
@@ -68,10 +70,10 @@ def _model(student: StudentConfig, weights: Mapping[str, Tensor], vocabulary: in
             intermediate_size=student.ffn,
             num_hidden_layers=student.layers,
             num_attention_heads=student.heads,
-            num_key_value_heads=student.kv_heads or student.heads,
+            num_key_value_heads=shape.kv_heads,
             max_position_embeddings=student.positions,
-            rms_norm_eps=student.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": student.rope_theta},
+            rms_norm_eps=shape.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
             tie_word_embeddings=student.tied,
         )
     )

@@ -9,6 +9,7 @@ B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary, F 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class LlamaShape:
 
     @classmethod
     def of(cls, student: StudentConfig, vocabulary: int) -> "LlamaShape":
+        if student.dropout:
+            raise ValueError(f"dropout={student.dropout}: a LLaMA has none; drop it, or take family=gpt2")
         return cls(
             layers=student.layers,
             hidden=student.hidden,
@@ -52,8 +55,8 @@ class LlamaShape:
             vocabulary=vocabulary,
             positions=student.positions,
             tied=student.tied,
-            rope_theta=student.rope_theta,
-            norm_eps=student.norm_eps,
+            rope_theta=student.rope_theta or cls.rope_theta,
+            norm_eps=student.norm_eps or cls.norm_eps,
         )
 
     @property
@@ -147,6 +150,10 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     @property
+    def embedding(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    @property
     def head(self) -> Tensor:
         return self.lm_head.weight
 
@@ -190,8 +197,9 @@ def rotary_table(length: int, width: int, theta: float, device: torch.device) ->
 
 
 @torch.no_grad()
-def initialise(model: Llama, seed: int) -> None:
-    """Matrices from N(0, 0.02²), norms at one, as LLaMA's reference does; drawn on the CPU, from the seed alone.
+def initialise(model: Any, seed: int) -> None:
+    """Matrices from N(0, 0.02²), norms at one, biases at zero, as LLaMA's and GPT-2's references do; drawn on the CPU,
+    from the seed alone. `model` is of any family.
 
     The two projections that write into the residual stream are scaled by 1/√(2·layers) (GPT-2, Radford et al. 2019),
     so that its variance does not grow with depth.
@@ -199,9 +207,9 @@ def initialise(model: Llama, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         deviation = 0.02
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")):
             deviation /= math.sqrt(2 * model.shape.layers)
         parameter.copy_(torch.empty_like(parameter, device="cpu").normal_(0.0, deviation, generator=generator))

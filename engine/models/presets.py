@@ -1,4 +1,4 @@
-"""Published LLaMA shapes by name, as settings of a student (parameter counts at 16,000 pieces).
+"""Published shapes by name, as settings of a student (parameter counts at 16,000 pieces).
 
 Sources: Baby Llama (Timiryasov & Tastet 2023) and BabyLlama-2 (Tastet & Timiryasov 2024).
 """
@@ -10,6 +10,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "baby-llama-58m": dict(layers=16, hidden=512, heads=8, ffn=1024, tied=False, positions=256),
     # Baby Llama's LLaMA teacher, 359.97M
     "llama-360m": dict(layers=24, hidden=1024, heads=8, ffn=3072, tied=False, positions=256),
+    # Baby Llama's GPT-2 teacher, 704.7M (the later files give it 256 positions)
+    "gpt2-705m": dict(family="gpt2", layers=24, hidden=1536, heads=16, ffn=6144, positions=128, dropout=0.1),
     # BabyLlama-2's teachers and student alike, 345.4M
     "smol-llama-345m": dict(layers=32, hidden=960, heads=15, kv_heads=5, ffn=2560, tied=False, positions=256),
 }

@@ -197,3 +197,19 @@ def test_a_step_counts_the_words_of_all_ranks(file: TokenFile) -> None:
     for step, part in zip(whole, rank, strict=True):
         targets = [t for b in step.micro_batches for t in b.targets_N.tolist() if t != IGNORED]
         assert step.words == part.words == sum(t % 3 == 0 for t in targets)
+
+
+def test_an_open_end_takes_the_last_positions_target_and_keeps_its_divergence(tmp_path: Path) -> None:
+    for tokens in (33, 34, 35):  # four whole sequences; one target more, and two
+        path = tmp_path / f"{tokens}.bin"
+        np.arange(tokens, dtype="<u2").tofile(path)
+        file, plain = TokenFile(path, "<u2", 8, open_end=True), TokenFile(path, "<u2", 8)
+        assert file.chunks == {33: 4, 34: 4, 35: 5}[tokens]
+        for start in range(0, 8 * file.chunks, 8):
+            batch, whole = file.batch([start], CPU), plain.batch([start], CPU)
+            assert torch.equal(batch.tokens_BL, whole.tokens_BL)
+            assert torch.equal(batch.targets_N[:-1], whole.targets_N[:-1])
+            assert batch.targets_N[-1] == IGNORED
+            assert batch.kl_mask_N is not None
+            assert torch.equal(batch.kl_mask_N, whole.targets_N != IGNORED)
+            assert file.predicted(start) == (batch.targets_N != IGNORED).sum() >= 1

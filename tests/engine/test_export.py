@@ -16,8 +16,10 @@ from engine import export
 from engine import tokenizer as tokenization
 from engine.config import StudentConfig, TokenizerConfig
 from engine.corpus.grammar import generate
-from engine.export import export_student, import_student
-from engine.models.llama import Llama, LlamaShape
+from engine.export import export_student, import_student, load_model
+from engine.models.families import Model, Shape, model_of
+from engine.models.gpt2 import GPT2Shape
+from engine.models.llama import LlamaShape
 from engine.tokenizer import Tokenizer
 
 PIECES = 360
@@ -32,8 +34,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return tokenization.train(generate(0, 3000), TokenizerConfig(), PIECES, folder, boundary=True)
 
 
-def weights_of(shape: LlamaShape) -> tuple[Llama, dict[str, Tensor]]:
-    model, generator = Llama(shape), torch.Generator().manual_seed(1)
+def weights_of(shape: Shape) -> tuple[Model, dict[str, Tensor]]:
+    model, generator = model_of(shape), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2, generator=generator)
@@ -93,6 +95,31 @@ def test_a_student_comes_back_bit_for_bit(tokenizer: Tokenizer, tmp_path: Path, 
     record = import_student(config, replace(shape, positions=32), tokenizer)  # fewer positions: the same weights
     assert record.keys() == {f"weight/{name}" for name in weights}
     assert all(torch.equal(record[f"weight/{name}"], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gpt2_is_the_same_in_transformers_and_comes_back_bit_for_bit(
+    tokenizer: Tokenizer, tmp_path: Path, tied: bool
+) -> None:
+    shape = GPT2Shape(layers=2, hidden=32, heads=4, ffn=48, vocabulary=PIECES, positions=64, tied=tied, dropout=0.2)
+    ours, weights = weights_of(shape)
+    export_student(tmp_path / "student", shape, weights, tokenizer)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    theirs, report = loaded
+    assert not any(report.values()), report
+    assert theirs.config.resid_pdrop == theirs.config.attn_pdrop == theirs.config.embd_pdrop == 0.2
+    tokens_BL = torch.tensor([tokenizer.encode(next(generate(1, 10)))[:60]])
+    with torch.no_grad():
+        difference = ours.eval()(tokens_BL) @ ours.head.T - theirs.eval()(tokens_BL).logits[0]
+    assert difference.abs().max() <= 1e-4
+    theirs.save_pretrained(tmp_path / "elsewhere")  # as transformers writes it
+    tokenizer.export(tmp_path / "elsewhere")
+    for folder in ("student", "elsewhere"):
+        model, _ = load_model(tmp_path / folder)
+        assert model.shape == replace(shape, dropout=0.0), "dropout is a setting of training"
+        found = dict(model.named_parameters())
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], weight) for name, weight in weights.items())
 
 
 def test_bf16_weights_are_exported_as_the_fp32_that_the_config_promises(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -155,6 +182,7 @@ def truncate(name: str) -> Callable[[Path], object]:
         (edit_config(head_dim=16), "head_dim|shape"),
         (edit_tensors(lambda tensors: tensors.pop("model.norm.weight")), r"model\.norm\.weight|norm\.weight"),
         (edit_tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(1)})), r"norm\.weight"),
+        (edit_tensors(lambda tensors: tensors["model.norm.weight"].fill_(float("inf"))), r"norm\.weight is not finite"),
         (edit_tensors(lambda tensors: tensors.update({"model.norm.bias": torch.ones(32)})), r"norm\.bias"),
     ],
 )

@@ -26,3 +26,16 @@ def test_no_divergence_is_asked_for_where_nobody_learns_from_another() -> None:
     assert coefficients(ObjectiveConfig(), 1, CPU).kl_weight is None
     assert coefficients(ObjectiveConfig(peers=0.0), 3, CPU).kl_weight is None
     assert coefficients(ObjectiveConfig(), 1, CPU).ce_weight.tolist() == [1.0]
+
+
+def test_baby_llama_and_peers_and_teachers_at_once() -> None:
+    alone = coefficients(ObjectiveConfig(ce=0.5, teachers=0.5), 1, CPU, teachers=[1.0])
+    assert alone.ce_weight.tolist() == [0.5]
+    assert alone.kl_weight is not None
+    assert alone.kl_weight.tolist() == [[0.0, 0.5]]
+    settings = ObjectiveConfig(ce=0.25, peers=0.25, teachers=0.5, reduction="sequence")
+    both = coefficients(settings, 3, CPU, teachers=[0.25, 0.75], labels=128)
+    assert both.kl_weight is not None
+    expected = torch.full((3, 3), 0.125).fill_diagonal_(0)
+    assert torch.equal(both.kl_weight, 128 * torch.cat([expected, torch.tensor([[0.125, 0.375]]).expand(3, -1)], 1))
+    assert coefficients(ObjectiveConfig(peers=0), 2, CPU, teachers=[1.0]).kl_weight is not None

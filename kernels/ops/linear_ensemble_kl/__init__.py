@@ -25,6 +25,18 @@ class Projected(NamedTuple):
     bias: Tensor | None = None
 
 
+class TopK(NamedTuple):
+    """A teacher's predictions, as a cache keeps them: the most probable tokens, and the rest as one bucket.
+
+    log_prob: [N, k] floating point, nats, at the loss's own temperature; index: [N, k] integers, the tokens, different
+    within a row; tail: [N] floating point, the probability of all others, so that Σ exp(log_prob) + tail = 1.
+    """
+
+    log_prob: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    tail: Tensor
+
+
 class LinearEnsembleKL(NamedTuple):
     """The students' losses, to call backward on, and what they are made of, detached.
 
@@ -40,7 +52,7 @@ class LinearEnsembleKL(NamedTuple):
 
 def linear_ensemble_kl(
     students: Sequence[Projected],
-    teachers: Sequence[Projected],
+    teachers: Sequence[Projected | TopK],
     targets: Tensor,
     *,
     ce_weight: Tensor,
@@ -68,7 +80,8 @@ def linear_ensemble_kl(
 
     Args:
         students: S ≥ 1 streams. Gradients are computed only for tensors that require them while grad mode is on.
-        teachers: K = R − S streams, R ≤ 8; not evaluated if kl_weight is None.
+        teachers: K = R − S streams, R ≤ 8; not evaluated if kl_weight is None. The divergence from a `TopK` is that of
+            k + 1 buckets, its tail one of them and the student's tail 1 − Σ of its own k (`top_k.py`).
         targets: [N] int64 token ids in [0, V), or `ignore_index`: no CE in such a row.
         ce_weight: [S], without gradient, on the students' device.
         kl_weight: [S, R], as ce_weight; None: no KL at all. The diagonal is not read.
@@ -83,7 +96,7 @@ def linear_ensemble_kl(
         LinearEnsembleKL(losses, ce, kl).
 
     Raises:
-        ValueError: any of the above not met.
+        ValueError: any of the above not met; a `TopK` under the Triton backend, which cannot take it yet.
     """
     _check_streams(students, teachers)
     check_options(len(students), len(students) + len(teachers), temperature, divergence)
@@ -97,7 +110,12 @@ def linear_ensemble_kl(
 
     needs = [[_needs_gradient(x) for x in student] for student in students]
     ce_rows = targets != ignore_index
-    run = dispatch.implementation("linear_ensemble_kl", first.hidden).losses_and_gradients
+    backend = dispatch.implementation("linear_ensemble_kl", first.hidden)
+    if kl_weight is not None and backend.__name__.endswith("triton") and any(isinstance(t, TopK) for t in teachers):
+        raise ValueError(
+            "a TopK teacher under the Triton backend, which cannot take it yet: choose backend 'reference'"
+        )
+    run = backend.losses_and_gradients
     with torch.no_grad(), torch.autocast(first.hidden.device.type, enabled=False):
         losses, ce, kl, gradients = run(
             students,
@@ -123,12 +141,16 @@ def _needs_gradient(x: Tensor | None) -> bool:
     return x is not None and x.requires_grad and torch.is_grad_enabled()
 
 
-def _check_streams(students: Sequence[Projected], teachers: Sequence[Projected]) -> None:
+def _check_streams(students: Sequence[Projected], teachers: Sequence[Projected | TopK]) -> None:
     if not students:
         raise ValueError("students is empty: expected at least one Projected(hidden, weight, bias)")
     first = students[0]
     names = [f"student {i}" for i in range(len(students))] + [f"teacher {k}" for k in range(len(teachers))]
-    for name, (hidden, weight, bias) in zip(names, (*students, *teachers), strict=True):
+    for name, stream in zip(names, (*students, *teachers), strict=True):
+        if isinstance(stream, TopK):
+            _check_top_k(name, stream, len(first.hidden), first.hidden.device)
+            continue
+        hidden, weight, bias = stream
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}"
         if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
             raise ValueError(f"{name} has {shapes}: expected [N, D] and [V, D]; flatten the tokens, gather the head")
@@ -145,6 +167,17 @@ def _check_streams(students: Sequence[Projected], teachers: Sequence[Projected])
                     f"{name} has a tensor of {x.dtype} on {x.device}: expected floating point on"
                     f" {first.hidden.device}, as student 0's hidden states"
                 )
+
+
+def _check_top_k(name: str, top: TopK, tokens: int, device: torch.device) -> None:
+    shapes = f"log_prob {tuple(top.log_prob.shape)}, index {tuple(top.index.shape)}, tail {tuple(top.tail.shape)}"
+    if top.log_prob.ndim != 2 or top.log_prob.shape != top.index.shape or top.tail.shape != (len(top.index),):
+        raise ValueError(f"{name} has {shapes}: expected [N, k], [N, k] and [N]")
+    if len(top.index) != tokens:
+        raise ValueError(f"{name} has {shapes}: expected N = {tokens}, as student 0; streams must share tokens")
+    kinds = top.log_prob.is_floating_point() and top.tail.is_floating_point() and not top.index.is_floating_point()
+    if not kinds or any(x.device != device for x in top):
+        raise ValueError(f"{name}: expected floating point log_prob and tail, integers in index, all on {device}")
 
 
 def _check_weights(ce: Tensor, kl: Tensor | None, students: int, streams: int, device: torch.device) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops.ensemble_kl.native import loss_and_grad_
-from kernels.ops.linear_ensemble_kl import Projected
+from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
 from kernels.ops.linear_ensemble_kl.reference import weighted_losses
 
 BUDGET = 96 * 2**20  # bytes of logits at a time: below it the products lose more than the cache gains (LOG.md)
@@ -19,7 +19,7 @@ BUDGET = 96 * 2**20  # bytes of logits at a time: below it the products lose mor
 
 def losses_and_gradients(
     students: Sequence[Projected],
-    teachers: Sequence[Projected],
+    teachers: Sequence[Projected | TopK],
     targets: Tensor,
     ce_weight: Tensor,
     kl_weight: Tensor | None,
@@ -31,7 +31,7 @@ def losses_and_gradients(
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]:
     """As `losses_and_gradients` in `reference.py`."""
-    streams = (*students, *teachers)
+    streams, dense, kept = top_k.split(students, teachers)
     dtype = torch.float32
     for x in (x for stream in streams for x in stream if x is not None):
         dtype = torch.promote_types(dtype, x.dtype)
@@ -40,9 +40,11 @@ def losses_and_gradients(
     ce_weight = ce_weight.to(dtype) / normalizer
     if kl_weight is not None:
         kl_weight = kl_weight.to(dtype) / normalizer
+    wanted = [any(own) for own in needs]
 
+    dense_weight = None if kl_weight is None or len(dense) == 1 else kl_weight[:, dense]
     tokens, vocabulary = len(targets), len(heads[0][0])
-    chunk = _chunk(tokens, bytes_per_token=len(streams) * vocabulary * dtype.itemsize)
+    chunk = _chunk(tokens, bytes_per_token=(len(streams) + len(students) * len(kept)) * vocabulary * dtype.itemsize)
     logits_RnV = [torch.empty(chunk, vocabulary, dtype=dtype) for _ in streams]
     gradients = [_empty_gradients(student, own, dtype) for student, own in zip(students, needs, strict=True)]
     ce_SN = torch.zeros(len(students), tokens, dtype=dtype)
@@ -57,19 +59,28 @@ def losses_and_gradients(
         logits = [buffer[: len(idle)] for buffer in logits_RnV]
         for h, (weight, bias), out in zip(hidden, heads, logits, strict=True):
             torch.mm(h, weight.T, out=out) if bias is None else torch.addmm(bias, h, weight.T, out=out)
+        added: list[Tensor | None] = [None] * len(students)
+        if kept and kl_SRN is not None:  # before gradients take the logits' place
+            into = kl_SRN[:, :, rows]
+            added = top_k.losses_and_gradients(
+                logits[: len(students)], kept, rows, kl_weight, kl_rows, into, temperature, divergence, wanted
+            )
         ce_SN[:, rows], kl_SRn = loss_and_grad_(
             logits,
             targets[rows],
             ce_weight,
-            kl_weight,
+            dense_weight,
             ce_rows[rows],
             kl_rows[rows],
             temperature=temperature,
             divergence=divergence,
-            wanted=[any(own) for own in needs],
+            wanted=wanted,
         )
         if kl_SRN is not None and kl_SRn is not None:
-            kl_SRN[:, :, rows] = kl_SRn
+            kl_SRN[:, dense, rows] = kl_SRn
+        for d, extra in zip(logits, added, strict=False):
+            if extra is not None:
+                d.add_(extra)
         for d, h, (weight, _), (d_hidden, d_weight, d_bias) in zip(logits, hidden, heads, gradients, strict=False):
             if d_hidden is not None:
                 torch.mm(d, weight, out=d_hidden[rows])

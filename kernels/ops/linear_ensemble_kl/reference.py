@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops.ensemble_kl.reference import loss_and_grad
-from kernels.ops.linear_ensemble_kl import Projected
+from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
 
 # What the [n, V] tensors of one chunk may take. On a CPU small chunks stay in cache; a GPU wants ≥ 1,000 rows.
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
@@ -18,7 +18,7 @@ TEMPORARIES = 6  # [n, V] tensors alive within `loss_and_grad` beside logits, pr
 
 def losses_and_gradients(
     students: Sequence[Projected],
-    teachers: Sequence[Projected],
+    teachers: Sequence[Projected | TopK],
     targets: Tensor,
     ce_weight: Tensor,
     kl_weight: Tensor | None,
@@ -40,7 +40,7 @@ def losses_and_gradients(
         losses [S]; ce [S, N]; kl [S, R, N], or None without `kl_weight`; per student the gradients of (hidden, weight,
         bias), None where not wanted. All fp32, or float64 where a stream is.
     """
-    streams = (*students, *teachers)
+    streams, dense, kept = top_k.split(students, teachers)
     dtype = torch.float32
     for x in (x for stream in streams for x in stream if x is not None):
         dtype = torch.promote_types(dtype, x.dtype)
@@ -57,22 +57,30 @@ def losses_and_gradients(
         ]
         for stream, own in zip(students, needs, strict=True)
     ]
+    dense_weight = None if kl_weight is None or len(dense) == 1 else kl_weight[:, dense]
 
     device, (tokens, vocabulary) = targets.device, (len(targets), len(heads[0][0]))
     ce_SN = torch.zeros(len(students), tokens, dtype=dtype, device=device)
     kl_SRN = None if kl_weight is None else ce_SN.new_zeros(*kl_weight.shape, tokens)
-    per_row = (2 * len(streams) + 2 * len(students) + TEMPORARIES) * vocabulary * dtype.itemsize
+    per_row = (2 * len(streams) + (2 + len(kept)) * len(students) + TEMPORARIES) * vocabulary * dtype.itemsize
     chunk = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // per_row)
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)
         # Rows that do not count may hold anything: as zeros they cannot spread a NaN through the GEMMs.
         hidden = [stream.hidden[rows].to(dtype).masked_fill(~counted[rows, None], 0) for stream in streams]
         logits = [torch.nn.functional.linear(h, *head) for h, head in zip(hidden, heads, strict=True)]
+        added: list[Tensor | None] = [None] * len(students)
+        if kept and kl_SRN is not None:
+            into = kl_SRN[:, :, rows]
+            own = [any(need) for need in needs]
+            added = top_k.losses_and_gradients(
+                logits[: len(students)], kept, rows, kl_weight, kl_rows, into, temperature, divergence, own
+            )
         ce_SN[:, rows], kl, d_logits = loss_and_grad(
             logits,
             targets[rows],
             ce_weight,
-            kl_weight,
+            dense_weight,
             ce_rows[rows],
             kl_rows[rows],
             temperature=temperature,
@@ -80,7 +88,10 @@ def losses_and_gradients(
             wanted=[any(own) for own in needs],
         )
         if kl_SRN is not None and kl is not None:
-            kl_SRN[:, :, rows] = kl
+            kl_SRN[:, dense, rows] = kl
+        d_logits = [
+            d if d is None or extra is None else d.add_(extra) for d, extra in zip(d_logits, added, strict=True)
+        ]
         for d, h, (weight, _), (d_hidden, d_weight, d_bias) in zip(d_logits, hidden, heads, gradients, strict=False):
             if d is None:
                 continue

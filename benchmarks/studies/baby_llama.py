@@ -1,0 +1,129 @@
+"""Baby Llama at nano scale: does distillation beat the same student trained alone, and whose teaching is it?
+
+    python benchmarks/studies/baby_llama.py --corpus texts
+    python benchmarks/studies/baby_llama.py --corpus texts --seeds 1 --tokens 20000 --teacher-tokens 20000 --csv try.csv
+
+Two teachers, a GPT-2 and a LLaMA, each larger than the student, are trained once. Then, for every seed, the student
+learns alone (control), from both, from each, and from both by way of a cache of their predictions. With one seed all
+arms begin with the same weights and read the same text in the same order, so that their differences are paired.
+
+A finished run is a line of the CSV; what stands there is not done again, and a run that was killed goes on.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from engine.config import Config, build, user_errors
+
+COLUMNS = ("arm", "seed", "validation_loss", "parameters", "tokens", "seconds", "git_commit")
+TEACHERS = {
+    "gpt2": {"family": "gpt2", "layers": 4, "hidden": 192, "heads": 6, "ffn": 768, "dropout": 0.1, "positions": 128},
+    "llama": {"layers": 4, "hidden": 192, "heads": 6, "ffn": 512, "positions": 128},
+}
+STUDENT = {"layers": 3, "hidden": 128, "heads": 4, "ffn": 384, "positions": 128}
+ARMS = {
+    "control": (),
+    "both": ("gpt2", "llama"),
+    "gpt2 alone": ("gpt2",),
+    "llama alone": ("llama",),
+    "cache": ("gpt2", "llama"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", required=True, help="a folder of *.txt; every file is sampled in proportion")
+    parser.add_argument("--words", type=int, default=700_000, help="of the corpus")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="that each student reads")
+    parser.add_argument("--teacher-tokens", type=int, default=2_000_000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("runs/study-baby-llama"), help="of the runs and the cache")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"))
+    arguments = parser.parse_args()
+
+    for seed, (name, shape) in enumerate(TEACHERS.items(), start=101):
+        settings = settings_of(arguments, f"teacher-{name}", shape, seed, arguments.teacher_tokens)
+        finish(arguments.csv, f"teacher {name}", seed, settings)
+    for seed in range(1, arguments.seeds + 1):
+        for arm, teachers in ARMS.items():
+            settings = settings_of(arguments, f"{arm.replace(' ', '-')}-{seed}", STUDENT, seed, arguments.tokens)
+            if teachers:
+                settings["teachers"] = [{"path": str(arguments.folder / f"teacher-{name}")} for name in teachers]
+                settings["objective"] = {"ce": 0.5, "teachers": 0.5, "temperature": 2.0}
+            if arm == "cache":
+                settings["cache"] = {"path": str(arguments.folder / "cache"), "k": 32}
+            finish(arguments.csv, arm, seed, settings)
+    print(table(rows(arguments.csv)))
+
+
+def settings_of(
+    arguments: argparse.Namespace, name: str, shape: dict[str, Any], seed: int, tokens: int
+) -> dict[str, Any]:
+    steps = max(10, tokens // (16 * 128))
+    return {
+        "students": [{"name": "model", "learning_rate": 3e-3, "seed": seed, **shape}],
+        "run": {"name": name, "folder": str(arguments.folder), "log_every": 20},
+        "data": {"path": arguments.corpus, "words": arguments.words, "tokenizer": {"pieces": 4096}},
+        "optimizer": {"warmup": steps // 10},
+        "train": {"steps": steps, "batch": 16, "length": 128, "seed": seed},
+        "evaluation": {"every": max(1, steps // 5), "tokens": 50_000, "pairs": "none", "samples": 1},
+        "checkpoint": {"every": max(1, steps // 5), "keep": 1},
+    }
+
+
+def finish(path: Path, arm: str, seed: int, settings: dict[str, Any]) -> None:
+    """Train, or go on, or find the line there already."""
+    if any(row["arm"] == arm and int(row["seed"]) == seed for row in rows(path)):
+        return
+    from engine.train import train
+
+    config = build(Config, settings)
+    train(config)
+    path_of_summary = Path(config.run.folder) / config.run.name / "summary.json"
+    if not path_of_summary.is_file():
+        raise ValueError(f"{path_of_summary}: not there, as the run was asked to stop; the same command goes on")
+    summary = json.loads(path_of_summary.read_text())
+    (student,) = summary["students"]
+    found = {**student, **summary, "arm": arm, "seed": seed}
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(found)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(found: list[dict[str, str]]) -> str:
+    """Each arm's validation loss, and its difference from the control of the same seed, as Markdown."""
+    losses = {(row["arm"], row["seed"]): float(row["validation_loss"]) for row in found}
+    seconds = {(row["arm"], row["seed"]): float(row["seconds"]) for row in found}
+    lines = [
+        "| arm | nats/token, by seed | mean | minus control (mean ± s.d. of pairs) | s a run |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in dict.fromkeys(arm for arm, _ in losses):
+        seeds = [seed for name, seed in losses if name == arm]
+        own = [losses[arm, seed] for seed in seeds]
+        pairs = [losses[arm, seed] - losses["control", seed] for seed in seeds if ("control", seed) in losses]
+        spread = f" ± {statistics.stdev(pairs):.4f}" if len(pairs) > 1 else ""
+        difference = f"{statistics.mean(pairs):+.4f}{spread}" if pairs and arm != "control" else ""
+        time = statistics.mean(seconds[arm, seed] for seed in seeds)
+        by_seed = ", ".join(f"{x:.4f}" for x in own)
+        lines.append(f"| {arm} | {by_seed} | {statistics.mean(own):.4f} | {difference} | {time:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -1,0 +1,145 @@
+"""What a run would take, without allocating any of it: parameters, tokens, steps, FLOPs, memory of a rank.
+
+B sequences, L positions, N = B·L tokens, D hidden, V vocabulary.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from engine.config import Config, DataConfig, build, read_yaml
+from engine.export import shape_of_folder
+from engine.metrics import format_count
+from engine.models.families import Shape, model_of, parameter_count, shape_of
+from engine.models.llama import LlamaShape
+from engine.run import check, steps_of
+from engine.teachers import folder_of
+
+TOKENS_A_WORD = 1.4  # of English at 16,000 pieces; only where the text is not prepared
+BYTES_A_WORD = 5.4
+LOGITS = (
+    2**27
+)  # bytes of logits and their gradients at a time on a CPU (kernels.ops.linear_ensemble_kl); 2**30 on a GPU
+RANKS = (1, 2, 4, 8)
+
+
+def report(config: Config, beside: Path) -> str:
+    """A table as text.
+
+    Args:
+        beside: the folder of the YAML, where the recipes of teachers are that have not been trained yet.
+
+    Raises ValueError for settings that a run would refuse, but for teachers that are not there.
+    """
+    check(config, teachers=False)
+    vocabulary = config.data.tokenizer.pieces or (1000 if config.data.path == "grammar" else 16000)
+    students = {student.name: shape_of(student, vocabulary) for student in config.students}
+    teachers = {teacher.path: teacher_shape(config, i, vocabulary, beside) for i, teacher in enumerate(config.teachers)}
+    known, exact = training_tokens(config.data)
+    length, chunks = config.train.length, -(-known // config.train.length)
+    steps = steps_of(config, chunks)
+    tokens = steps * config.train.batch * length
+    learning = sum(shape.training_flops(length) for shape in students.values()) * tokens
+    seen = min(known, tokens) if config.cache is not None else tokens
+    teaching = sum(shape.training_flops(length) // 3 for shape in teachers.values()) * seen
+    about = "" if exact or config.train.epochs is None else "about "
+
+    lines = [
+        f"{kind} {name}: {_count(shape):,} parameters, {_described(shape)}"
+        for kind, models in (("student", students), ("teacher", teachers))
+        for name, shape in models.items()
+    ]
+    lines += [
+        f"steps: {about}{steps:,} of {config.train.batch} × {length} tokens",
+        f"tokens: {about}{tokens:,}, {tokens / known:.2f} times the text ({'' if exact else 'about '}{known:,})",
+        f"FLOPs: {about}{learning + teaching:.3g}, the teachers' part {teaching:.3g}",
+        f"memory of a rank, GiB, {config.train.precision}, micro-batch as below (an estimate; allocator and libraries "
+        "beside it)",
+        "  ".join(["ranks".rjust(8), "micro".rjust(6), *(f"ZeRO {stage}".rjust(8) for stage in range(4))]),
+    ]
+    for ranks in RANKS:
+        if config.train.batch % ranks:
+            continue
+        share = config.train.batch // ranks
+        micro = min(share, config.train.micro_batch or share)
+        cells = [
+            f"{memory(config, students, teachers, micro * length, ranks, stage) / 2**30:8.2f}" for stage in range(4)
+        ]
+        if config.train.precision == "bf16":
+            cells[0] = "–".rjust(8)  # refused (engine.run)
+        lines.append("  ".join([str(ranks).rjust(8), str(micro).rjust(6), *cells]))
+    return "\n".join(lines)
+
+
+def memory(
+    config: Config, students: dict[str, Shape], teachers: dict[str, Shape], tokens: int, ranks: int, stage: int
+) -> float:
+    """Bytes of one of `ranks` that takes `tokens` at once: what training must hold at its peak."""
+    storage = 2 if config.train.precision == "bf16" else 4
+    total = float(LOGITS)
+    for shape in students.values():
+        parameters = _count(shape)
+        whole = [1 / ranks if stage >= least else 1.0 for least in (3, 2, 1)]  # of weights, gradients, optimizer
+        total += parameters * (storage * (whole[0] + whole[1]) + 8 * whole[2])
+        if stage > 0:  # fp32 weights of the optimizer, and the bucket that gradients are reduced in
+            total += parameters * (4 / ranks + storage)
+        total += 4 * shape.vocabulary * shape.hidden  # the head's gradient, summed in fp32
+        layers = 1 if config.train.recompute else shape.layers
+        kept = 2 * shape.hidden * shape.layers if config.train.recompute else 0
+        total += tokens * storage * (layers * activations(shape, config.train.length) + kept + 4 * shape.hidden)
+    if config.cache is not None:
+        return total
+    for shape in teachers.values():
+        total += storage * (_count(shape) + tokens * (activations(shape, config.train.length) + shape.hidden))
+    if len(teachers) > 1 and config.objective.mix == "logits":
+        total += storage * sum(shape.vocabulary * shape.hidden for shape in teachers.values())
+    return total
+
+
+def activations(shape: Shape, length: int) -> int:
+    """Elements that a layer keeps for its backward pass, per token: what enters each product and each nonlinearity."""
+    if isinstance(shape, LlamaShape):
+        return 7 * shape.hidden + 2 * shape.kv_heads * shape.head_width + 3 * shape.ffn
+    attention = 3 * shape.heads * length if shape.dropout else 0  # its weights before and after dropout, and the mask
+    return (10 if shape.dropout else 8) * shape.hidden + 2 * shape.ffn + attention
+
+
+def training_tokens(data: DataConfig) -> tuple[int, bool]:
+    """Tokens of the training split, and whether that is known rather than guessed from its words or bytes."""
+    path = Path(data.path)
+    if (path / "manifest.json").is_file():
+        return json.loads((path / "manifest.json").read_text())["splits"]["train"]["tokens"], True
+    words = data.words or 10**6
+    if path.is_dir():
+        there = sum(file.stat().st_size for kind in ("*.txt", "*.train") for file in path.glob(kind)) / BYTES_A_WORD
+        words = min(int(there), data.words or int(there))
+    return int(words * (1 - data.validation) * TOKENS_A_WORD), False
+
+
+def teacher_shape(config: Config, number: int, vocabulary: int, beside: Path) -> Shape:
+    """From the teacher's folder or, before it is trained, from the recipe beside this one that makes it."""
+    teacher = config.teachers[number]
+    if Path(teacher.path).is_dir():
+        return shape_of_folder(folder_of(teacher), f"teachers: {teacher.path}")
+    for recipe in sorted(beside.glob("*.yaml")):
+        settings = read_yaml(recipe)
+        if not isinstance(settings.get("students"), list):  # it does not train
+            continue
+        other = build(Config, settings)
+        for student in other.students:
+            run = Path(other.run.folder) / other.run.name
+            if Path(teacher.path) in (run, run / "students" / student.name):
+                return shape_of(student, vocabulary)
+    raise ValueError(f"teachers: {teacher.path}: no such folder, and no recipe in {beside} makes it; train it first")
+
+
+def _count(shape: Shape) -> int:
+    with torch.device("meta"):
+        return parameter_count(model_of(shape))
+
+
+def _described(shape: Shape) -> str:
+    family = "LLaMA" if isinstance(shape, LlamaShape) else "GPT-2"
+    sizes = f"{shape.layers} layers × {shape.hidden}, {shape.heads} heads, {shape.ffn} inner"
+    return f"{family}, {sizes}, {shape.vocabulary:,} pieces ({format_count(_count(shape))})"

@@ -1,0 +1,23 @@
+"""Students learn from frozen teachers, and from the text: Baby Llama, BabyLlama-2, and what lies between.
+
+    deepspeed recipes/distill.py teachers.0.path=runs/teacher-gpt2 teachers.1.path=runs/teacher-llama
+    deepspeed recipes/distill.py --config recipes/baby_llama/student-58m.yaml data.path=babylm_10M
+    deepspeed recipes/distill.py cache.path=cache/nano cache.k=32     teachers predict once, and are read afterwards
+    python recipes/distill.py --config recipes/baby_llama_2/student.yaml --dry-run
+
+A teacher is a Hugging Face folder of a LLaMA or a GPT-2, or the folder of a run; its tokenizer must be the data's.
+
+Settings: recipes/distill.yaml; every one there is, with what it means, in engine/config.py.
+"""
+
+from engine.command import run_recipe
+from engine.config import Config
+
+
+def has_teachers(config: Config) -> None:
+    if not config.teachers:
+        raise ValueError("no teachers: name at least one, such as teachers.0.path=runs/teacher-gpt2")
+
+
+if __name__ == "__main__":
+    run_recipe(__file__, __doc__, has_teachers)
