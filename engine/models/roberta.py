@@ -1,0 +1,202 @@
+"""RoBERTa for masked language modelling: learned positions, LayerNorm after each branch, exact GELU (Liu et al. 2019).
+
+The body ends where the head's dense layer has transformed the hidden state, for the rows to predict alone; what is left
+of the head is the embedding's weight and a bias. Modules carry Hugging Face's names: with the prefix `roberta.` on all
+but the head a state dictionary is theirs.
+
+B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from engine.config import StudentConfig
+from engine.masking import SHARE
+from engine.models.dropout import dropped
+
+
+@dataclass(frozen=True)
+class RobertaShape:
+    """A RoBERTa's shape; ValueError where the numbers do not fit one another."""
+
+    layers: int
+    hidden: int
+    heads: int
+    ffn: int
+    vocabulary: int
+    positions: int
+    dropout: float = 0.0  # of embeddings, attention weights and both branches
+    norm_eps: float = 1e-5
+    padding: int = 1  # the padding token's id; positions are counted from the one after it
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden={self.hidden} is not divisible by heads={self.heads}: choose a multiple")
+
+    @classmethod
+    def of(cls, student: StudentConfig, vocabulary: int) -> "RobertaShape":
+        for name in ("kv_heads", "rope_theta"):
+            if getattr(student, name) is not None:
+                raise ValueError(f"{name}={getattr(student, name)}: a RoBERTa has none; drop it, or take family=llama")
+        if not student.tied:
+            raise ValueError("tied=false: a RoBERTa's head shares the embedding's weight; drop it")
+        return cls(
+            layers=student.layers,
+            hidden=student.hidden,
+            heads=student.heads,
+            ffn=student.ffn,
+            vocabulary=vocabulary,
+            positions=student.positions,
+            dropout=student.dropout,
+            norm_eps=student.norm_eps or cls.norm_eps,
+        )
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden // self.heads
+
+    def training_flops(self, length: int) -> int:
+        """As `LlamaShape.training_flops`, a token of the text: attention looks both ways, and the head sees the rows to
+        predict alone."""
+        projections = 4 * self.hidden * self.hidden + 2 * self.hidden * self.ffn
+        attention = 2 * self.hidden * length
+        head = SHARE * self.hidden * (self.hidden + self.vocabulary)
+        return round(3 * 2 * (self.layers * (projections + attention) + head))
+
+
+class Output(nn.Module):
+    """The end of a branch: project, drop, add the residual, normalise."""
+
+    def __init__(self, width: int, shape: RobertaShape, site: int) -> None:
+        super().__init__()
+        self.site, self.dropout = site, shape.dropout
+        self.dense = nn.Linear(width, shape.hidden)
+        self.LayerNorm = nn.LayerNorm(shape.hidden, shape.norm_eps)
+
+    def forward(self, branch: Tensor, residual_BLD: Tensor, draws_B: Tensor | None) -> Tensor:
+        return self.LayerNorm(residual_BLD + dropped(self.dense(branch), self.dropout, draws_B, self.site))
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: RobertaShape, site: int) -> None:
+        super().__init__()
+        self.width, self.site, self.dropout = shape.head_width, site, shape.dropout
+        self.self = nn.ModuleDict({name: nn.Linear(shape.hidden, shape.hidden) for name in ("query", "key", "value")})
+        self.output = Output(shape.hidden, shape, site + 1)
+
+    def forward(self, x_BLD: Tensor, draws_B: Tensor | None) -> Tensor:
+        q, k, v = (projection(x_BLD).unflatten(-1, (-1, self.width)) for projection in self.self.values())
+        if draws_B is None:
+            mixed_BLHd = kernels.attention(q, k, v, causal=False)
+        else:  # whoever fuses it draws from a generator, and not per sample
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            weights_BHLL = (q @ k.mT / math.sqrt(self.width)).softmax(-1)
+            mixed_BLHd = (dropped(weights_BHLL, self.dropout, draws_B, self.site) @ v).transpose(1, 2)
+        return self.output(mixed_BLHd.flatten(-2), x_BLD, draws_B)
+
+
+class Block(nn.Module):
+    def __init__(self, shape: RobertaShape, number: int) -> None:
+        super().__init__()
+        first_site = 1 + 3 * number
+        self.attention = Attention(shape, first_site)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(shape.hidden, shape.ffn)})
+        self.output = Output(shape.ffn, shape, first_site + 2)
+
+    def forward(self, x_BLD: Tensor, draws_B: Tensor | None) -> Tensor:
+        x_BLD = self.attention(x_BLD, draws_B)
+        return self.output(F.gelu(self.intermediate["dense"](x_BLD)), x_BLD, draws_B)
+
+
+class Head(nn.Module):
+    """The transformation before the logits, and their bias."""
+
+    def __init__(self, shape: RobertaShape) -> None:
+        super().__init__()
+        self.dense = nn.Linear(shape.hidden, shape.hidden)
+        self.layer_norm = nn.LayerNorm(shape.hidden, shape.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(shape.vocabulary))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.layer_norm(F.gelu(self.dense(x_ND)))
+
+
+class Roberta(nn.Module):
+    """Its forward pass stops before the logits, which are hidden · `head`ᵀ + `head_bias`: [V, D] and [V]."""
+
+    def __init__(self, shape: RobertaShape, *, recompute: bool = False) -> None:
+        super().__init__()
+        self.shape, self.recompute = shape, recompute
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(shape.vocabulary, shape.hidden),
+                "position_embeddings": nn.Embedding(shape.positions + shape.padding + 1, shape.hidden),
+                "token_type_embeddings": nn.Embedding(1, shape.hidden),
+                "LayerNorm": nn.LayerNorm(shape.hidden, shape.norm_eps),
+            }
+        )
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Block(shape, number) for number in range(shape.layers))})
+        self.lm_head = Head(shape)
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.embeddings["word_embeddings"]
+
+    @property
+    def head(self) -> Tensor:
+        weight = self.embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def head_bias(self) -> Tensor:
+        return self.lm_head.bias
+
+    def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None, draws_B: Tensor | None = None) -> Tensor:
+        """Transformed hidden states [N, D] of the rows to predict.
+
+        Args:
+            tokens_BL: [B, L] int64, masked.
+            rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
+            draws_B: [B] int64, what each sequence's dropout is drawn from (engine.models.dropout); only in training.
+        """
+        length = tokens_BL.shape[1]
+        if length > self.shape.positions:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than the model's {self.shape.positions} positions"
+            )
+        if not self.training or self.shape.dropout == 0:
+            draws_B = None
+        elif draws_B is None:
+            raise ValueError(f"dropout={self.shape.dropout} in training needs draws_B, a number for every sequence")
+        word, position, token_type, norm = self.embeddings.values()
+        positions_L = self.shape.padding + 1 + torch.arange(length, device=tokens_BL.device)
+        x_BLD = norm(word(tokens_BL) + position(positions_L) + token_type(torch.zeros_like(positions_L)))
+        x_BLD = dropped(x_BLD, self.shape.dropout, draws_B, site=0)
+        for block in self.encoder["layer"]:  # pyright: ignore[reportGeneralTypeIssues]
+            if self.recompute and torch.is_grad_enabled():
+                x_BLD = checkpoint(block, x_BLD, draws_B, use_reentrant=False)
+            else:
+                x_BLD = block(x_BLD, draws_B)
+        x_ND = x_BLD.flatten(0, 1)
+        return self.lm_head(x_ND if rows_N is None else x_ND[rows_N])
+
+
+# When Babies Teach Babies (Iyer 2024): what its search found for N/2 to N/5, N RoBERTa-base. As settings of a student;
+# parameter counts at 50,265 pieces. The search leaves the number of heads open.
+PRESETS: dict[str, dict[str, Any]] = {
+    name: dict(family="roberta", layers=layers, hidden=hidden, heads=8, ffn=3072, positions=512, dropout=0.1)
+    for name, layers, hidden in (
+        ("babies-60m", 8, 512),  # 59.9M
+        ("babies-43m", 16, 256),  # 42.6M
+        ("babies-28m", 8, 256),  # 27.8M
+        ("babies-24m", 6, 256),  # 24.2M
+    )
+}

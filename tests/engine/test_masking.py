@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+import torch
+
+from engine.masking import Masking
+
+V, SPECIAL, MASK = 50, (0, 1, 2), 49
+TEXT = np.random.default_rng(0).integers(V - 1, size=(64, 512)).astype(np.uint16)
+MASKING = Masking(V, MASK, SPECIAL, seed=3)
+
+
+def test_of_fifteen_percent_eight_in_ten_are_masked_one_is_random_and_one_stays() -> None:
+    batch = MASKING.batch(TEXT, range(len(TEXT)))
+    assert batch.rows_N is not None
+    before = torch.from_numpy(TEXT.astype(np.int64)).flatten()
+    after = batch.tokens_BL.flatten()
+    assert torch.equal(batch.targets_N, before[batch.rows_N])
+    others = torch.ones_like(before, dtype=torch.bool).index_fill(0, batch.rows_N, False)
+    assert torch.equal(after[others], before[others]), "what is not predicted is seen as it is"
+
+    ordinary = (~np.isin(TEXT, SPECIAL)).sum()
+    assert len(batch.rows_N) / ordinary == pytest.approx(0.15, abs=0.01)
+    shown, target = after[batch.rows_N], batch.targets_N
+    shares = [x.double().mean().item() for x in (shown == MASK, shown == target, (shown != MASK) & (shown != target))]
+    assert shares == pytest.approx([0.8, 0.1 + 0.1 / 46, 0.1 - 0.1 / 46], abs=0.02)
+
+
+def test_special_tokens_are_neither_predicted_nor_drawn() -> None:
+    batch = MASKING.batch(TEXT, range(len(TEXT)))
+    assert batch.rows_N is not None
+    assert not np.isin(batch.targets_N, SPECIAL).any()
+    assert not np.isin(batch.tokens_BL.flatten()[batch.rows_N], SPECIAL).any()
+    nothing = MASKING.batch(np.zeros_like(TEXT[:1]), [5])
+    assert nothing.targets_N.numel() == 0
+    assert not nothing.tokens_BL.any()
+
+
+def test_a_sequence_is_masked_alike_in_any_company_and_anew_in_every_epoch() -> None:
+    whole = MASKING.batch(TEXT[:8], range(8))
+    alone = [Masking(V, MASK, SPECIAL, seed=3).batch(TEXT[i : i + 1], [i]) for i in range(8)]
+    assert torch.equal(whole.tokens_BL, torch.cat([batch.tokens_BL for batch in alone]))
+    assert torch.equal(whole.targets_N, torch.cat([batch.targets_N for batch in alone]))
+    assert [MASKING.predicted(TEXT[i], i) for i in range(8)] == [len(batch.targets_N) for batch in alone]
+    assert not torch.equal(MASKING.batch(TEXT[:1], [1]).tokens_BL, MASKING.batch(TEXT[:1], [0]).tokens_BL)
+    assert not torch.equal(Masking(V, MASK, SPECIAL, seed=4).batch(TEXT[:8], range(8)).tokens_BL, whole.tokens_BL)
+
+
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    with pytest.raises(ValueError, match="token 50 is not among the 50 of the vocabulary"):
+        Masking(50, 50, (), seed=0)
