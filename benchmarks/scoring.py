@@ -30,7 +30,7 @@ import torch
 
 from benchmarks import timing
 from engine import tokenizer as tokenization
-from engine.evaluation.scoring import LOGITS_AT_ONCE, batch_of, llama_log_probabilities, plan
+from engine.evaluation.scoring import LOGITS_AT_ONCE, batch_of, model_log_probabilities, plan
 from engine.evaluation.tasks import minimal_pairs
 from engine.evaluation.zero_shot import ZeroShot
 from engine.export import export_student
@@ -68,7 +68,7 @@ def main() -> None:
 
     def score(zero_shot: ZeroShot) -> None:
         with torch.inference_mode():
-            zero_shot.answers(llama_log_probabilities([model]))
+            zero_shot.answers(model_log_probabilities([model]))
 
     prepared = prepare()
     ways: dict[str, Callable[[], object]] = {

@@ -35,6 +35,8 @@ from engine.config import FinetuneConfig, OptimizerConfig
 from engine.evaluation.results import SetScore, TaskScore
 from engine.evaluation.scoring import Strand, batch_of, plan
 from engine.evaluation.tasks import folder_of, json_lines
+from engine.models.dropout import draws
+from engine.models.families import Model, model_of
 from engine.models.llama import Llama
 from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
@@ -126,7 +128,7 @@ def _examples(task: str, file: Path) -> Examples:
 
 def finetune(
     sets: Sequence[Classification],
-    model: Llama,
+    model: Model,
     tokenizer: Tokenizer,
     config: FinetuneConfig,
     folder: Path,
@@ -157,7 +159,7 @@ def finetune(
     return TaskScore(sets[0].task, tuple(found))
 
 
-def _identity(model: Llama, one: Classification, optimizer: OptimizerConfig, settings: Settings) -> str:
+def _identity(model: Model, one: Classification, optimizer: OptimizerConfig, settings: Settings) -> str:
     """Of all that decides a job's result."""
     digest = hashlib.sha256(repr((one, optimizer, settings)).encode())
     for parameter in model.parameters():
@@ -209,7 +211,7 @@ class _Job:
         one: Classification,
         settings: Settings,
         optimizer: OptimizerConfig,
-        model: Llama,
+        model: Model,
         tokenizer: Tokenizer,
         device: torch.device,
         say: Callable[[str], None],
@@ -222,7 +224,7 @@ class _Job:
         self.schedule, self.steps = replace(optimizer, warmup=warmup), steps
 
         with torch.random.fork_rng():
-            body = Llama(model.shape)
+            body = model_of(model.shape)
             torch.manual_seed(settings.seed)
             head = _head(model.shape.hidden, one.classes)
         body.load_state_dict(model.state_dict())
@@ -261,7 +263,7 @@ class _Job:
         order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.train))
         per_epoch, total = -(-len(order) // self.settings.batch), 0.0
         self.model.train()
-        with torch.random.fork_rng():  # dropout alone draws from it
+        with torch.random.fork_rng():  # the head's dropout alone draws from it
             torch.manual_seed(self.settings.seed * 1000 + epoch)
             for turn in range(per_epoch):
                 chosen = [self.train[i] for i in order[turn * self.settings.batch : (turn + 1) * self.settings.batch]]
@@ -270,7 +272,7 @@ class _Job:
                     group["lr"] = self.settings.learning_rate * factor
                 self.optimizer.zero_grad()
                 for indices in plan(chosen, 1, padding=True):  # a batch in pieces of like length
-                    logits_BC, labels_B, _ = self._logits([chosen[i] for i in indices])
+                    logits_BC, labels_B, _ = self._logits([chosen[i] for i in indices], epoch)
                     loss = F.cross_entropy(logits_BC, labels_B, reduction="sum") / len(chosen)
                     loss.backward()
                     total += loss.item() * len(chosen)
@@ -286,14 +288,17 @@ class _Job:
         self.model.eval()
         guesses = torch.empty(len(self.valid), dtype=torch.long)
         for indices in plan(self.valid, 1, padding=True):
-            logits_BC, _, owners_B = self._logits([self.valid[i] for i in indices])
+            logits_BC, _, owners_B = self._logits([self.valid[i] for i in indices], epoch=0)
             guesses[owners_B.cpu()] = logits_BC.argmax(-1).cpu()
         return guesses.tolist()
 
-    def _logits(self, strands: list[Strand]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [B, C], labels [B] and numbers [B] of some examples."""
+    def _logits(self, strands: list[Strand], epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [B, C], labels [B] and numbers [B] of some examples; dropout draws from number and epoch."""
         batch = batch_of(strands, self.device)
-        hidden_BD = self.model["body"](batch.tokens_BL, batch.rows_U)
+        body = self.model["body"]
+        numbers_B = batch.owners_N + epoch * len(self.train)
+        dropout = () if isinstance(body, Llama) else (draws(self.settings.seed, numbers_B),)
+        hidden_BD = body(batch.tokens_BL, batch.rows_U, *dropout)
         return self.model["head"](hidden_BD), batch.targets_N, batch.owners_N
 
 

@@ -12,17 +12,18 @@ import torch
 from engine.config import ScoreConfig, as_dict
 from engine.evaluation import results
 from engine.evaluation.finetune import CLASSIFICATION, finetune, read_classification
-from engine.evaluation.scoring import llama_log_probabilities
+from engine.evaluation.scoring import model_log_probabilities
 from engine.evaluation.tasks import ZERO_SHOT, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
 from engine.export import load_model
+from engine.models.families import Model
 from engine.models.llama import Llama
 from engine.runtime import git_commit, start
 from engine.tokenizer import Tokenizer
 
 
 def score_model(config: ScoreConfig) -> dict[str, list[results.TaskScore]]:
-    """Every model's scores, by its name: a run's students and, if they are several, `ensemble`; collective.
+    """Every model's scores, by its name: a run's students and, if they are several, `<run>-ensemble`; collective.
 
     Raises ValueError for whatever a user can mend, before anything is computed where that can be known before.
     """
@@ -36,14 +37,15 @@ def score_model(config: ScoreConfig) -> dict[str, list[results.TaskScore]]:
     runtime = start()
     for model in models.values():
         model.to(runtime.device)
-    names = [*models, "ensemble"] if len(models) > 1 else list(models)
+    names = [*models, f"{Path(config.model).resolve().name}-ensemble"] if len(models) > 1 else list(models)
     scores: dict[str, list[results.TaskScore]] = {name: [] for name in names}
     if tasks:
         positions = min(model.shape.positions for model in models.values())
-        questions = ZeroShot(tasks, tokenizer, runtime, positions=positions, share=True)
+        share = all(isinstance(model, Llama) for model in models.values())
+        questions = ZeroShot(tasks, tokenizer, runtime, positions=positions, share=share)
         with torch.inference_mode():
             for name, found in zip(
-                names, questions.scores(llama_log_probabilities(list(models.values()))), strict=True
+                names, questions.scores(model_log_probabilities(list(models.values()))), strict=True
             ):
                 scores[name] += found
     for name, model in models.items():
@@ -59,7 +61,7 @@ def score_model(config: ScoreConfig) -> dict[str, list[results.TaskScore]]:
     return scores
 
 
-def load_models(path: Path) -> tuple[dict[str, Llama], Tokenizer]:
+def load_models(path: Path) -> tuple[dict[str, Model], Tokenizer]:
     """The model of a Hugging Face folder, by the folder's name; or those of a run, by theirs."""
     if (path / "config.json").is_file():
         model, tokenizer = load_model(path)

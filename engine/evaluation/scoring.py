@@ -19,6 +19,7 @@ from torch import Tensor
 import kernels
 from engine.cohort import Cohort
 from engine.data import Batch
+from engine.models.families import Model
 from engine.models.llama import Block, Llama, rotary_table
 from engine.runtime import Runtime
 
@@ -174,7 +175,7 @@ def batch_of(strands: list[Strand], device: torch.device) -> StrandBatch:
     )
 
 
-def llama_log_probabilities(models: Sequence[Llama]) -> LogProbabilities:
+def model_log_probabilities(models: Sequence[Model]) -> LogProbabilities:
     """Scores by models of one vocabulary and, where there are several, by their ensemble."""
 
     def log_probabilities(batch: StrandBatch) -> Tensor:
@@ -233,14 +234,16 @@ def _log_softmax_at(logits_uV: Tensor, source_n: Tensor, target_n: Tensor) -> Te
     return logits_uV[source_n, target_n] - total_u.log()[source_n]
 
 
-def hidden_states(model: Llama, batch: StrandBatch) -> Tensor:
+def hidden_states(model: Model, batch: StrandBatch) -> Tensor:
     """[U, D] of the batch's rows.
 
-    The model's own forward pass where no strand branches. Else its layers, one by one, with each token's position in
-    its own text, and attention along the way from the root; all the rest sees one long row of tokens.
+    The model's own forward pass where no strand branches. Else, of a LLaMA alone, its layers, one by one, with each
+    token's position in its own text, and attention along the way from the root; all the rest sees one long row of
+    tokens.
     """
     if not batch.branched:
         return model(batch.tokens_BL, batch.rows_U)
+    assert isinstance(model, Llama), "strands of other families do not branch: ZeroShot(share=False)"
     rows, length = batch.tokens_BL.shape
     table = rotary_table(model.shape.positions, model.shape.head_width, model.shape.rope_theta, batch.tokens_BL.device)
     cos, sin = (x[batch.positions_BL.flatten()] for x in table)

@@ -79,9 +79,9 @@ def test_a_run_is_scored_with_its_ensemble(
     score("--model", run, "--tasks", "blimp_supplement,rte", "--data", data, *settings)
     printed = capsys.readouterr().out
     written = {path.name: json.loads((path / "scores.json").read_text()) for path in (tmp_path / "scores").iterdir()}
-    assert written.keys() == {"tiny-one", "tiny-two", "ensemble"}
+    assert written.keys() == {"tiny-one", "tiny-two", "tiny-ensemble"}
     assert [task["task"] for task in written["tiny-one"]["tasks"]] == ["blimp_supplement", "rte"]
-    assert [task["task"] for task in written["ensemble"]["tasks"]] == ["blimp_supplement"]
+    assert [task["task"] for task in written["tiny-ensemble"]["tasks"]] == ["blimp_supplement"]
     for name in written:
         assert f"\n{name} " in printed
         assert {"scores.csv", "scores.svg"} <= {path.name for path in (tmp_path / "scores" / name).iterdir()}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.corpus.grammar import minimal_pairs
-from engine.evaluation.scoring import llama_log_probabilities
+from engine.evaluation.scoring import model_log_probabilities
 from engine.evaluation.tasks import Task, _entity_tracking
 from engine.evaluation.tasks import minimal_pairs as read_pairs
 from engine.evaluation.zero_shot import ZeroShot
@@ -60,7 +60,7 @@ def lm_eval(student: Path, tasks: list[tuple[str, Path]], folder: Path) -> dict[
     alone = {key: value for key, value in os.environ.items() if key not in PLACE}
     environment = alone | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     done = subprocess.run(
-        [*command, "--output_path", str(folder / "out")], env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--output_path", str(folder / "out")], env=environment, capture_output=True, text=True, timeout=3600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     [results] = (folder / "out").rglob("results_*.json")
@@ -87,7 +87,7 @@ def test_the_accuracies_of_lm_eval_are_ours(
         task = read_pairs(file.stem, file) if template == "pairs" else entity_tracking(file, tmp_path)
         zero_shot = ZeroShot([task], tokenizer, place, positions=700, share=True)
         with torch.inference_mode():
-            [answers] = zero_shot.answers(llama_log_probabilities([model]))
+            [answers] = zero_shot.answers(model_log_probabilities([model]))
         assert sum(item[0] == max(item) for item in answers) / len(answers) == pytest.approx(theirs[file.stem])
         assert 0 < theirs[file.stem] < 1
 

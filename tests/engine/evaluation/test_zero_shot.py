@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.cohort import Cohort
 from engine.corpus.grammar import minimal_pairs
-from engine.evaluation.scoring import llama_log_probabilities
+from engine.evaluation.scoring import model_log_probabilities
 from engine.evaluation.tasks import Question, Task, _accuracies, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
 from engine.export import load_model
@@ -56,7 +56,7 @@ def test_an_exported_student_decides_item_by_item_as_transformers_does(exported:
     model, tokenizer = load_model(exported)
     zero_shot = ZeroShot([task(*questions)], tokenizer, place, positions=POSITIONS, share=True)
     with torch.inference_mode():
-        [found] = zero_shot.answers(llama_log_probabilities([model]))
+        [found] = zero_shot.answers(model_log_probabilities([model]))
     assert found[-1] == [0.0, 0.0]
     assert_equal_decisions(found, plain(exported, questions))
 
@@ -73,7 +73,7 @@ def test_and_so_it_does_on_every_set_of_the_evaluation_data(
         model, tokenizer = load_model(exported)
         zero_shot = ZeroShot([task(*picked)], tokenizer, place, positions=300, share=True)
         with torch.inference_mode():
-            [found] = zero_shot.answers(llama_log_probabilities([model]))
+            [found] = zero_shot.answers(model_log_probabilities([model]))
         assert_equal_decisions(found, plain(exported, picked))
     finally:
         (exported / "config.json").write_text(json.dumps(config))
@@ -86,7 +86,7 @@ def test_every_student_and_the_ensemble_get_a_score_of_each_task(
     two = task(Question("c", ("where is she?", "where is she?")))
     zero_shot = ZeroShot([one, two], tokenizer, place, positions=POSITIONS, share=True)
     with torch.no_grad():
-        found = zero_shot.scores(llama_log_probabilities([student.model for student in cohort]))
+        found = zero_shot.scores(model_log_probabilities([student.model for student in cohort]))
     assert len(found) == 3
     for first, second in found:
         assert [s.name for s in first.sets] == ["a", "b"]
@@ -99,7 +99,7 @@ def test_a_context_is_not_scored(cohort: Cohort, place: Runtime, tokenizer: Toke
     questions = ZeroShot([task(Question("", (word,), context))], tokenizer, place, positions=POSITIONS, share=True)
     model = cohort[0].model
     with torch.no_grad():
-        [[[found]]] = questions.answers(llama_log_probabilities([model]))
+        [[[found]]] = questions.answers(model_log_probabilities([model]))
         front, own = [tokenizer.boundary, *tokenizer.encode(context)], tokenizer.encode(word)
         log_prob = (model(torch.tensor([front + own])) @ model.head.T).double().log_softmax(-1)
     expected = sum(log_prob[len(front) + i - 1, token].item() for i, token in enumerate(own))
@@ -115,6 +115,6 @@ def test_a_text_may_fill_the_positions_and_no_more(
     question = task(Question("x", ("the dog sleeps.", "the dog.")))
     zero_shot = ZeroShot([question], tokenizer, place, positions=inputs, share=True)
     with torch.no_grad():
-        zero_shot.answers(llama_log_probabilities([cohort[0].model]))
+        zero_shot.answers(model_log_probabilities([cohort[0].model]))
     with pytest.raises(ValueError, match=rf"^test: 'the dog sleeps\.': .* {inputs - 1} positions"):
         ZeroShot([question], tokenizer, place, positions=inputs - 1, share=True)
