@@ -48,6 +48,8 @@ class State:
     best_step: int | None = None
     best_loss: float | None = None  # nats per token, mean over students
     best: tuple[dict[str, Any], ...] = ()  # per student: what the evaluation at best_step found
+    omega: tuple[float, ...] = ()  # the students' weights; (): as the settings have them
+    outer_updates: int = 0  # of them
     random_state: str = ""  # torch's generator on rank 0, base64
 
 

@@ -122,12 +122,14 @@ class ObjectiveConfig:
     """loss_i = ce · CE_i + T² · [peers/(S−1) · Σ_{j≠i} KL(p_j ‖ p_i) + teachers · Σ_k ω_k · KL(q_k ‖ p_i)].
 
     Peers p and teachers q are constant; ω are the teachers' weights, their sum 1. Baby Llama (Timiryasov & Tastet 2023)
-    has ce = α and teachers = 1 − α; deep mutual learning (Zhang et al. 2018) has ce = peers = 1.
+    has ce = α and teachers = 1 − α; deep mutual learning (Zhang et al. 2018) has ce = peers = 1; weighted mutual
+    learning (Iyer 2024) is `weighted`, with ce = 1 − α and peers = α.
     """
 
     __pydantic_config__ = _STRICT
     ce: NonNegative = 1.0
     peers: NonNegative = 1.0  # 0: the students do not learn from one another
+    weighted: bool = False  # students' weights ω (OuterConfig), their sum 1: S·ω_i·ce, and S·ω_j·peers from peer j
     teachers: NonNegative = 1.0
     mix: Literal["logits", "each"] = "logits"  # one teacher, the weighted mean of all raw logits | each a teacher
     temperature: Positive = 1.0
@@ -136,6 +138,24 @@ class ObjectiveConfig:
     kl_everywhere: bool = (
         False  # divergences also where a sequence ends, its last token without a target: the same code
     )
+
+
+@dataclass(frozen=True)
+class OuterConfig:
+    """The students' weights ω where objective.weighted, and how an outer loop learns them (engine.outer_loop)."""
+
+    __pydantic_config__ = _STRICT
+    initial: tuple[Positive, ...] | None = None  # ω at the start, in proportion; None: equal
+    every: Count | None = None  # steps between updates; None: ω stays as it is
+    step_size: NonNegative = 0.25  # of mirror descent; falls over the run as half a cosine ...
+    last_step_size: NonNegative = 0.0025  # ... to this
+    floor: Share = 1e-4  # no weight falls below about this
+    sequences: Count = 16  # held-out sequences an update reads, over all ranks
+    ensemble: Literal["logits", "probabilities"] = "logits"  # what ω mixes: the paper's weighted logits | a mixture
+    terms: Literal["both", "first"] = "both"  # first: ∂L2/∂ω alone
+    inner: Literal["exact", "lagged"] = "exact"  # La at the parameters before the step (kept: a copy) | after it
+    precondition: Literal["none", "adamw"] = "none"  # the inner step as SGD, as in the paper | as AdamW scales it
+    method: Literal["forward", "backward", "central"] = "forward"  # S JVPs | S² backward passes | 2S more forwards
 
 
 @dataclass(frozen=True)
@@ -224,6 +244,7 @@ class Config:
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    outer: OuterConfig = OuterConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -2,9 +2,9 @@
 
 `metrics.jsonl` holds one JSON object a line, in the order in which things happened. Every record has a `kind` and the
 `step` it belongs to: the number of steps finished when it was written, so the first step's record says 1. The kinds
-are the TypedDicts below: `streams` (once, first), `step`, `evaluation`, `skipped`, `event`. All losses and divergences
-are in nats per token. A number that is not finite is written as `null`, because JSON has no NaN; a `skipped` record
-tells what was wrong. `summary.json`, written when a run ends, is one `Summary`.
+are the TypedDicts below: `streams` (once, first), `step`, `outer`, `evaluation`, `skipped`, `event`. All losses and
+divergences are in nats per token. A number that is not finite is written as `null`, because JSON has no NaN; a
+`skipped` record tells what was wrong. `summary.json`, written when a run ends, is one `Summary`.
 
 Legend: S students, K teachers, R = S + K streams, students first.
 """
@@ -58,6 +58,18 @@ class StepRecord(TypedDict):
     kl: list[list[float]]  # S × R, row i the learner, column j the stream it learns from; [] where there is no KL
 
 
+class OuterRecord(TypedDict):
+    """An update of the students' weights ω (engine.outer_loop)."""
+
+    kind: Literal["outer"]
+    step: int
+    omega: dict[str, float]  # S, after it
+    held_out_loss: float  # of the weighted ensemble, before it; nats per token
+    shares: dict[str, float]  # of the hypergradient's terms direct, own and peers in what moved ω
+    step_size: float
+    seconds: float
+
+
 class StudentEvaluation(TypedDict):
     validation_loss: float  # nats per token
     pairs_accuracy: float | None  # 0 to 1; None where the data has no minimal pairs
@@ -68,7 +80,7 @@ class EvaluationRecord(TypedDict):
     kind: Literal["evaluation"]
     step: int
     students: dict[str, StudentEvaluation]
-    ensemble: NotRequired[StudentEvaluation]  # the mean of the students' logits, where there are several
+    ensemble: NotRequired[StudentEvaluation]  # the students' logits, weighted by ω, where there are several
 
 
 class SkippedRecord(TypedDict):
@@ -86,7 +98,7 @@ class EventRecord(TypedDict):
     text: str
 
 
-Record = StreamsRecord | StepRecord | EvaluationRecord | SkippedRecord | EventRecord
+Record = StreamsRecord | StepRecord | OuterRecord | EvaluationRecord | SkippedRecord | EventRecord
 
 
 class DataSummary(TypedDict):
@@ -122,6 +134,7 @@ class Summary(TypedDict):
     device: str
     data: DataSummary
     students: list[StudentSummary]
+    omega: NotRequired[list[float]]  # S, of the best checkpoint, where they are weighted
     report: NotRequired[str]
 
 
@@ -262,6 +275,10 @@ def _scalars(record: Record, teachers: Sequence[str]) -> Iterator[tuple[str, flo
         for name, numbers in (record["students"] | ensemble).items():
             flat = dict(numbers) | numbers.get("scores", {})
             values |= {f"{measure}/{name}": value for measure, value in flat.items() if measure != "scores"}
+    if record["kind"] == "outer":
+        values |= {f"omega/{name}": value for name, value in record["omega"].items()}
+        values |= {f"outer/{key}": record[key] for key in ("held_out_loss", "step_size", "seconds")}
+        values |= {f"outer/{term}": value for term, value in record["shares"].items()}
     if record["kind"] == "step":
         values |= {f"run/{key}": record[key] for key in ("epoch", "tokens", "seconds", "tokens_per_second")}
         learners = list(record["students"])

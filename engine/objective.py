@@ -28,27 +28,31 @@ def coefficients(
     students: int,
     device: torch.device,
     *,
+    omega: Tensor | None = None,
     teachers: Sequence[float] = (),
     labels: int = 1,
 ) -> Coefficients:
     """The formula of `ObjectiveConfig` as weights.
 
     Args:
+        omega: [S], the students' weights where `objective.weighted`; the coefficients are affine in them.
         teachers: the K teacher streams' weights ω, their sum 1.
         labels: targets of a whole sequence. The papers' code averages cross-entropy over tokens, but sums divergences
             over a sequence's positions and averages over sequences alone (KLDivLoss, `batchmean`): as many times more.
     """
-    ce_weight_S = torch.full((students,), objective.ce)
+    share_S = torch.ones(students, device=device) if omega is None else students * omega.to(device, torch.float32)
+    among = objective.peers / (1 if objective.weighted else max(1, students - 1))
+    peers_SS = among * share_S.expand(students, -1)
     kl_weight_SR = torch.cat(
         [
-            torch.full((students, students), objective.peers / max(1, students - 1)).fill_diagonal_(0.0),
-            objective.teachers * torch.tensor(teachers).expand(students, -1),
+            peers_SS - peers_SS.diagonal().diag(),
+            objective.teachers * torch.tensor(teachers, device=device).expand(students, -1),
         ],
         dim=1,
     )
     if objective.reduction == "sequence":
         kl_weight_SR *= labels
-    learn = bool(kl_weight_SR.any())
+    alone = not teachers and (students == 1 or objective.peers == 0)
     return Coefficients(
-        ce_weight_S.to(device), kl_weight_SR.to(device) if learn else None, objective.temperature, objective.divergence
+        objective.ce * share_S, None if alone else kl_weight_SR, objective.temperature, objective.divergence
     )

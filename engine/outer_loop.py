@@ -18,9 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import pydantic
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from engine.cohort import Cohort, Student
-from engine.config import Count, NonNegative, Positive, Share
+from engine.config import OuterConfig
 from engine.data import IGNORED, Batch, Step, TrainingData
 from engine.models.dropout import draws
 from engine.objective import Coefficients
@@ -43,24 +42,6 @@ CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}  # for the logits, tangents and prob
 
 Parameters = dict[str, Tensor]  # one student's, by name
 Weigh = Callable[[Tensor], Coefficients]  # from ω [S] float64 to the loss's coefficients, affinely
-
-
-@dataclass(frozen=True)
-class OuterConfig:
-    """The students' weights ω, and how they are learnt."""
-
-    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
-    initial: tuple[Positive, ...] | None = None  # ω at the start, in proportion; None: equal
-    every: Count | None = None  # steps between updates; None: ω stays as it is
-    step_size: NonNegative = 0.25  # of mirror descent; falls over the run as half a cosine ...
-    last_step_size: NonNegative = 0.0025  # ... to this
-    floor: Share = 1e-4  # no weight falls below about this
-    sequences: Count = 16  # held-out sequences an update reads, over all ranks
-    ensemble: Literal["logits", "probabilities"] = "logits"  # what ω mixes: the paper's weighted logits | a mixture
-    terms: Literal["both", "first"] = "both"  # first: ∂L2/∂ω alone
-    inner: Literal["exact", "lagged"] = "exact"  # La at the parameters before the step (kept: a copy) | after it
-    precondition: Literal["none", "adamw"] = "none"  # the inner step as SGD, as in the paper | as AdamW scales it
-    method: Literal["forward", "backward", "central"] = "forward"  # S JVPs | S² backward passes | 2S more forwards
 
 
 @dataclass(frozen=True)
@@ -439,6 +420,16 @@ class OuterState:
     updates: int = 0
 
 
+def check(config: OuterConfig, students: int) -> None:
+    """Raises ValueError for settings that do not fit so many students."""
+    if config.initial is not None and len(config.initial) != students:
+        raise ValueError(f"outer.initial has {len(config.initial)} weights for {students} students: give one to each")
+    if not 0 < config.floor * students < 1:
+        raise ValueError(f"outer.floor={config.floor}: expected between 0 and 1/{students}, the equal weight")
+    if config.every is not None and students == 1:
+        raise ValueError("outer.every: there is one student and nothing to weigh; drop it, or add a student")
+
+
 class OuterLoop:
     """ω over a run: `before_step` and `after_step` around every optimizer step."""
 
@@ -446,14 +437,7 @@ class OuterLoop:
         self, config: OuterConfig, students: int, steps: int, weigh: Weigh, runtime: Runtime, state: OuterState | None
     ) -> None:
         """Of `steps` steps in all; goes on from `state`, a checkpoint's. Raises ValueError for what does not fit."""
-        if config.initial is not None and len(config.initial) != students:
-            raise ValueError(
-                f"outer.initial has {len(config.initial)} weights for {students} students: give one to each"
-            )
-        if not 0 < config.floor * students < 1:
-            raise ValueError(f"outer.floor={config.floor}: expected between 0 and 1/{students}, the equal weight")
-        if config.every is not None and students == 1:
-            raise ValueError("outer.every: there is one student and nothing to weigh; drop it, or add a student")
+        check(config, students)
         initial = config.initial or (1.0,) * students
         self.state = state or OuterState(tuple(w / sum(initial) for w in initial))
         self.last: Update | None = None  # what the last step brought, if it was this loop's turn
@@ -479,14 +463,15 @@ class OuterLoop:
         if self.due(step.number) and self._config.terms == "both" and self._config.inner == "exact":
             self._before = [{n: p.clone() for n, p in parameters_of(student).items()} for student in cohort]
 
-    def after_step(self, step: Step, cohort: Cohort, held_out: TrainingData, *, skipped: bool = False) -> Tensor:
-        """ω for the next step [S]; on its turn, unless the step was skipped, it has moved. A collective call.
+    def after_step(self, step: Step, cohort: Cohort, held_out: TrainingData | None, *, skipped: bool = False) -> bool:
+        """Whether `weights` have moved, as they do on its turn, unless the step was skipped. A collective call.
 
-        `held_out` is the held-out split, read as training data is: the u-th update takes its u-th step.
+        `held_out` is the held-out split, read as training data is: the u-th update takes its u-th step. None: ω stays.
         """
         self.last, before, self._before = None, self._before, None
         if not self.due(step.number) or skipped:
-            return self.weights
+            return False
+        assert held_out is not None, "an update reads held-out text"
         begin = time.perf_counter()
         if not self._streams:
             made: list[tuple[Any, Student]] = [(type(student.model), student) for student in cohort]
@@ -512,7 +497,7 @@ class OuterLoop:
         self.state = OuterState(tuple(omega), self.state.updates + 1)
         seconds = time.perf_counter() - begin
         self.last = Update(omega, found.loss, found.terms(), found.shares(), step_size, seconds)
-        return self.weights
+        return True
 
 
 def parameters_of(student: Student) -> Parameters:

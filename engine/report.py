@@ -33,6 +33,7 @@ from engine.charts import (
 from engine.metrics import (
     EvaluationRecord,
     EventRecord,
+    OuterRecord,
     SkippedRecord,
     Summary,
     format_count,
@@ -68,6 +69,7 @@ def write_report(run_dir: Path) -> Path:
             losses(history, summary),
             pairs(history, summary),
             divergences(history),
+            weights(history),
             optimisation(history),
             throughput(history),
             events(history),
@@ -100,6 +102,7 @@ class History:
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     skipped: list[SkippedRecord] = field(default_factory=list)
     events: list[EventRecord] = field(default_factory=list)
+    outer: list[OuterRecord] = field(default_factory=list)
 
     def colour(self, student: str) -> str:
         return f"c{self.students.index(student) % COLOURS}"
@@ -142,6 +145,8 @@ def read_history(path: Path) -> History:
                     history.streams = len(row)
                     for j, value in enumerate(row):
                         history.kl[i, j].append(_number(value))
+            case "outer":
+                history.outer.append(record)
             case "evaluation":
                 history.evaluations.append(record)
             case "skipped":
@@ -363,6 +368,25 @@ def divergences(history: History) -> str:
         f'<div class="scroll"><table class="heat"><thead><tr><th>learner</th>{head}</tr></thead>'
         f'<tbody>{"".join(rows)}</tbody></table></div><div class="charts one">{figure}</div>'
     )
+
+
+def weights(history: History) -> str:
+    """The students' weights ω over the run, and what moved them."""
+    if not history.outer:
+        return ""
+    steps = [float(record["step"]) for record in history.outer]
+    curves = [
+        Curve(name, *downsample(steps, [record["omega"][name] for record in history.outer])[:2], history.colour(name))
+        for name in history.students
+    ]
+    terms = {"direct": "the ensemble itself", "own": "their own cross-entropy", "peers": "what they teach the others"}
+    shares = [
+        f"{np.mean([_number(record['shares'][term]) for record in history.outer]):.1%} {text}"
+        for term, text in terms.items()
+    ]
+    note = f"Moved by {', '.join(shares)} (the hypergradient’s terms; means over {len(history.outer):,} updates)."
+    figure = chart("Weights of the students", "", curves, history.timeline(), _axis_from_zero(curves), note=note)
+    return f'<h2>Whom the ensemble trusts</h2><div class="charts one">{figure}</div>'
 
 
 def optimisation(history: History) -> str:

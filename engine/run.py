@@ -28,13 +28,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import yaml
+from torch import Tensor
 
 from engine import checkpoint, schedule, teacher_cache
 from engine import config as settings
 from engine.checkpoint import State
 from engine.cohort import Cohort, Outcome, Student
 from engine.cohort import Record as ParametersAndMoments
-from engine.config import Config, ObjectiveConfig, StudentConfig
+from engine.config import Config, ObjectiveConfig, OuterConfig, StudentConfig
 from engine.corpus.prepare import Prepared, prepare
 from engine.data import HeldOutData, Step, TokenFile, TrainingData, WordStarts, shares
 from engine.evaluation.held_out import validation_losses
@@ -55,6 +56,9 @@ from engine.metrics import (
     final_table,
 )
 from engine.models.families import shape_of
+from engine.objective import Coefficients, coefficients
+from engine.outer_loop import OuterLoop, OuterState, Update
+from engine.outer_loop import check as check_outer
 from engine.report import write_report
 from engine.runtime import Runtime, device_name, git_commit
 from engine.teachers import NO_TEACHERS, Teachers, folder_of, load_teachers
@@ -148,6 +152,14 @@ def _check_objective(config: Config) -> None:
         raise ValueError(
             f"cache with train.chunks={config.train.chunks}: it holds fixed chunks; take train.chunks=fixed"
         )
+    if objective.weighted and (len(config.students) == 1 or objective.peers == 0):
+        raise ValueError(
+            "objective.weighted says how much each student counts for the others, and here none learns from another: "
+            "drop it, or raise objective.peers and the number of students"
+        )
+    if not objective.weighted and config.outer != OuterConfig():
+        raise ValueError("outer says how the students' weights are learnt, and they have none: objective.weighted=true")
+    check_outer(config.outer, len(config.students))
     alone = not teachers and (len(config.students) == 1 or objective.peers == 0)
     plain = ObjectiveConfig()
     for name in ("temperature", "divergence", "reduction", "kl_everywhere"):
@@ -211,6 +223,9 @@ class Run:
             )
         self.teachers = self._teachers()
         self.cohort = self._cohort(found)
+        self.outer_data = self._outer_data(held_out_file)
+        outer_state = OuterState(self.state.omega, self.state.outer_updates) if self.state.omega else None
+        self.outer = OuterLoop(config.outer, len(self.cohort), self.steps, self.weigh, runtime, outer_state)
 
         self._begin_folder(found, stack)
         self._logged = time.monotonic()  # when, and at which step and token, metrics last went out
@@ -233,6 +248,28 @@ class Run:
         evaluation = self.config.evaluation
         tasks = [] if evaluation.data is None else read_tasks(evaluation.tasks, Path(evaluation.data))
         return tasks if evaluation.pairs in ("auto", "none") else [*tasks, minimal_pairs(PAIRS, Path(evaluation.pairs))]
+
+    def _outer_data(self, held_out: TokenFile) -> TrainingData | None:
+        """What the outer loop reads; None where ω stays as it is."""
+        sequences, world = self.config.outer.sequences, self.runtime.world
+        if self.config.outer.every is None:
+            return None
+        if sequences % world or sequences > held_out.chunks:
+            raise ValueError(
+                f"outer.sequences={sequences}: expected a multiple of the {world} rank(s), and at most the "
+                f"{held_out.chunks} sequences of the held-out split"
+            )
+        share = sequences // world
+        return TrainingData(
+            held_out,
+            batch=sequences,
+            micro_batch=math.gcd(share, self.data.micro_batch),
+            seed=self.config.train.seed,
+            random_offsets=False,
+            rank=self.runtime.rank,
+            world=world,
+            device=self.runtime.device,
+        )
 
     def _teachers(self) -> Teachers:
         if not self.config.teachers:
@@ -303,6 +340,17 @@ class Run:
         file.flush()
         stack.callback(path.unlink, missing_ok=True)
 
+    def weigh(self, omega_S: Tensor) -> Coefficients:
+        """The loss's coefficients where ω are the students' weights."""
+        return coefficients(
+            self.config.objective,
+            len(self.cohort),
+            self.runtime.device,
+            omega=omega_S if self.config.objective.weighted else None,
+            teachers=self.teachers.weights,
+            labels=self.data.file.predicted(0),
+        )
+
     def learning_rates(self, step: Step) -> list[float]:
         factor = schedule.factor(self.config.optimizer, step.number, self.steps)
         return [student.config.learning_rate * factor for student in self.cohort]
@@ -320,12 +368,16 @@ class Run:
             words=words,
             updates=self.state.updates + (not skipped),
             skipped_in_a_row=self.state.skipped_in_a_row + 1 if skipped else 0,
+            omega=self.outer.state.omega if self.config.objective.weighted else (),
+            outer_updates=self.outer.state.updates,
         )
         last = step.number == self.steps
         evaluate = evaluate or last or step.number % self.config.evaluation.every == 0
         save = last or outcome.stop or step.number % self.config.checkpoint.every == 0
         if skipped or evaluate or save or step.number % self.config.run.log_every == 0:
             self._log_step(step, tally, outcome)
+        if self.outer.last is not None:
+            self._log_outer(self.outer.last)
         if skipped:
             self._skip(outcome)
         begin = time.monotonic()
@@ -386,6 +438,19 @@ class Run:
             }
         )
 
+    def _log_outer(self, update: Update) -> None:
+        self._write(
+            {
+                "kind": "outer",
+                "step": self.state.step,
+                "omega": dict(zip((student.name for student in self.cohort), update.omega, strict=True)),
+                "held_out_loss": update.loss,
+                "shares": update.shares,
+                "step_size": update.step_size,
+                "seconds": update.seconds,
+            }
+        )
+
     def _skip(self, outcome: Outcome) -> None:
         names = [self.cohort[i].name for i in outcome.bad]
         self._write(
@@ -405,11 +470,11 @@ class Run:
 
     def _evaluate(self) -> bool:
         """Evaluate every student; whether the mean validation loss is the best so far."""
-        losses = validation_losses(self.cohort, self.held_out, self.runtime)
+        losses = validation_losses(self.cohort, self.held_out, self.runtime, self.state.omega)
         scores: list[list[TaskScore]] = [[] for _ in losses]
         if self.questions.tasks:
             with self.cohort.evaluating():
-                scores = self.questions.scores(cohort_log_probabilities(self.cohort))
+                scores = self.questions.scores(cohort_log_probabilities(self.cohort, self.state.omega))
         found: list[StudentEvaluation] = [
             {
                 "validation_loss": loss,
@@ -513,7 +578,8 @@ class Run:
             }
             for student, best, seconds in zip(self.cohort, state.best, state.student_seconds, strict=True)
         ]
-        return {
+        omega = checkpoint.read_state(checkpoint.at_step(self.checkpoints, best_step)).omega
+        summary: Summary = {
             "run": self.config.run.name,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "git_commit": git_commit(),
@@ -533,6 +599,9 @@ class Run:
             "students": students,
             "report": str(self.folder / "report.html"),
         }
+        if omega:
+            summary["omega"] = list(omega)
+        return summary
 
 
 def export_run(run: Path, config: Config, prepared: Prepared, step: int | None, to: Path | None = None) -> list[Path]:

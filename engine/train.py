@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.cohort import Cohort
 from engine.config import Config
 from engine.data import IGNORED, Step
-from engine.objective import Coefficients, coefficients
+from engine.objective import Coefficients
 from engine.run import Run, check
 from engine.runtime import StopSignal, start
 from engine.teachers import NO_TEACHERS, Teachers
@@ -28,16 +28,13 @@ def train(config: Config) -> None:
     stop = StopSignal()
     with ExitStack() as stack:
         run = Run(config, runtime, stack)
-        objective = coefficients(
-            config.objective,
-            len(run.cohort),
-            runtime.device,
-            teachers=run.teachers.weights,
-            labels=run.data.file.predicted(0),
-        )
+        objective = run.weigh(run.outer.weights)
         for step in run.teachers.ahead(run.data.steps(run.state.step + 1, run.steps)):
+            run.outer.before_step(step, run.cohort)
             tally = accumulate(run.cohort, step, objective, run.teachers)
             outcome = run.cohort.step(tally.losses_S, tally.ce_S, run.learning_rates(step), stop=bool(stop))
+            if run.outer.after_step(step, run.cohort, run.outer_data, skipped=bool(outcome.bad)):
+                objective = run.weigh(run.outer.weights)
             run.record(step, tally, outcome)  # logs; evaluates and saves where due
             if outcome.stop:
                 run.pause()

@@ -3,6 +3,8 @@
 N tokens, S students.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from engine.cohort import Cohort
@@ -11,9 +13,11 @@ from engine.evaluation.scoring import project
 from engine.runtime import Runtime
 
 
-def validation_losses(cohort: Cohort, data: HeldOutData, runtime: Runtime) -> list[float]:
+def validation_losses(
+    cohort: Cohort, data: HeldOutData, runtime: Runtime, omega: Sequence[float] | None = None
+) -> list[float]:
     """Mean cross-entropy, nats per token, over the whole of `data`: each student's and, where there are several, last
-    their ensemble's; a collective call."""
+    their ensemble's, weighted by ω (None: alike); a collective call."""
     totals = torch.zeros(len(cohort) + (len(cohort) > 1) + 1, dtype=torch.float64, device=runtime.device)
     with cohort.evaluating():
         for batch in data.batches():
@@ -21,7 +25,7 @@ def validation_losses(cohort: Cohort, data: HeldOutData, runtime: Runtime) -> li
             valid_N = (batch.targets_N != IGNORED).nonzero().squeeze(1)
             with cohort.heads():
                 heads = [student.model.head for student in cohort]
-                log_prob_SN = project(hidden, heads, valid_N, batch.targets_N[valid_N])
+                log_prob_SN = project(hidden, heads, valid_N, batch.targets_N[valid_N], omega)
             totals[:-1] -= log_prob_SN.sum(dim=1, dtype=torch.float64)
             totals[-1] += len(valid_N)
     *sums, tokens = runtime.agree(totals)

@@ -5,6 +5,7 @@
                  scores.svg    a plot of the same
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -44,9 +45,8 @@ def score_model(config: ScoreConfig) -> dict[str, list[results.TaskScore]]:
         share = all(isinstance(model, Llama) for model in models.values())
         questions = ZeroShot(tasks, tokenizer, runtime, positions=positions, share=share)
         with torch.inference_mode():
-            for name, found in zip(
-                names, questions.scores(model_log_probabilities(list(models.values()))), strict=True
-            ):
+            log_probabilities = model_log_probabilities(list(models.values()), omega_of(Path(config.model)))
+            for name, found in zip(names, questions.scores(log_probabilities), strict=True):
                 scores[name] += found
     for name, model in models.items():
         folder = Path(config.folder) / name
@@ -77,3 +77,12 @@ def load_models(path: Path) -> tuple[dict[str, Model], Tokenizer]:
     if len({tokenizer.hash for tokenizer in tokenizers}) > 1:
         raise ValueError(f"model={path}: its students have different tokenizers: score them one by one")
     return {name: model for name, (model, _) in loaded.items()}, tokenizers[0]
+
+
+def omega_of(path: Path) -> list[float] | None:
+    """The weights of a run's students in their ensemble, in the order of their names; None: alike."""
+    summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").is_file() else {}
+    if "omega" not in summary:
+        return None
+    weights = dict(zip((student["name"] for student in summary["students"]), summary["omega"], strict=True))
+    return [weights[name] for name in sorted(weights)]

@@ -175,17 +175,17 @@ def batch_of(strands: list[Strand], device: torch.device) -> StrandBatch:
     )
 
 
-def model_log_probabilities(models: Sequence[Model]) -> LogProbabilities:
-    """Scores by models of one vocabulary and, where there are several, by their ensemble."""
+def model_log_probabilities(models: Sequence[Model], omega: Sequence[float] | None = None) -> LogProbabilities:
+    """Scores by models of one vocabulary and, where there are several, their ensemble, weighted by ω (None: alike)."""
 
     def log_probabilities(batch: StrandBatch) -> Tensor:
         hidden = [hidden_states(model, batch) for model in models]
-        return project(hidden, [model.head for model in models], batch.sources_N, batch.targets_N)
+        return project(hidden, [model.head for model in models], batch.sources_N, batch.targets_N, omega)
 
     return log_probabilities
 
 
-def cohort_log_probabilities(cohort: Cohort) -> LogProbabilities:
+def cohort_log_probabilities(cohort: Cohort, omega: Sequence[float] | None = None) -> LogProbabilities:
     """The same by the students of a run, wherever ZeRO keeps them; their strands must not share (`causal_strands`).
 
     Call it under `cohort.evaluating()`.
@@ -194,19 +194,27 @@ def cohort_log_probabilities(cohort: Cohort) -> LogProbabilities:
     def log_probabilities(batch: StrandBatch) -> Tensor:
         hidden = [student.body(Batch(batch.tokens_BL, batch.targets_N, batch.rows_U)) for student in cohort]
         with cohort.heads():
-            return project(hidden, [student.model.head for student in cohort], batch.sources_N, batch.targets_N)
+            heads = [student.model.head for student in cohort]
+            return project(hidden, heads, batch.sources_N, batch.targets_N, omega)
 
     return log_probabilities
 
 
-def project(hidden: Sequence[Tensor], heads: Sequence[Tensor], sources_N: Tensor, targets_N: Tensor) -> Tensor:
+def project(
+    hidden: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    sources_N: Tensor,
+    targets_N: Tensor,
+    omega: Sequence[float] | None = None,
+) -> Tensor:
     """[S, N] log-probabilities of the targets, each predicted by row `source` of every model's hidden states [U, D]
     through its head [V, D]; logits in fp32.
 
-    With several models the last row is the ensemble's: the softmax of their logits' mean.
+    With several models the last row is the ensemble's: the softmax of their logits' mean, weighted by ω [S], sum 1.
     """
     heads = [head.float() for head in heads]
     streams = len(heads) + (len(heads) > 1)
+    omega = omega or [1 / len(heads)] * len(heads)
     chunk = max(1, LOGITS_AT_ONCE // len(heads[0]))
     found_SN = torch.empty(streams, len(targets_N), device=targets_N.device)
     for start in range(0, len(hidden[0]), chunk):
@@ -216,7 +224,7 @@ def project(hidden: Sequence[Tensor], heads: Sequence[Tensor], sources_N: Tensor
         for i, (hidden_UD, head_VD) in enumerate(zip(hidden, heads, strict=True)):
             logits_uV = hidden_UD[start : start + chunk].float() @ head_VD.T
             if streams > 1:
-                mean_uV = logits_uV / len(heads) if mean_uV is None else mean_uV.add_(logits_uV, alpha=1 / len(heads))
+                mean_uV = omega[i] * logits_uV if mean_uV is None else mean_uV.add_(logits_uV, alpha=omega[i])
             found_SN[i, chosen_n] = _log_softmax_at(logits_uV, *at)
         if mean_uV is not None:
             found_SN[-1, chosen_n] = _log_softmax_at(mean_uV, *at)

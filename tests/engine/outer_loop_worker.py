@@ -67,13 +67,12 @@ class Trial:
 
     def run(self, first: int, last: int) -> dict[str, list]:
         found = {"direct": [], "own": [], "peers": [], "omegas": [], "losses": []}
-        weights = self.outer.weights
         for step in self.data.steps(first, last):
             self.outer.before_step(step, self.cohort)
-            tally = accumulate(self.cohort, step, weigh(weights))
+            tally = accumulate(self.cohort, step, weigh(self.outer.weights))
             rates = [student.config.learning_rate for student in self.cohort]
             outcome = self.cohort.step(tally.losses_S, tally.ce_S, rates, stop=False)
-            weights = self.outer.after_step(step, self.cohort, self.held_out, skipped=bool(outcome.bad))
+            self.outer.after_step(step, self.cohort, self.held_out, skipped=bool(outcome.bad))
             if (update := self.outer.last) is not None:
                 for term, value in update.gradient.items():
                     found[term].append(value)

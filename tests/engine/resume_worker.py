@@ -39,6 +39,8 @@ def config(folder: Path, name: str, *overrides: str) -> Config:
         "students": STUDENTS,
         "run": {"name": name, "folder": str(folder / "runs")},
         "data": {"folder": str(folder / "prepared"), "words": 6000, "tokenizer": {"pieces": 400}},
+        "objective": {"ce": 0.5, "peers": 0.5, "weighted": True},
+        "outer": {"every": 3, "sequences": 2},
         "optimizer": {"warmup": 3},
         "train": {"steps": STEPS, "batch": 16, "length": 64, "micro_batch": 4},
         "evaluation": {"every": 10, "tokens": 500, "pairs": "none", "samples": 1, "sample_tokens": 4},
@@ -103,7 +105,7 @@ def history(folder: Path, name: str) -> list[dict[str, Any]]:
             continue
         for key in ("seconds", "tokens_per_second"):
             record.pop(key, None)
-        for student in record["students"].values() if isinstance(record["students"], dict) else ():
+        for student in record["students"].values() if isinstance(record.get("students"), dict) else ():
             student.pop("tokens_per_second", None)
             student.pop("model_flops_per_second", None)
         records.append(record)

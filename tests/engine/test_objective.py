@@ -39,3 +39,15 @@ def test_baby_llama_and_peers_and_teachers_at_once() -> None:
     expected = torch.full((3, 3), 0.125).fill_diagonal_(0)
     assert torch.equal(both.kl_weight, 128 * torch.cat([expected, torch.tensor([[0.125, 0.375]]).expand(3, -1)], 1))
     assert coefficients(ObjectiveConfig(peers=0), 2, CPU, teachers=[1.0]).kl_weight is not None
+
+
+def test_weighted_mutual_learning_weighs_losses_by_the_students_and_divergences_by_the_peers():
+    settings = ObjectiveConfig(ce=0.4, peers=0.6, weighted=True)
+    found = coefficients(settings, 3, CPU, omega=torch.tensor([0.5, 0.3, 0.2]))
+    assert found.kl_weight is not None
+    torch.testing.assert_close(found.ce_weight, torch.tensor([0.6, 0.36, 0.24]))
+    torch.testing.assert_close(found.kl_weight, torch.tensor([[0, 0.54, 0.36], [0.9, 0, 0.36], [0.9, 0.54, 0]]))
+    beside = coefficients(settings, 3, CPU, omega=torch.ones(3) / 3, teachers=[1.0]).kl_weight
+    assert beside is not None
+    assert beside[:, 3].tolist() == [1.0] * 3, "a teacher's weight is its own"
+    torch.testing.assert_close(beside[0, :3], torch.tensor([0, 0.6, 0.6]))
