@@ -1,13 +1,15 @@
 """What every Triton kernel compiles to, and what that allows: an audit that needs no GPU.
 
-    python benchmarks/audit.py [--only REGEX] [--targets cuda:90 hip:gfx942] [--processes 2] [--csv FILE] [--json FILE]
+    python benchmarks/audit.py [--only REGEX] [--targets cuda:90 hip:gfx942] [--processes 2] [--csv FILE]
 
 Each launcher is called as in training, but on tensors of the "meta" device, and its launches are stopped after Triton
 has compiled them. So the signature, the constants and the divisibility of every argument are those which the JIT would
 choose. Liger's kernels for the same work stand in the next row.
 
 What is counted, and where:
-    registers, spills, stack, shared memory     in the machine code, by cuobjdump or in AMD's metadata
+    registers, spills, stack, shared memory     in the machine code, by cuobjdump or in AMD's metadata; what AMD's
+                                                compiler calls spills of scalars moves them to lanes of a vector
+                                                register, touches no memory, and has a column of its own
     load and store width                        in PTX or AMD assembly, of the narrowest access to rows
     bytes, exponentials per element             in Triton's IR: what one program does, a loop being taken once per tile
                                                 of its row. Every access counts, though a later pass over a row, or a
@@ -24,8 +26,8 @@ Shapes: N tokens, D hidden, V vocabulary, S students, K teachers, R = S + K stre
 
 import argparse
 import csv
-import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -33,7 +35,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from functools import cache, partial
 from multiprocessing import get_context
 from typing import Any
@@ -47,6 +49,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from kernels import launch
 from kernels.ops.ensemble_kl import triton as ensemble_kl
 from kernels.ops.rms_norm import triton as rms_norm
 from kernels.ops.rotary import triton as rotary
@@ -54,6 +57,7 @@ from kernels.ops.swiglu import triton as swiglu
 
 N = 8192
 STREAMS = ((1, 1), (1, 2), (1, 4), (2, 0), (3, 0), (4, 0), (2, 2), (8, 0))  # (S, K)
+APART = ("losses", "gradients")  # launches of their own
 LATENCY = 0.8e-6  # seconds from a read's issue to its data with the memory busy: an estimate, for all chips alike
 
 
@@ -103,6 +107,7 @@ class Row:
     warps: int
     registers: int
     spills: int
+    moved_scalars: int
     stack: int
     shared: int
     load_bits: int
@@ -163,7 +168,7 @@ def ensemble_cases() -> Iterator[Case]:
     for V in (16000, 32000):
         for divergence in ("forward", "reverse", "jsd"):
             for S, K in STREAMS:
-                for form in ("losses", "gradients", "single"):
+                for form in (*APART, "single") if S <= launch.STUDENTS_AT_ONCE else APART:
                     yield Case(
                         "ensemble_kl", f"{form} {divergence} S={S} K={K} V={V} bf16", "creche", N * V,
                         partial(_launch_ensemble, S, K, V, V, form, divergence, torch.bfloat16),
@@ -171,10 +176,11 @@ def ensemble_cases() -> Iterator[Case]:
         yield from _liger_losses(V)
     for V in (16000, 32000, 50257):
         for S, K in STREAMS:
-            yield Case(
-                "linear_ensemble_kl", f"single forward S={S} K={K} V={V} fp32", "creche", N * V,
-                partial(_launch_ensemble, S, K, V, -(-V // 64) * 64, "single", "forward", torch.float32),
-            )  # fmt: skip
+            for form in ("single",) if S <= launch.STUDENTS_AT_ONCE else APART:
+                yield Case(
+                    "linear_ensemble_kl", f"{form} forward S={S} K={K} V={V} fp32", "creche", N * V,
+                    partial(_launch_ensemble, S, K, V, -(-V // 64) * 64, form, "forward", torch.float32),
+                )  # fmt: skip
 
 
 def _launch_ensemble(
@@ -183,7 +189,6 @@ def _launch_ensemble(
     R, fp32 = S + K, torch.float32
     logits, rows = [meta(N, width, dtype=dtype) for _ in range(R)], meta(N, dtype=torch.bool)
     ce, kl = meta(S, N, dtype=fp32), meta(S, R, N, dtype=fp32)
-    arch = int(chip.target.arch) if chip.target.backend == "cuda" else 90
     positional, constants = ensemble_kl.arguments(
         logits,
         students=S,
@@ -197,7 +202,7 @@ def _launch_ensemble(
         vocabulary=V,
         temperature=2.0,
         divergence=divergence,
-        arch=arch,
+        lanes=chip.target.warp_size,
     )
     ensemble_kl.ensemble_kl_kernel[(N,)](*positional, **constants)
 
@@ -236,10 +241,10 @@ def _liger_losses(V: int) -> Iterator[Case]:
 
         jsd_loss_and_grad_triton(logs, logs, None, 0.5, -100, float(N))
 
-    for name, launch in (("cross-entropy", cross_entropy), ("kl forward", kl_forward), ("kl backward", kl_backward),
-                         ("jsd", jsd)):  # fmt: skip
-        storage = "bf16" if launch is cross_entropy else "fp32 log-probabilities"
-        yield Case("ensemble_kl", f"{name} V={V} {storage}", "liger", losses.numel() * V, launch)
+    for name, launcher in (("cross-entropy", cross_entropy), ("kl forward", kl_forward), ("kl backward", kl_backward),
+                           ("jsd", jsd)):  # fmt: skip
+        storage = "bf16" if launcher is cross_entropy else "fp32 log-probabilities"
+        yield Case("ensemble_kl", f"{name} V={V} {storage}", "liger", losses.numel() * V, launcher)
 
 
 @cache
@@ -324,6 +329,7 @@ def audit(case: Case, key: str) -> Row:
         warps=kernel.metadata.num_warps,
         registers=code.registers,
         spills=code.spills,
+        moved_scalars=code.moved_scalars,
         stack=code.stack,
         shared=kernel.metadata.shared,
         load_bits=widths["load"],
@@ -462,6 +468,7 @@ def _places(ttir: str) -> dict[str, Place]:
 class Code:
     registers: int
     spills: int
+    moved_scalars: int
     stack: int
     widths: dict[tuple[str, Place], int]  # bits of the narrowest access that this place of the source became
 
@@ -478,10 +485,16 @@ def read_cubin(kernel: Any) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert usage, text[:500]
+
+        def dump(what: str) -> str:
+            command = [knobs.nvidia.cuobjdump.path, what, file.name]
+            return subprocess.run(command, capture_output=True, check=True, text=True).stdout
+
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
+        assert usage
+        spills = 0  # where there is no stack; disassembling takes longer than compiling
+        if int(usage[2]):
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", dump("--dump-sass")))
     ptx = re.compile(r"\b(ld|st)\.global[\w:.]*?(?:\.v(\d+))?\.b(\d+)\b|\b(cp)\.async\S* .*?0x([0-9a-f]+)")
 
     def width(match: re.Match[str]) -> tuple[str, int]:
@@ -491,7 +504,8 @@ def read_cubin(kernel: Any) -> Code:
 
     return Code(
         registers=int(usage[1]),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", text)),
+        spills=spills,
+        moved_scalars=0,
         stack=int(usage[2]),
         widths=_widths(kernel.asm["ptx"], ptx, width),
     )
@@ -509,7 +523,8 @@ def read_amd(kernel: Any) -> Code:
     access = re.compile(r"\b(?:global|buffer)_(load|store)_(?:lds_)?([a-z0-9]+)")
     return Code(
         registers=number("vgpr_count"),
-        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        spills=number("vgpr_spill_count"),
+        moved_scalars=number("sgpr_spill_count"),
         stack=number("private_segment_fixed_size"),
         widths=_widths(text, access, lambda match: (match[1], AMD_BITS.get(match[2], 8))),
     )
@@ -535,24 +550,24 @@ def _job(index: int, key: str) -> Row:
     return audit(cases()[index], key)
 
 
-def run(only: str, targets: Iterable[str], processes: int) -> Iterator[Row]:
-    """Rows in the order of `cases`, each case for every target."""
+def run(only: str, targets: Iterable[str], processes: int, done: set[tuple[str, ...]]) -> Iterator[Row]:
+    """Rows in the order of `cases`, each case for every target, but for those (op, case, by, target) that are done."""
     jobs = [
         (index, key)
         for index, case in enumerate(cases())
         for key in targets
-        if re.search(only, f"{case.op} {case.name} {case.by}")
+        if re.search(only, f"{case.op} {case.name} {case.by}") and (case.op, case.name, case.by, key) not in done
     ]
-    if processes == 1:
+    if processes == 1 or not jobs:
         yield from (_job(*job) for job in jobs)
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_job, *zip(*jobs, strict=True))
 
 
-HEADINGS = ("op", "case", "by", "target", "warps", "regs", "spills", "stack", "shared", "load", "store", "exp/el",
-            "B/el", "occup.", "chip", "ms", "limit")  # fmt: skip
-WIDTHS = (18, 42, 6, 10, 5, 4, 6, 5, 6, 4, 5, 6, 6, 6, 6, 8, 9)
+HEADINGS = ("op", "case", "by", "target", "warps", "regs", "spills", "scalars", "stack", "shared", "load", "store",
+            "exp/el", "B/el", "occup.", "chip", "ms", "limit")  # fmt: skip
+WIDTHS = (18, 42, 6, 10, 5, 4, 6, 7, 5, 6, 4, 5, 6, 6, 6, 6, 8, 9)
 
 
 def main(arguments: list[str]) -> None:
@@ -560,22 +575,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose 'op case by' it matches")
     parser.add_argument("--targets", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--processes", type=int, default=1, help="compilers at once")
-    parser.add_argument("--csv", metavar="FILE")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--csv", metavar="FILE", help="gets every row as it is done; what it has is not done again")
     options = parser.parse_args(arguments)
     print(" ".join(f"{name:>{width}}" for name, width in zip(HEADINGS, WIDTHS, strict=True)))
-    rows = []
-    for row in run(options.only, options.targets, options.processes):
-        rows.append(row)
-        print(" ".join(f"{value:>{width}}" for value, width in zip(astuple(row), WIDTHS, strict=True)), flush=True)
-    if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.writer(file)
+    with open(options.csv or os.devnull, "a+", newline="") as file:
+        file.seek(0)
+        done = {(row["op"], row["case"], row["by"], row["target"]) for row in csv.DictReader(file)}
+        writer = csv.writer(file)
+        if not done:
             writer.writerow([column.name for column in fields(Row)])
-            writer.writerows(astuple(row) for row in rows)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump([asdict(row) for row in rows], file, indent=1)
+        for row in run(options.only, options.targets, options.processes, done):
+            print(" ".join(f"{value:>{width}}" for value, width in zip(astuple(row), WIDTHS, strict=True)), flush=True)
+            writer.writerow(astuple(row))
+            file.flush()
 
 
 if __name__ == "__main__":

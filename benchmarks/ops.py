@@ -74,6 +74,7 @@ class Case:
     single_pass: Callable[..., tuple[Tensors, Tensors]] | None = None
     peers: dict[str, Way] = field(default_factory=dict)
     products: Callable[[Tensors], Callable[[], object]] | None = None  # instead of `copy`, from a set of inputs
+    backends: tuple[str, ...] | None = None  # where they are not those of the device
 
     @property
     def baseline(self) -> str:
@@ -118,6 +119,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         yield rotary(device, dtype, *shape)
     for tokens, width in ((1024, 768), (8192, 2816)):
         yield swiglu(device, dtype, tokens, width)
+    for shape in ((8, 128, 8, 8, 32), (8, 1024, 16, 4, 64)):
+        yield attention(device, dtype, *shape)
 
 
 def ensemble_kl(
@@ -334,6 +337,37 @@ def swiglu(device: torch.device, dtype: torch.dtype, tokens: int, width: int) ->
     )
 
 
+def attention(
+    device: torch.device, dtype: torch.dtype, batch: int, length: int, heads: int, kv_heads: int, width: int
+) -> Case:
+    """Causal. On a GPU our own backend is flash-attn or none, so it stands there under its name."""
+
+    def inputs(generator: Generator) -> list[Tensor]:
+        shapes = [(batch, length, count, width) for count in (heads, kv_heads, kv_heads)]
+        return [normal(generator, shape, device, dtype).requires_grad_() for shape in shapes]
+
+    def functional(*tensors: Tensor) -> Tensors:
+        q, k, v = (x.transpose(1, 2) for x in tensors)
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return (attended.transpose(1, 2),)
+
+    def ours(*tensors: Tensor) -> Tensors:
+        return (kernels.attention(*tensors),)
+
+    flash = device.type == "cuda" and find_spec("flash_attn") is not None
+    of_heads = batch * length * width * dtype.itemsize
+    return Case(
+        "attention",
+        f"B={batch} L={length} H={heads} H_kv={kv_heads} d={width} {short(dtype)}",
+        inputs,
+        functional,
+        ours,
+        phases(forward=2 * of_heads * (heads + kv_heads), backward=4 * of_heads * (heads + kv_heads)),
+        peers={"flash-attn": Way(ours, backend="auto")} if flash else {},
+        backends=None if device.type == "cpu" else ("reference",),
+    )
+
+
 def phases(*, forward: int, backward: int) -> dict[str, int]:
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
@@ -361,7 +395,7 @@ def ways(case: Case, device: torch.device) -> dict[str, Way]:
     trains with it, and one call takes half a minute.
     """
     found = {}
-    for backend in BACKENDS[device.type]:
+    for backend in case.backends or BACKENDS[device.type]:
         if case.single_pass is not None:
             found[f"{backend} (single pass)"] = Way(single_pass=case.single_pass, backend=backend, overwrites=True)
         if case.single_pass is None or backend != "reference":
@@ -383,10 +417,10 @@ def choose(way: Way, device: torch.device) -> None:
         kernels.backend(way.backend)
     if way.chunk_bytes is not None:
         module = importlib.import_module(f"kernels.ops.linear_ensemble_kl.{way.backend}")
-        if way.backend == "native":
-            setattr(module, "BUDGET", way.chunk_bytes)  # noqa: B010  (a module has no attributes to a type checker)
-        else:
+        if way.backend == "reference":
             module.CHUNK_BYTES[device.type] = way.chunk_bytes
+        else:
+            setattr(module, "BUDGET" if way.backend == "native" else "CHUNK_BYTES", way.chunk_bytes)
 
 
 def fresh(tensors: Tensors) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """How every Triton kernel is launched: one frozen `Launch`, and one short rule per op that chooses it.
 
 Each line of a rule is justified by `benchmarks/audit.py` (registers, spills, load width, occupancy) or, where a GPU was
-at hand, by `benchmarks/ops.py`. Nothing here looks at a device: a rule sees shapes and an architecture's number.
+at hand, by `benchmarks/ops.py`. Nothing here looks at a device: a rule sees shapes and how many threads a warp has.
 
 Shapes: V vocabulary, S students, K teachers, R = S + K streams.
 """
@@ -20,25 +20,32 @@ class Launch:
     sweeps: int = 1  # over a row, for the sums that do not fit in registers together
 
 
-def ensemble_kl(width: int, students: int, streams: int, itemsize: int, arch: int, *, keep: bool) -> Launch:
-    """16 bytes of each stream per thread at a time, or all of a row: then `block` >= width.
+STUDENTS_AT_ONCE = 4  # whose losses and gradients come from one launch: with more, registers spill
 
-    Without `parts` and `sweeps` registers spill: with S students a thread holds S·(R − 1) sums, and on Blackwell
-    (arch 100) the compiler pairs numbers for its two-wide arithmetic, which takes more registers still.
+
+def ensemble_kl(
+    width: int, students: int, streams: int, itemsize: int, lanes: int, *, divergence: str, mixed: bool
+) -> Launch:
+    """128 threads with 16 bytes of each stream at a time, or more threads and all of a row: then `block` >= width.
+
+    Without `parts` and `sweeps` registers spill: with S students a thread holds S·(R − 1) sums. AMD has twice the
+    registers for a thread and needs no sweeps.
 
     Args:
-        width: columns, padding included. itemsize: bytes of a logit. arch: 90 for compute capability 9.0.
-        keep: whether keeping rows in registers was audited for this divergence and mixture of dtypes.
+        width: columns, padding included. itemsize: bytes of a logit.
+        lanes: threads of a warp: 64 on AMD, else 32.
+        mixed: whether streams differ in dtype: then, as for divergences other than "forward", no row is kept on chip.
     """
     vector = 16 // itemsize
-    if keep and students <= 2 and streams <= 3:
-        for warps in (4, 8, 16):
-            tile = 32 * warps * vector
+    if divergence == "forward" and not mixed and students <= 2 and streams <= 3:
+        for threads in (128, 256, 512):
+            tile = threads * vector
             if width <= 4 * tile:  # 64 bytes per stream and thread
-                return Launch(-(-width // tile) * tile, warps)
-    many = students > 4
-    parts = (4 if students >= 4 else 2 if streams >= 4 else 1) if itemsize == 2 else 2 if many else 1
-    return Launch(32 * 4 * vector, warps=4, parts=parts, sweeps=4 if many and arch >= 100 else 1)
+                return Launch(-(-width // tile) * tile, threads // lanes)
+    if students > STUDENTS_AT_ONCE:  # one element at a time, and half of the sums
+        return Launch(128 * vector, 128 // lanes, parts=vector, sweeps=2 if lanes == 32 else 1)
+    parts = 1 if itemsize == 4 or streams < 4 else 2 if students == 1 else 4
+    return Launch(128 * vector, 128 // lanes, parts=parts)
 
 
 def rms_norm(columns: int) -> Launch:

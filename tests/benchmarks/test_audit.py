@@ -48,21 +48,20 @@ def test_elementwise_kernels(case, key):
 
 
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in SAMPLE for key in keys])
-def test_ensemble_kernels(name, key, request):
-    if key == "hip:gfx942":
-        reason = "16 bytes for each of 32 lanes are 8 for each of AMD's 64"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
+def test_ensemble_kernels(name, key):
     assert_sound(audit.audit(ENSEMBLE[name], key))
 
 
 def test_every_launch_asked_for_is_in_the_grid():
     pairs = ((1, 1), (1, 2), (1, 4), (2, 0), (3, 0), (4, 0), (2, 2), (8, 0))
     for S, K in pairs:
+        once = ("single",) if S <= 4 else ()  # more students take two launches
         for V in (16000, 32000):
-            for form in ("losses", "gradients", "single"):
+            for form in ("losses", "gradients", *once):
                 assert f"ensemble_kl {form} forward S={S} K={K} V={V} bf16" in ENSEMBLE
         for V in (16000, 32000, 50257):
-            assert f"linear_ensemble_kl single forward S={S} K={K} V={V} fp32" in ENSEMBLE
+            for form in once or ("losses", "gradients"):
+                assert f"linear_ensemble_kl {form} forward S={S} K={K} V={V} fp32" in ENSEMBLE
 
 
 def rms_norm_case(x: torch.Tensor) -> Case:
@@ -111,9 +110,12 @@ def test_one_program_for_each_processor_waits_for_memory():
     assert audit.audit(Case("rms_norm", "", "creche", x.numel(), few), "cuda:90").limit == "latency"
 
 
-def test_the_command_writes_tables(tmp_path, capsys):
-    audit.main(["--only", "^swiglu forward creche", "--targets", "cuda:90", "--csv", str(tmp_path / "a.csv"), "--json",
-                str(tmp_path / "a.json")])  # fmt: skip
-    assert "swiglu" in capsys.readouterr().out
-    assert (tmp_path / "a.csv").read_text().splitlines()[1].startswith("swiglu,forward,creche,cuda:90,4,")
-    assert '"exponentials": 1.0' in (tmp_path / "a.json").read_text()
+def test_the_command_adds_to_a_table(tmp_path, capsys):
+    table = tmp_path / "a.csv"
+    for targets in (["cuda:90"], ["cuda:90", "hip:gfx942"]):  # the second time, one row is there already
+        audit.main(["--only", "^swiglu forward creche", "--targets", *targets, "--csv", str(table)])
+        assert capsys.readouterr().out.count("swiglu") == 1
+    rows = table.read_text().splitlines()
+    assert [row.split(",")[:4] for row in rows[1:]] == [
+        ["swiglu", "forward", "creche", key] for key in ("cuda:90", "hip:gfx942")
+    ]

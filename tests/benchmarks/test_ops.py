@@ -30,6 +30,7 @@ def tiny(dtype: torch.dtype) -> list[Case]:
         ops.rms_norm_residual(CPU, dtype, 6, 16),
         ops.rotary(CPU, dtype, 2, 3, 2, 8),
         ops.swiglu(CPU, dtype, 6, 16),
+        ops.attention(CPU, dtype, 2, 3, 4, 2, 8),
     ]
 
 
@@ -107,9 +108,10 @@ def test_bytes_are_those_of_the_tensors():
         elif case.op == "rotary":
             q, k = inputs[:2]
             assert case.phases["forward"] == case.phases["backward"] == q.nbytes + k.nbytes + forward
-        elif case.op == "swiglu":
+        elif case.op in ("swiglu", "attention"):
             assert case.phases["forward"] == given + forward
-            assert case.phases["backward"] == given + forward + grown
+            again = forward if case.op == "attention" else 0  # its backward reads the output, beside its gradient
+            assert case.phases["backward"] == given + forward + again + grown
         else:
             assert case.phases["forward"] == given + forward
 
@@ -132,6 +134,10 @@ def test_budgets_set_the_chunk(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(chunk_bytes, "cpu", chunk_bytes["cpu"])
     ops.choose(way, CPU)
     assert chunk_bytes["cpu"] == 2**24
+    module = importlib.import_module("kernels.ops.linear_ensemble_kl.triton")
+    monkeypatch.setattr(module, "CHUNK_BYTES", module.CHUNK_BYTES)
+    ops.choose(Way(case.ours, backend="triton", chunk_bytes=2**25), CPU)
+    assert module.CHUNK_BYTES == 2**25
 
 
 def test_the_command_line(monkeypatch, tmp_path, capsys):

@@ -14,13 +14,13 @@ Three phases, of which a launch runs the ones it needs; `ensemble_kl_kernel` say
                      reverse  g_ij = p_i·(u_ij − E_i[u_ij])
                      jsd      g_ij = ½·p_i·(v_ij − E_i[v_ij]),    v_ij = log p_i − log ((p_i + p_j) / 2)
 
-E_i is the mean under p_i. For "reverse" it is E_i of (x_i − x_j) / T, gathered with the statistics: a shift that a row
-shares drops out of u − E[u]. So losses and gradients come from one pass after the statistics; only "jsd" needs the
-losses' pass finished before the gradients' begins.
+E_i is the mean under p_i. A shift that a row shares drops out of u − E[u], so for "reverse" T·u is taken to be x_i − x_j,
+whose mean is gathered with the statistics. So losses and gradients come from one pass after the statistics; only "jsd"
+needs the losses' pass finished before the gradients' begins. More than 4 students take a launch for each.
 
 Bytes of logits and gradients per (token, vocabulary) element, 2-byte storage, where the row is read again in each pass:
 
-    losses alone 4R    gradients alone 2(R + S)    both 2(2R + S), "jsd" 2(3R + S)
+    losses alone 4R    gradients alone 2(R + S)    both 2(2R + S), "jsd" or S > 4 2(3R + S)
 
 and where it stays on chip (`Launch.block` >= V): 2R, 2(R + S), 2(R + S). Later passes run over the row backwards, so
 that they begin with what the caches still hold.
@@ -159,16 +159,6 @@ def _half(tiles, half, R: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _part(tiles, part, R: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):
-    """One of 1, 2 or 4 parts."""
-    if PARTS > 1:
-        tiles = _half(tiles, part // (PARTS // 2), R, LANES)
-    if PARTS > 2:
-        tiles = _half(tiles, part % 2, R, LANES)
-    return tiles
-
-
-@triton.jit
 def _widen(
     tiles,
     logits,
@@ -188,6 +178,34 @@ def _widen(
             tile = tl.where(column < vocabulary, tile, floor)
         wide = wide + (tl.maximum(tile, floor, propagate_nan=tl.PropagateNan.ALL),)
     return wide
+
+
+@triton.jit
+def _part(
+    raw,
+    logits,
+    block,
+    part,
+    vocabulary,
+    floor,
+    R: tl.constexpr,
+    PADDED: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Columns and fp32 tiles of one of 1, 2, 4 or 8 parts of a block."""
+    PACKED: tl.constexpr = min(PARTS, 4)  # cuts of the packed tiles: pairs of 16-bit numbers stay together
+    if PACKED > 1:
+        raw = _half(raw, part * 2 // PARTS, R, LANES)
+    if PACKED > 2:
+        raw = _half(raw, part * 4 // PARTS % 2, R, LANES)
+    column = _columns(block * (LANES * VEC) + part * PACKED // PARTS * (VEC // PACKED), LANES, VEC, VEC // PACKED)
+    tiles = _widen(raw, logits, column, vocabulary, floor, R, PADDED, LANES, VEC // PACKED)
+    if PARTS > PACKED:
+        tiles = _half(tiles, part % 2, R, LANES)
+        column = _columns(block * (LANES * VEC) + part * (VEC // PARTS), LANES, VEC, VEC // PARTS)
+    return column, tiles
 
 
 @triton.jit
@@ -327,9 +345,17 @@ def _kl_coefficients(weight, strides, scale, row, on, S: tl.constexpr, R: tl.con
 
 
 @triton.jit
-def _mean(mean, c):
-    """+inf where a logit of −inf was met, so that no gradient is made up; nothing where it weighs nothing."""
-    return tl.where(c == 0, 0.0, tl.where(mean > INFINITE, float("inf"), mean))
+def _weighted_means(means, c, S: tl.constexpr, R: tl.constexpr):
+    """Σ_j c_ij·E_i[v_ij]: +inf where a logit of −inf was met, so that no gradient is made up."""
+    sums = ()
+    for i in tl.static_range(S):
+        total = 0.0
+        for j in tl.static_range(R):
+            if j != i:
+                mean = tl.where(means[i * R + j] > INFINITE, float("inf"), means[i * R + j])
+                total += tl.where(c[i * R + j] == 0, 0.0, c[i * R + j] * mean)
+        sums = sums + (total,)
+    return sums
 
 
 @triton.jit
@@ -349,8 +375,8 @@ def _gradients(
     KL: tl.constexpr,
     TEMPERED: tl.constexpr,
 ):
-    """S tiles, but for −a at the label."""
-    tilts = _repeat(tl.zeros_like(tiles[0]), S)  # Σ_j c_ij·p_i·(v_ij − E_i[v_ij])
+    """S tiles, but for −a at the label. `means` are those of `_weighted_means`."""
+    tilts = _repeat(tl.zeros_like(tiles[0]), S)  # Σ_j c_ij·p_i·v_ij
     if KL and DIVERGENCE != "forward":
         for i in tl.static_range(S):
             for j in tl.static_range(i + 1, R):
@@ -358,14 +384,12 @@ def _gradients(
                     u = _log_ratio(tiles[i], tiles[j], top[i], top[j], logs[i], logs[j], temperature)
                     v, w, _ = _to_mean(u)
                 else:
-                    v = (tiles[i] - tiles[j]) * (1 / temperature)
+                    v = tiles[i] - tiles[j]
                     w = -v
                 # p first: where v is huge, a logit being −inf, p is 0 or the gradient does not exist
-                tilt = p[i] * (v - _mean(means[i * R + j], c[i * R + j]))
-                tilts = _put(tilts, i, tilts[i] + c[i * R + j] * tilt)
+                tilts = _put(tilts, i, tilts[i] + (c[i * R + j] * p[i]) * v)
                 if j < S:
-                    tilt = p[j] * (w - _mean(means[j * R + i], c[j * R + i]))
-                    tilts = _put(tilts, j, tilts[j] + c[j * R + i] * tilt)
+                    tilts = _put(tilts, j, tilts[j] + (c[j * R + i] * p[j]) * w)
     gradients = ()
     for i in tl.static_range(S):
         if TEMPERED:
@@ -378,7 +402,7 @@ def _gradients(
                     if j != i:
                         gradient += c[i * R + j] * (p[i] - p[j])
             else:
-                gradient += tilts[i]
+                gradient += tilts[i] - p[i] * means[i]
         gradients = gradients + (gradient,)
     return gradients
 
@@ -442,8 +466,8 @@ def ensemble_kl_kernel(
         gradients: S pointers, None where not wanted; in place of the logits is allowed. gradient_strides: S × (row, column).
         targets: [N], or None: no CE. ce_rows, kl_rows: [N] bool, the rows in which CE and KL count; None: every row.
         ce [S, N], kl [S, R, N]: the losses, contiguous; written if LOSSES. kl is None where no divergence is wanted.
-        statistics [2R + S, N]: m, Σ at T, Σ at 1; mean_ratios [S, R, N]: E_i[v_ij], for "reverse" and "jsd". Written (if
-            not None) with LOSSES, read without.
+        statistics [2R + S, N]: m, Σ at T, Σ at 1; mean_ratios [S, R, N]: E_i[x_i − x_j] for "reverse", E_i[v_ij] for
+            "jsd". Written (if not None) with LOSSES, read without.
         ce_weight, kl_weight: d/d ce and d/d kl, the latter to be multiplied by kl_scale; any strides; None: zeros.
         vocabulary: V. width: columns up to which reading and writing is allowed, above V if PADDED: those in between
             may hold anything and their gradient is 0.
@@ -454,7 +478,8 @@ def ensemble_kl_kernel(
     KL: tl.constexpr = R > 1 and (kl is not None or kl_weight is not None)
     MOMENTS: tl.constexpr = KL and DIVERGENCE == "reverse"
     MEANS: tl.constexpr = KL and DIVERGENCE == "jsd"
-    SPLIT: tl.constexpr = KL and (DIVERGENCE == "jsd" or S > 4) and LOSSES and GRADIENTS
+    SPLIT: tl.constexpr = MEANS and LOSSES and GRADIENTS
+    PARTS_OF_UPDATE: tl.constexpr = PARTS if MOMENTS and S > 4 else 1  # each fades all that is summed so far
     BLOCK: tl.constexpr = LANES * VEC
     blocks = tl.cdiv(width, BLOCK)
 
@@ -481,15 +506,17 @@ def ensemble_kl_kernel(
             tops, totals = _repeat(nothing + floor / 2, R), _repeat(nothing, R)
             plains, moments = _repeat(nothing, S if TEMPERED else 0), _repeat(nothing, S * R if MOMENTS else 0)
             for block in range(blocks):
-                column = _columns(block * BLOCK, LANES, VEC, VEC)
                 if RESIDENT:
                     raw = _pick(kept, block, R, BLOCKS)
                 else:
                     raw = _load(logits, strides, row, block, width, R, UNIT, LANES, VEC, "evict_last")
-                tiles = _widen(raw, logits, column, vocabulary, floor, R, PADDED, LANES, VEC)
-                tops, totals, plains, moments = _update(
-                    tiles, tops, totals, plains, moments, temperature, S, R, TEMPERED, MOMENTS
-                )
+                for part in range(PARTS_OF_UPDATE):
+                    _, tiles = _part(
+                        raw, logits, block, part, vocabulary, floor, R, PADDED, LANES, VEC, PARTS_OF_UPDATE
+                    )
+                    tops, totals, plains, moments = _update(
+                        tiles, tops, totals, plains, moments, temperature, S, R, TEMPERED, MOMENTS
+                    )
             for r in tl.static_range(R):
                 highest = tl.max(tops[r], axis=0)
                 share = tl.exp2((tops[r] - highest) * (LOG2_E / temperature))
@@ -501,14 +528,19 @@ def ensemble_kl_kernel(
                     if MOMENTS:
                         for j in tl.static_range(R):
                             if j != r:
-                                mean = tl.sum(moments[r * R + j] * share, axis=0) / (total[r] * temperature)
-                                means = _put(means, r * R + j, mean)
+                                mean = tl.sum(moments[r * R + j] * share, axis=0) / total[r]
+                                # refined once, by what the sums over lanes have rounded off
+                                rest = (moments[r * R + j] - mean * totals[r]) * share
+                                means = _put(means, r * R + j, mean + tl.sum(rest, axis=0) / total[r])
             if statistics is not None:
                 for r in tl.static_range(R):
                     tl.store(statistics + r * tokens + row, top[r])
                     tl.store(statistics + (R + r) * tokens + row, total[r])
                 for i in tl.static_range(S if TEMPERED else 0):
                     tl.store(statistics + (2 * R + i) * tokens + row, plain[i])
+                if MOMENTS:
+                    for k in tl.static_range(S * R):
+                        tl.store(mean_ratios + k * tokens + row, means[k])
             if CE:
                 for i in tl.static_range(S):
                     loss = (top[i] - label_logits[i]) + LN_2 * tl.log2(plain[i] if TEMPERED else total[i])
@@ -526,14 +558,17 @@ def ensemble_kl_kernel(
         for r in tl.static_range(R):
             logs = logs + (LN_2 * tl.log2(total[r]),)
 
-        a, c = _repeat(0.0, S), _repeat(0.0, S * R)
+        a, c, weighted = _repeat(0.0, S), _repeat(0.0, S * R), _repeat(0.0, S)
         scale = kl_scale / temperature * (0.5 if DIVERGENCE == "jsd" else 1.0)
+        if DIVERGENCE == "reverse":
+            scale = scale / temperature
         if GRADIENTS and not SPLIT:
             a = _ce_coefficients(ce_weight, ce_weight_strides, row, ce_on, S, CE)
             c = _kl_coefficients(kl_weight, kl_weight_strides, scale, row, kl_on, S, R, KL)
+            weighted = _weighted_means(means, c, S, R)
 
         if KL or GRADIENTS:
-            for sweep in tl.static_range(SWEEPS):
+            for sweep in tl.static_range(SWEEPS if LOSSES else 1):
                 losses = _repeat(nothing, S * R if LOSSES and KL else 0)
                 sums = _repeat(nothing, S * R if LOSSES and MEANS else 0)
                 for step in range(blocks):
@@ -543,9 +578,7 @@ def ensemble_kl_kernel(
                     else:
                         raw = _load(logits, strides, row, block, width, R, UNIT, LANES, VEC, "evict_first")
                     for part in range(PARTS):
-                        taken = _part(raw, part, R, PARTS, LANES)
-                        column = _columns(block * BLOCK + part * (VEC // PARTS), LANES, VEC, VEC // PARTS)
-                        tiles = _widen(taken, logits, column, vocabulary, floor, R, PADDED, LANES, VEC // PARTS)
+                        column, tiles = _part(raw, logits, block, part, vocabulary, floor, R, PADDED, LANES, VEC, PARTS)
                         p = _softmax(tiles, top, total, temperature, R)
                         if LOSSES and KL:
                             losses, sums = _add_losses(
@@ -553,7 +586,7 @@ def ensemble_kl_kernel(
                             )
                         if GRADIENTS and not SPLIT:
                             made = _gradients(
-                                tiles, p, top, logs, plain, means, a, c, temperature, S, R, DIVERGENCE, KL, TEMPERED
+                                tiles, p, top, logs, plain, weighted, a, c, temperature, S, R, DIVERGENCE, KL, TEMPERED
                             )
                             _store(made, gradients, gradient_strides, row, column, width, label, a, S, UNIT)
                 if LOSSES and KL:
@@ -572,24 +605,23 @@ def ensemble_kl_kernel(
         if LOSSES and KL:
             for i in tl.static_range(S):
                 tl.store(kl + (i * R + i) * tokens + row, 0.0)
-            if mean_ratios is not None and (MEANS or MOMENTS):
+            if MEANS and mean_ratios is not None:
                 for k in tl.static_range(S * R):
                     tl.store(mean_ratios + k * tokens + row, means[k])
         if SPLIT:
             a = _ce_coefficients(ce_weight, ce_weight_strides, row, ce_on, S, CE)
             c = _kl_coefficients(kl_weight, kl_weight_strides, scale, row, kl_on, S, R, KL)
+            weighted = _weighted_means(means, c, S, R)
             for block in range(blocks):
                 if RESIDENT:
                     raw = _pick(kept, block, R, BLOCKS)
                 else:
                     raw = _load(logits, strides, row, block, width, R, UNIT, LANES, VEC, "evict_first")
                 for part in range(PARTS):
-                    taken = _part(raw, part, R, PARTS, LANES)
-                    column = _columns(block * BLOCK + part * (VEC // PARTS), LANES, VEC, VEC // PARTS)
-                    tiles = _widen(taken, logits, column, vocabulary, floor, R, PADDED, LANES, VEC // PARTS)
+                    column, tiles = _part(raw, logits, block, part, vocabulary, floor, R, PADDED, LANES, VEC, PARTS)
                     p = _softmax(tiles, top, total, temperature, R)
                     made = _gradients(
-                        tiles, p, top, logs, plain, means, a, c, temperature, S, R, DIVERGENCE, KL, TEMPERED
+                        tiles, p, top, logs, plain, weighted, a, c, temperature, S, R, DIVERGENCE, KL, TEMPERED
                     )
                     _store(made, gradients, gradient_strides, row, column, width, label, a, S, UNIT)
     else:
@@ -623,7 +655,7 @@ def arguments(
     vocabulary: int | None = None,
     temperature: float,
     divergence: str,
-    arch: int,
+    lanes: int,
 ) -> tuple[list[Any], dict[str, Any]]:
     """What `ensemble_kl_kernel` is called with: its arguments in order, and its constants and launch options.
 
@@ -634,7 +666,7 @@ def arguments(
         gradients: S tensors [N, W] or None; None: losses alone.
         weights: d/d ce [S, N] and d/d kl [S, R, N], expanded as they may be; a kl weight of None leaves streams apart.
         vocabulary: V; None: W.
-        arch: 90 for compute capability 9.0.
+        lanes: as in `launch.ensemble_kl`.
     """
     (tokens, width), streams = logits[0].shape, len(logits)
     vocabulary = width if vocabulary is None else vocabulary
@@ -643,7 +675,7 @@ def arguments(
         temperature = 1.0  # as there is nothing to temper
     sizes = [x.element_size() for x in logits]
     tile = launch.ensemble_kl(
-        width, students, streams, min(sizes), arch, keep=divergence == "forward" and len({*sizes}) == 1
+        width, students, streams, min(sizes), lanes, divergence=divergence, mixed=len({*sizes}) > 1
     )
     vector = 16 // min(sizes)
     written = [] if gradients is None else [g for g in gradients if g is not None]
@@ -657,10 +689,10 @@ def arguments(
         "UNIT": all(x.stride(1) == 1 for x in (*logits, *written)),
         "PADDED": width != vocabulary,
         "RESIDENT": tile.block >= width,
-        "BLOCKS": tile.block // (32 * tile.warps * vector),
+        "BLOCKS": tile.block // (lanes * tile.warps * vector),
         "PARTS": tile.parts,
         "SWEEPS": tile.sweeps,
-        "LANES": 32 * tile.warps,
+        "LANES": lanes * tile.warps,
         "VEC": vector,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -699,9 +731,8 @@ def _launch(logits: Sequence[Tensor], **options: Any) -> None:
     """`arguments` to the kernel, a program per token."""
     if not len(logits[0]):
         return
-    device = logits[0].device
-    arch = 10 * torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 90
-    positional, constants = arguments(logits, arch=arch, **options)
+    lanes = torch.cuda.get_device_properties(logits[0].device).warp_size if logits[0].is_cuda else 32
+    positional, constants = arguments(logits, lanes=lanes, **options)
     with torch.cuda.device_of(logits[0]):
         ensemble_kl_kernel[(len(logits[0]),)](*positional, **constants)
 
@@ -719,7 +750,7 @@ def loss_and_grad(
     temperature: float,
     divergence: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Per-token losses, and the gradient of every student's weighted sum of them, in one launch.
+    """Per-token losses, and the gradient of every student's weighted sum of them, in one launch (two if S > 4).
 
     The sum is that of `reference.loss_and_grad`: Σ_n [ce_weight[i]·CE_i,n + T²·Σ_j kl_weight[i, j]·KL_ij,n].
 
@@ -736,27 +767,35 @@ def loss_and_grad(
         ce [S, N], kl [S, R, N] (None without `kl_weight`) in nats, unweighted, fp32.
     """
     S, N = len(gradients), len(targets)
-    ce = torch.empty(S, N, dtype=torch.float32, device=targets.device)
-    kl = None if kl_weight is None else ce.new_zeros(S, len(logits), N)
-    pairs = kl is not None and len(logits) > 1
-    _launch(
-        logits if pairs else logits[:S],
-        students=S,
-        targets=targets,
-        ce_rows=ce_rows,
-        kl_rows=kl_rows if pairs else None,
-        losses=(ce, kl if pairs else None),
-        gradients=gradients if any(g is not None for g in gradients) else None,
-        weights=(
+    ce, kl, *saved = _allocate(logits, S, divergence)
+    pairs = kl_weight is not None and len(logits) > 1
+    if not pairs:
+        logits, kl = logits[:S], kl.zero_()
+    options: dict[str, Any] = {
+        "students": S,
+        "targets": targets,
+        "ce_rows": ce_rows,
+        "kl_rows": kl_rows if pairs else None,
+        "kl_scale": temperature**2,
+        "vocabulary": vocabulary,
+        "temperature": temperature,
+        "divergence": divergence,
+    }
+    losses = ce, kl if pairs else None
+    made: dict[str, Any] = {
+        "gradients": gradients if any(g is not None for g in gradients) else None,
+        "weights": (
             ce_weight[:, None].expand(S, N),
-            kl_weight[:, :, None].expand(*kl_weight.shape, N) if pairs and kl_weight is not None else None,
+            kl_weight[:, :, None].expand(S, -1, N) if pairs and kl_weight is not None else None,
         ),
-        kl_scale=temperature**2,
-        vocabulary=vocabulary,
-        temperature=temperature,
-        divergence=divergence,
-    )
-    return ce, kl
+    }
+    if pairs and S > launch.STUDENTS_AT_ONCE:
+        _launch(logits, losses=losses, saved=saved, **options)
+        if made["gradients"] is not None:
+            _launch(logits, saved=saved, **made, **options)
+    else:
+        _launch(logits, losses=losses, **made, **options)
+    return ce, None if kl_weight is None else kl
 
 
 def ensemble_kl(

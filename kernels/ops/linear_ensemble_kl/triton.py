@@ -1,4 +1,3 @@
-# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
 """`linear_ensemble_kl` on a GPU: matrix products by cuBLAS, and between them one launch over a chunk's logits.
 
 Shapes: N tokens, D hidden, V vocabulary, W = V rounded up to a multiple of 64, S students, K teachers, R = S + K
@@ -142,8 +141,10 @@ def _sweep(
         if kl_SRn is not None:
             kl[:, :, rows] = kl_SRn
         remaining = iter(made)
-        for i in range(S):
-            d_nV = None if d[i] is None else d[i][:, :V]
+        for i, d_nW in enumerate(d):
+            if d_nW is None:
+                continue
+            d_nV = d_nW[:, :V]
             beta = 0 if start == 0 else 1
             if needs[3 * i]:
                 _add_product(next(remaining)[rows], d_nV, heads[i], alpha=alpha, beta=0)
@@ -202,7 +203,7 @@ def _chunk_rows(tokens: int, width: int, heads: Sequence[Tensor], wanted: Sequen
     )
     most = max(CHUNK_ROWS, CHUNK_BYTES // (width * (4 * len(heads) + of_gradients)))
     chunks = max(1, math.ceil(tokens / most))
-    return math.ceil(tokens / chunks)
+    return max(1, math.ceil(tokens / chunks))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: int) -> None:

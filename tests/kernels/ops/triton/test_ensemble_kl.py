@@ -179,6 +179,17 @@ def test_tiny_divergences(temperature, divergence, shift):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergences_whose_terms_lie_about_the_series_edge(divergence):
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(2, 4000, generator=generator)
+    streams = [base.to(DEVICE), (base + torch.randn(2, 4000, generator=generator) * 0.2).to(DEVICE)]
+    exact = reference.ensemble_kl([x.double() for x in streams], None, 2, 1.0, divergence, -100)[1]
+    kl = triton.ensemble_kl(streams, None, 2, 1.0, divergence, -100)[1]
+    for i, j in ((0, 1), (1, 0)):
+        assert (kl[i, j].double() / exact[i, j] - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 0.2])
 @pytest.mark.parametrize("case", ["padding", "one stream", "target", "other row", "nan"])
 def test_infinities_and_nans_are_the_references(case, temperature, divergence):
@@ -221,15 +232,19 @@ def test_a_row_without_a_finite_logit_is_nan(divergence):
     assert kl[:, :, 1].isfinite().all()
 
 
-def sweep(backend, logits, targets, ce_weight, kl_weight, ce_rows, kl_rows, *, wanted, padding=0, into=None, **options):
-    """`loss_and_grad` of Triton or the reference, on copies: ce, kl and the gradients."""
+def sweep(
+    backend, logits, targets, ce_weight, kl_weight, ce_rows, kl_rows, *, wanted, padding=0, into=None, **options
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`loss_and_grad` of Triton or the reference, on copies: ce, kl (empty if there is none), the gradients wanted."""
     vocabulary = logits[0].shape[1]
     if backend is reference:
         copies = [x.clone() for x in logits]
-        ce_weight, kl_weight = (None if w is None else w.to(copies[0].dtype) for w in (ce_weight, kl_weight))
-        return reference.loss_and_grad(
+        ce_weight, kl_weight = (w.to(copies[0].dtype) for w in (ce_weight, kl_weight))
+        ce, kl, made = reference.loss_and_grad(
             copies, targets, ce_weight, kl_weight, ce_rows, kl_rows, wanted=wanted, **options
         )
+        assert kl is not None
+        return ce, kl, [g for g in made if g is not None]
     padded = [torch.nn.functional.pad(x, (0, padding), value=math.nan) for x in logits]
     made = [
         None if not want else x if into is None else torch.full_like(x, math.nan, dtype=into)
@@ -239,8 +254,9 @@ def sweep(backend, logits, targets, ce_weight, kl_weight, ce_rows, kl_rows, *, w
         ce, kl = triton.loss_and_grad(
             padded, made, targets, ce_weight, kl_weight, ce_rows, kl_rows, vocabulary=vocabulary, **options
         )
-    assert all(g is None or not g[:, vocabulary:].any() for g in made)
-    return ce, kl, [None if g is None else g[:, :vocabulary] for g in made]
+    gradients = [g for g in made if g is not None]
+    assert not any(g[:, vocabulary:].any() for g in gradients)
+    return ce, torch.empty(0) if kl is None else kl, [g[:, :vocabulary] for g in gradients]
 
 
 @pytest.mark.parametrize("into", [None, torch.bfloat16, torch.float16])
@@ -264,13 +280,12 @@ def test_losses_and_gradients_in_one_launch(students, streams, temperature, dive
     exact = sweep(reference, [x.double() for x in clean], *arguments, **options)
     plain = sweep(reference, clean, *arguments, **options)
     ours = sweep(triton, logits, *arguments, padding=18, into=into, **options)
-    pairs = [(*ours[:2], *ours[2]), (*plain[:2], *plain[2]), (*exact[:2], *exact[2])]
-    for k, (got, theirs, want) in enumerate(zip(*pairs, strict=True)):
-        assert (got is None) == (want is None)
-        if got is not None:
-            error, allowed = ((x.double() - want).abs().max().item() for x in (got, theirs))
-            rounding = torch.finfo(got.dtype).eps * want.abs().max().item()
-            assert error <= 3 * allowed + rounding, f"result {k}: {error:.3g}, plain torch {allowed:.3g}"
+    # The students' gradients together: where a peaked row's largest error is rounding of that row's sums, one
+    # student's is a single draw, in which plain torch may be lucky.
+    for got, theirs, want in zip(*((ce, kl, torch.stack(made)) for ce, kl, made in (ours, plain, exact)), strict=True):
+        error, allowed = ((x.double() - want).abs().max().item() for x in (got, theirs))
+        rounding = torch.finfo(got.dtype).eps * want.abs().max().item()
+        assert error <= 3 * allowed + rounding, f"{tuple(got.shape)}: {error:.3g}, plain torch {allowed:.3g}"
 
 
 def test_without_kl_weights_only_cross_entropy_is_computed():
@@ -283,7 +298,7 @@ def test_without_kl_weights_only_cross_entropy_is_computed():
     ce, kl, (gradient,) = sweep(
         triton, [student, teacher], targets, ones, None, rows, rows, wanted=[True], temperature=2.0, divergence="jsd"
     )
-    assert kl is None
+    assert not kl.numel()
     want = student.double().requires_grad_()
     exact = torch.nn.functional.cross_entropy(want, targets, reduction="none")
     torch.testing.assert_close(ce[0].double(), exact.detach(), rtol=1e-6, atol=0)
@@ -294,12 +309,13 @@ def test_without_kl_weights_only_cross_entropy_is_computed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_launch_gives_the_same(divergence, dtype, monkeypatch):
     """Rows kept on chip or read again, in parts, in sweeps: whatever `launch` chooses for some other shape or GPU."""
-    logits = make(3, 2, 1500, dtype)
+    V = 700
+    logits = make(3, 1, V, dtype)
     arguments = (
-        torch.tensor([3, 1499], device=DEVICE),
+        torch.tensor([V - 1], device=DEVICE),
         torch.ones(2, device=DEVICE),
         torch.ones(2, 3, device=DEVICE),
-        *[torch.ones(2, dtype=torch.bool, device=DEVICE)] * 2,
+        *[torch.ones(1, dtype=torch.bool, device=DEVICE)] * 2,
     )
     options = {"temperature": 1.0, "divergence": divergence, "wanted": [True, True]}
     vector = 16 // dtype.itemsize
@@ -309,8 +325,8 @@ def test_every_launch_gives_the_same(divergence, dtype, monkeypatch):
         Launch(tile * 4, 4),
         Launch(tile * 1, 1, parts=2),
         Launch(tile * 2, 2, parts=vector // 2, sweeps=4),
-        Launch(-(-1500 // (tile * 2)) * tile * 2, 2),
-        Launch(-(-1500 // (tile * 4)) * tile * 4, 4, parts=2, sweeps=2),
+        Launch(-(-V // (tile * 2)) * tile * 2, 2),
+        Launch(-(-V // tile) * tile, 1, parts=vector, sweeps=2),
     ):
         monkeypatch.setattr(launch, "ensemble_kl", lambda *_, chosen=chosen, **__: chosen)
         ce, kl, gradients = sweep(triton, logits, *arguments, into=torch.float32, **options)
@@ -387,9 +403,10 @@ def test_properties(seed, students, teachers, tokens, vocabulary, scale, tempera
 def _offsets_kernel(base, row_stride, column_stride, out):
     row, column = tl.program_id(0) + 3, tl.arange(0, 2)
     strides = (1, 1, row_stride, column_stride)
-    for unit in tl.static_range(2):
-        offsets = triton._address(base, row, column, strides, 1, unit == 1).to(tl.int64) - base.to(tl.int64)
-        tl.store(out + 2 * unit + column, offsets)
+    far = triton._address(base, row, column, strides, 1, False).to(tl.int64) - base.to(tl.int64)
+    near = triton._address(base, row, column, strides, 1, True).to(tl.int64) - base.to(tl.int64)
+    tl.store(out + column, far)
+    tl.store(out + 2 + column, near)
 
 
 def test_64_bit_offsets():
