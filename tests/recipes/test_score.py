@@ -104,7 +104,7 @@ def test_mistakes_are_answered_by_one_line_and_nothing_is_written(run: Path, dat
     save_file(weights, not_finite / "model.safetensors")
     not_llama = broken(student, tmp_path / "not_llama")
     config = json.loads((not_llama / "config.json").read_text())
-    (not_llama / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    (not_llama / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
 
     supplement = ("--data", data, "--tasks", "blimp_supplement")
     for arguments, expected in (
@@ -114,7 +114,7 @@ def test_mistakes_are_answered_by_one_line_and_nothing_is_written(run: Path, dat
         (("--model", student, *supplement, "taks=[]"), "did you mean 'tasks'"),
         (("--model", tmp_path, *supplement), "expected a Hugging Face folder"),
         (("--model", no_tokenizer, *supplement), "no tokenizer.json"),
-        (("--model", not_llama, *supplement), "model_type='gpt2': expected 'llama'"),
+        (("--model", not_llama, *supplement), "model_type='mamba': expected "),
         (("--model", not_finite, *supplement), "a score is not finite"),
     ):
         with pytest.raises(ValueError, match=re.escape(expected)) as caught:
