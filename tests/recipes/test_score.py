@@ -115,7 +115,7 @@ def test_mistakes_are_answered_by_one_line_and_nothing_is_written(run: Path, dat
         (("--model", tmp_path, *supplement), "expected a Hugging Face folder"),
         (("--model", no_tokenizer, *supplement), "no tokenizer.json"),
         (("--model", not_llama, *supplement), "model_type='mamba': expected "),
-        (("--model", not_finite, *supplement), "a score is not finite"),
+        (("--model", not_finite, *supplement), "norm.weight is not finite"),
     ):
         with pytest.raises(ValueError, match=re.escape(expected)) as caught:
             score(*arguments, f"folder={tmp_path / 'scores'}")
