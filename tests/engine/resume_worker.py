@@ -117,6 +117,24 @@ def same_bits(folder: Path, one: str, other: str) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def weights(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often ω was updated, how far it got from equal, and by how much each step's loss is not
+    S·ω_i·ce·CE_i + Σ_j S·ω_j·peers·KL_ij, ω the last before it: relative."""
+    names = [student["name"] for student in STUDENTS]
+    omega, updates, error = dict.fromkeys(names, 1 / len(names)), 0, 0.0
+    for record in records:
+        if record["kind"] == "outer":
+            omega, updates = record["omega"], updates + 1
+        if record["kind"] != "step":
+            continue
+        for i, name in enumerate(names):
+            student, rows = record["students"][name], zip(names, record["kl"][i], strict=True)
+            taught = sum(omega[peer] * kl for peer, kl in rows if peer != name)
+            expected = len(names) * 0.5 * (omega[name] * student["ce"] + taught)
+            error = max(error, abs(student["loss"] / expected - 1))
+    return {"updates": updates, "moved": abs(omega[names[0]] - 1 / len(names)), "error": error}
+
+
 def main(folder: Path) -> None:
     place = runtime.start()
     whole, broken, stopped = (f"{name}-{place.world}" for name in ("whole", "broken", "stopped"))
@@ -150,6 +168,7 @@ def main(folder: Path) -> None:
             "broken_history": history(folder, whole) == history(folder, broken),
             "stopped": same_bits(folder, whole, stopped),
             "stopped_history": history(folder, whole) == history(folder, stopped),
+            "weights": weights(history(folder, whole)),
             "stopped_at": stopped_at,
             "epochs": [r["epoch"] for r in history(folder, whole) if r["kind"] == "step"],
             "checkpoints": sorted(p.name for p in (folder / "runs" / broken / "checkpoints").iterdir()),

@@ -34,6 +34,14 @@ def test_a_signal_to_one_rank_stops_all_cleanly(findings: dict[int, dict[str, An
     assert found["stopped_history"]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_weights_that_were_so_resumed_are_learnt_and_used(findings: dict[int, dict[str, Any]], world: int) -> None:
+    found = findings[world]["weights"]
+    assert found["updates"] == 8, "every third of 24 steps"
+    assert found["moved"] > 1e-4
+    assert found["error"] < 1e-5
+
+
 def test_another_world_size_and_zero_stage_go_on_alike(findings: dict[int, dict[str, Any]]) -> None:
     """1 rank at stage 0, then 2 ranks at 1, 2 and 3, against one rank at stage 1 throughout."""
     assert findings[2]["moved_losses"] <= 1e-5

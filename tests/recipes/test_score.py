@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,19 @@ def test_a_run_is_scored_with_its_ensemble(
     for name in written:
         assert f"\n{name} " in printed
         assert {"scores.csv", "scores.svg"} <= {path.name for path in (tmp_path / "scores" / name).iterdir()}
+
+
+def test_the_ensemble_of_a_weighted_run_has_its_weights(run: Path, data: Path, tmp_path: Path) -> None:
+    weighted = tmp_path / "weighted"
+    shutil.copytree(run, weighted)
+    summary = {"students": [{"name": "two"}, {"name": "one"}], "omega": [1.0, 0.0]}
+    (weighted / "summary.json").write_text(json.dumps(summary))
+    score("--model", weighted, "--tasks", "blimp_supplement", "--data", data, f"folder={tmp_path / 'scores'}")
+    found = {
+        name: json.loads((tmp_path / "scores" / f"weighted-{name}" / "scores.json").read_text())["tasks"]
+        for name in ("one", "two", "ensemble")
+    }
+    assert found["ensemble"] == found["two"] != found["one"]
 
 
 def broken(student: Path, folder: Path) -> Path:

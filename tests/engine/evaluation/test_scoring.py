@@ -54,14 +54,15 @@ TEXTS = sum(map(len, QUESTIONS))
 
 
 @torch.no_grad()
-def naive(models: Sequence[Llama]) -> list[float]:
+def naive(models: Sequence[Llama], omega: Sequence[float] | None = None) -> list[float]:
     """Sum of log p(token | all before it) from where a question's answers part, one text at a time, in float64."""
+    omega = omega or [1 / len(models)] * len(models)
     sums = []
     for texts in QUESTIONS:
         same = [len(set(column)) == 1 for column in zip(*texts, strict=False)]
         begin = FIRST if len(texts) == 1 else max(1, [*same, False].index(False))
         for ids in texts:
-            logits = sum((m(torch.tensor([ids])) @ m.head.T).double() for m in models) / len(models)
+            logits = sum(w * (m(torch.tensor([ids])) @ m.head.T).double() for w, m in zip(omega, models, strict=True))
             log_prob = torch.as_tensor(logits).log_softmax(-1)
             sums.append(sum(log_prob[i - 1, ids[i]].item() for i in range(begin, len(ids))))
     return sums
@@ -79,6 +80,18 @@ def test_scores_equal_those_of_one_text_at_a_time(
     expected = torch.tensor([naive([models[0]]), naive([models[1]]), naive(models)], dtype=torch.float64)
     torch.testing.assert_close(found_SI, expected, rtol=2e-6, atol=0)
     assert found_SI[0, 6].item() == found_SI[0, 7].item() == 0.0, "equal texts tie exactly"
+
+
+def test_an_ensemble_is_weighted(models: list[Llama], cohort: Cohort, place: Runtime) -> None:
+    omega = [0.9, 0.1]
+    expected = torch.tensor(naive(models, omega)).double()
+    with torch.no_grad():
+        of_models = score(strands_of(share=True), TEXTS, model_log_probabilities(models, omega), place, padding=True)
+    with cohort.evaluating():
+        of_cohort = score(strands_of(share=False), TEXTS, cohort_log_probabilities(cohort, omega), place, padding=True)
+    for found_SI in (of_models, of_cohort):
+        torch.testing.assert_close(found_SI[2], expected, rtol=2e-6, atol=0)
+    assert (expected - torch.tensor(naive(models)).double()).abs().max() > 1e-3
 
 
 def test_the_students_of_a_run_score_alike_and_are_back_in_training(cohort: Cohort, place: Runtime) -> None:
