@@ -866,12 +866,7 @@ def _allocate(streams: Sequence[Tensor], students: int, divergence: str) -> tupl
 
 @_forward.register_fake
 def _(
-    streams: Sequence[Tensor],
-    targets: Tensor | None,
-    students: int,
-    temperature: float,
-    divergence: str,
-    ignore_index: int,
+    streams: Sequence[Tensor], targets: Tensor | None, students: int, temperature: float, divergence: str, *_: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _allocate(streams, students, divergence)
 
@@ -921,18 +916,8 @@ def _allocate_gradients(streams: Sequence[Tensor], wanted: Sequence[bool]) -> li
 
 
 @_backward.register_fake
-def _(
-    d_ce: Tensor | None,
-    d_kl: Tensor | None,
-    streams: Sequence[Tensor],
-    targets: Tensor | None,
-    statistics: Tensor,
-    mean_ratios: Tensor,
-    wanted: Sequence[bool],
-    temperature: float,
-    divergence: str,
-    ignore_index: int,
-) -> list[Tensor]:
+def _(d_ce: Tensor | None, d_kl: Tensor | None, streams: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    wanted: Sequence[bool] = rest[3]
     return _allocate_gradients(streams, wanted)
 
 

@@ -10,6 +10,7 @@ products' alpha does that, in fp32. Sums over chunks are fp32.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,15 +166,9 @@ def _(
     bias: Sequence[Tensor | None],
     targets: Tensor,
     ce_weight: Tensor,
-    kl_weight: Tensor | None,
-    ce_rows: Tensor,
-    kl_rows: Tensor,
-    divisor: Tensor | None,
-    alpha: float,
-    temperature: float,
-    divergence: str,
-    needs: Sequence[bool],
+    *rest: Any,
 ) -> list[Tensor]:
+    needs: Sequence[bool] = rest[-1]
     return _allocate(hidden, weight, bias, ce_weight, needs)
 
 
