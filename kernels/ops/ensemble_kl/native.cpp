@@ -201,8 +201,9 @@ class Row {
       A highest = at::vec::vec_reduce_all<A>([](V& a, V& b) { return larger(a, b); }, peak);
       for (int64_t at = whole; at < width(b); ++at) highest = from[at] > highest ? from[at] : highest;
       peaks_[b] = highest;
-      V total(0);
-      for_each_vector<A>(width(b), [&](int64_t at, auto size) {
+      std::array<V, 4> totals;  // few terms in each, for the error's sake
+      totals.fill(V(0));
+      const auto take = [&](int64_t at, auto size, V& total) {
         V x = V::loadu(from + at, size) - V(highest);
         __builtin_prefetch(from + BLOCK + at);
         if (t != 1) x = x * V(t);
@@ -210,8 +211,12 @@ class Row {
         if (size != V::size()) e = V::set(V(0), e, size);
         e.store(to.unscaled + b * BLOCK + at);
         total = total + e;
-      });
-      sums_[b] = sum<A>(total);
+      };
+      for (int64_t at = 0; at < whole; at += STEP) {
+        for (int k = 0; k < 4; ++k) take(at + k * V::size(), std::integral_constant<int64_t, V::size()>{}, totals[k]);
+      }
+      for_each_vector<A>(width(b) - whole, [&](int64_t at, auto size) { take(whole + at, size, totals[0]); });
+      sums_[b] = sum<A>((totals[0] + totals[1]) + (totals[2] + totals[3]));
     }
     double peak = LOWEST, total = 0;
     for (const A x : peaks_) peak = std::max(peak, double(x));
