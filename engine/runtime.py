@@ -18,6 +18,7 @@ import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PATIENCE = timedelta(hours=2)  # ranks wait for one another, at the longest while rank 0 prepares a large text
@@ -109,6 +110,17 @@ def start() -> Runtime:
             timeout=PATIENCE,
         )
     return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def leave() -> None:
+    """Leave the process group, at the end of a process that did well; where it fails, others may be waiting elsewhere.
+
+    A process must not end with a collective in flight, and ZeRO 3 leaves gathers that nobody waits for: gloo's threads
+    would let go of their tensors in an interpreter that is going down, and abort it.
+    """
+    for group in list(distributed_c10d._world.pg_map):  # DeepSpeed makes some too
+        dist.barrier(group)  # waits for all that was begun before it
+    dist.destroy_process_group()
 
 
 class StopSignal:
