@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from kernels import native
+from kernels import native, ops
 
 NAMES = ("auto", "triton", "native", "reference")
 ENVIRONMENT = "KERNELS_BACKEND"
@@ -32,6 +32,7 @@ _REMEDY = {
     "native": "install a C++ compiler and reinstall creche with `pip install --no-build-isolation --no-deps .`",
 }
 
+_modules: dict[tuple[str, str], ModuleType] = {}  # by op and backend: those in use
 _process_default: str | None = None  # None: not chosen by this process, so the environment decides
 
 
@@ -77,23 +78,41 @@ def backend(name: str | None = None) -> _Backend:
 
 def current() -> str:
     """The name in force: the process's choice, else KERNELS_BACKEND, else "auto"."""
-    if _process_default is not None:
-        return _process_default
-    name = os.environ.get(ENVIRONMENT, "auto")
-    _check(name, source=ENVIRONMENT)
-    return name
+    return _named(_process_default)
 
 
 def implementation(op: str, tensor: Tensor) -> ModuleType:
     """The module that runs `op` on the device of `tensor`.
 
+    A compiled function keeps what was chosen when it was traced. It is traced again after `backend(name)`, not after a
+    change of the environment.
+
     Raises:
         ValueError: the backend in force was chosen by name and `op` does not have it.
     """
-    name = current()
+    name = _chosen(op, _process_default, tensor.device.type, torch.compiler.is_compiling())
+    return getattr(getattr(ops, op), name)
+
+
+# A tracer follows neither the environment nor imports and searches for modules: it takes the two below as constants.
+
+
+@torch.compiler.assume_constant_result
+def _named(process_default: str | None) -> str:
+    if process_default is not None:
+        return process_default
+    name = os.environ.get(ENVIRONMENT, "auto")
+    _check(name, source=ENVIRONMENT)
+    return name
+
+
+@torch.compiler.assume_constant_result
+def _chosen(op: str, process_default: str | None, device: str, compiling: bool) -> str:
+    """The backend that runs `op`, imported."""
+    name = _named(process_default)
     if name == "auto":
-        name = _FASTEST.get(tensor.device.type, "reference")
-        if name == "native" and torch.compiler.is_compiling():
+        name = _FASTEST.get(device, "reference")
+        if name == "native" and compiling:
             name = "reference"
         elif not _offers(op, name):
             if name == "native":
@@ -101,14 +120,14 @@ def implementation(op: str, tensor: Tensor) -> ModuleType:
             name = "reference"
     elif not _offers(op, name):
         raise ValueError(f"backend {name!r} has no {op} in this installation: {_REMEDY[name]}, or choose 'auto'")
-    return importlib.import_module(f"kernels.ops.{op}.{name}")
+    importlib.import_module(f"kernels.ops.{op}.{name}")
+    return name
 
 
 @functools.cache
 def _check(name: str, source: str) -> None:
     if name not in NAMES:
         raise ValueError(f"{source} is {name!r}: expected one of {', '.join(NAMES)}")
-    ops = importlib.import_module("kernels.ops")
     if name != "auto" and not any(_offers(op.name, name) for op in pkgutil.iter_modules(ops.__path__)):
         raise ValueError(f"{source} is {name!r}, which is not available: {_REMEDY[name]}, or choose 'auto'")
 

@@ -4,7 +4,6 @@ Shapes: B sequences, L positions, H query heads, H_kv key and value heads.
 """
 
 import functools
-import importlib
 from importlib.util import find_spec
 
 import torch
@@ -22,18 +21,20 @@ def usable(q: Tensor, segments: Tensor | None) -> bool:
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] <= WIDEST_HEAD
         and segments is None
-        and _installed()
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and _runs_on(q.device)
     )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
     """See `kernels.attention`. Its backward adds in any order, unless torch is asked for deterministic algorithms."""
-    return importlib.import_module("flash_attn").flash_attn_func(
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_func(
         q, k, v, dropout_p=dropout, causal=causal, deterministic=torch.are_deterministic_algorithms_enabled()
     )
 
 
+@torch.compiler.assume_constant_result  # a tracer does not follow the search for a module
 @functools.cache
-def _installed() -> bool:
-    return find_spec("flash_attn") is not None
+def _runs_on(device: torch.device) -> bool:
+    return find_spec("flash_attn") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
