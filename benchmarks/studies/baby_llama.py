@@ -11,20 +11,20 @@ A finished run is a line of the CSV; what stands there is not done again, and a 
 """
 
 import argparse
-import csv
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from engine.config import Config, build, user_errors
+from benchmarks.studies.runs import append, rows, settings_of, train_to_the_end
+from engine.config import user_errors
 
 COLUMNS = ("arm", "seed", "validation_loss", "parameters", "tokens", "seconds", "git_commit")
 TEACHERS = {
-    "gpt2": {"family": "gpt2", "layers": 4, "hidden": 192, "heads": 6, "ffn": 768, "dropout": 0.1, "positions": 128},
-    "llama": {"layers": 4, "hidden": 192, "heads": 6, "ffn": 512, "positions": 128},
+    "gpt2": {"family": "gpt2", "layers": 4, "hidden": 192, "heads": 6, "ffn": 768, "dropout": 0.1},
+    "llama": {"layers": 4, "hidden": 192, "heads": 6, "ffn": 512},
 }
-STUDENT = {"layers": 3, "hidden": 128, "heads": 4, "ffn": 384, "positions": 128}
+STUDENT = {"layers": 3, "hidden": 128, "heads": 4, "ffn": 384}
 ARMS = {
     "control": (),
     "both": ("gpt2", "llama"),
@@ -46,11 +46,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     for seed, (name, shape) in enumerate(TEACHERS.items(), start=101):
-        settings = settings_of(arguments, f"teacher-{name}", shape, seed, arguments.teacher_tokens)
+        settings = settings_of(arguments, f"teacher-{name}", [student(seed, shape)], seed, arguments.teacher_tokens)
         finish(arguments.csv, f"teacher {name}", seed, settings)
     for seed in range(1, arguments.seeds + 1):
         for arm, teachers in ARMS.items():
-            settings = settings_of(arguments, f"{arm.replace(' ', '-')}-{seed}", STUDENT, seed, arguments.tokens)
+            name = f"{arm.replace(' ', '-')}-{seed}"
+            settings = settings_of(arguments, name, [student(seed, STUDENT)], seed, arguments.tokens)
             if teachers:
                 settings["teachers"] = [{"path": str(arguments.folder / f"teacher-{name}")} for name in teachers]
                 settings["objective"] = {"ce": 0.5, "teachers": 0.5, "temperature": 2.0}
@@ -60,48 +61,17 @@ def main() -> None:
     print(table(rows(arguments.csv)))
 
 
-def settings_of(
-    arguments: argparse.Namespace, name: str, shape: dict[str, Any], seed: int, tokens: int
-) -> dict[str, Any]:
-    steps = max(10, tokens // (16 * 128))
-    return {
-        "students": [{"name": "model", "learning_rate": 3e-3, "seed": seed, **shape}],
-        "run": {"name": name, "folder": str(arguments.folder), "log_every": 20},
-        "data": {"path": arguments.corpus, "words": arguments.words, "tokenizer": {"pieces": 4096}},
-        "optimizer": {"warmup": steps // 10},
-        "train": {"steps": steps, "batch": 16, "length": 128, "seed": seed},
-        "evaluation": {"every": max(1, steps // 5), "tokens": 50_000, "pairs": "none", "samples": 1},
-        "checkpoint": {"every": max(1, steps // 5), "keep": 1},
-    }
+def student(seed: int, shape: dict[str, Any]) -> dict[str, Any]:
+    return {"name": "model", "seed": seed, **shape}
 
 
 def finish(path: Path, arm: str, seed: int, settings: dict[str, Any]) -> None:
     """Train, or go on, or find the line there already."""
     if any(row["arm"] == arm and int(row["seed"]) == seed for row in rows(path)):
         return
-    from engine.train import train
-
-    config = build(Config, settings)
-    train(config)
-    path_of_summary = Path(config.run.folder) / config.run.name / "summary.json"
-    if not path_of_summary.is_file():
-        raise ValueError(f"{path_of_summary}: not there, as the run was asked to stop; the same command goes on")
-    summary = json.loads(path_of_summary.read_text())
+    summary = json.loads((train_to_the_end(settings) / "summary.json").read_text())
     (student,) = summary["students"]
-    found = {**student, **summary, "arm": arm, "seed": seed}
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(found)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    append(path, COLUMNS, [{**student, **summary, "arm": arm, "seed": seed}])
 
 
 def table(found: list[dict[str, str]]) -> str:

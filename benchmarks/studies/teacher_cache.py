@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.studies.baby_llama import ARMS, STUDENT, settings_of
+from benchmarks.studies.baby_llama import ARMS, STUDENT, student
+from benchmarks.studies.runs import settings_of
 from engine import runtime, teacher_cache
 from engine.cohort import Cohort, Student
 from engine.config import CacheConfig, Config, ObjectiveConfig, build, user_errors
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="timed, of each variant")
     arguments = parser.parse_args()
 
-    settings = settings_of(arguments, "control-1", STUDENT, seed=1, tokens=10**6)
+    settings = settings_of(arguments, "control-1", [student(1, STUDENT)], seed=1, tokens=10**6)
     settings["teachers"] = [{"path": str(arguments.folder / f"teacher-{name}")} for name in ARMS["both"]]
     settings["students"][0]["init"] = str(arguments.folder / "control-1" / "students" / "model")
     settings["objective"] = {"ce": 0.5, "teachers": 0.5, "temperature": 2.0}

@@ -1,0 +1,125 @@
+"""When Babies Teach Babies at nano scale: is learning together better than learning alone, and are learnt weights?
+
+    python benchmarks/studies/babies.py --corpus texts
+    python benchmarks/studies/babies.py --corpus texts --seeds 1 --tokens 20000 --teacher-tokens 20000 --csv try.csv
+
+Three students of different shapes. With one seed they begin with the same weights and read the same text in the same
+order in every arm, so that the differences between arms are paired:
+
+    alone           in one process, but nobody learns from anybody: their ensemble is that of independent models
+    mutual          deep mutual learning (Zhang et al. 2018): cross-entropy and the mean divergence from the peers
+    fixed           weighted mutual learning (Iyer 2024) with equal weights that stay as they are
+    weighted        the same with the weights learnt by the outer loop
+    taught          mutual, and a larger teacher, trained once on the same text, in the same loss
+    longer          each student alone and for three times as many steps: about the FLOPs of a whole cohort, for one
+
+A finished run is some lines of the CSV, one per student and one for the ensemble; what stands there is not done again,
+and a run that was killed goes on. FLOPs are the whole run's, outer loop and teacher's predictions included, the
+teacher's own training not; the students were not searched for, so that no search is to be counted.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.studies.runs import append, rows, settings_of, train_to_the_end
+from engine.config import user_errors
+
+COLUMNS = ("arm", "seed", "model", "validation_loss", "omega", "tokens", "model_flops", "seconds", "git_commit")
+STUDENTS = {
+    "deep": {"layers": 6, "hidden": 96, "heads": 4, "ffn": 256},
+    "wide": {"layers": 2, "hidden": 160, "heads": 4, "ffn": 448},
+    "small": {"layers": 3, "hidden": 96, "heads": 4, "ffn": 256},
+}
+TEACHER = {"layers": 4, "hidden": 192, "heads": 6, "ffn": 512}
+ARMS: dict[str, dict[str, Any]] = {
+    "alone": {"objective": {"peers": 0.0}},
+    "mutual": {},
+    "fixed": {"objective": {"ce": 0.5, "peers": 0.5, "weighted": True}},
+    "weighted": {"objective": {"ce": 0.5, "peers": 0.5, "weighted": True}, "outer": {"every": 5}},
+    "taught": {},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", required=True, help="a folder of *.txt; every file is sampled in proportion")
+    parser.add_argument("--words", type=int, default=700_000, help="of the corpus")
+    parser.add_argument("--tokens", type=int, default=600_000, help="that each student reads")
+    parser.add_argument("--teacher-tokens", type=int, default=1_500_000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("runs/study-babies"), help="of the runs")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"))
+    arguments = parser.parse_args()
+
+    def run(arm: str, seed: int, students: list[dict[str, Any]], tokens: int, **changes: Any) -> None:
+        name = f"{arm.replace(' ', '-')}-{seed}"
+        finish(arguments.csv, arm, seed, settings_of(arguments, name, students, seed, tokens) | changes)
+
+    run("teacher", 102, [{"name": "teacher", "seed": 102, **TEACHER}], arguments.teacher_tokens)
+    for seed in range(1, arguments.seeds + 1):
+        students = [{"name": name, "seed": 10 * seed + i, **shape} for i, (name, shape) in enumerate(STUDENTS.items())]
+        for arm, changes in ARMS.items():
+            teachers = [{"path": str(arguments.folder / "teacher-102")}] if arm == "taught" else []
+            run(arm, seed, students, arguments.tokens, teachers=teachers, **changes)
+        for student in students:
+            run(f"longer {student['name']}", seed, [student], len(students) * arguments.tokens)
+    print(table(rows(arguments.csv)))
+
+
+def finish(path: Path, arm: str, seed: int, settings: dict[str, Any]) -> None:
+    """Train, or go on, or find the lines there already."""
+    if any(row["arm"] == arm and int(row["seed"]) == seed for row in rows(path)):
+        return
+    folder = train_to_the_end(settings)
+    summary = json.loads((folder / "summary.json").read_text())
+    names = [student["name"] for student in summary["students"]]
+    last = [record for record in records(folder) if record["kind"] == "evaluation"][-1]
+    found = dict(last["students"])
+    if "ensemble" in last:
+        found["ensemble"] = last["ensemble"]
+    ledger = json.loads((folder / "students" / names[0] / "ledger.json").read_text())
+    accounts = [*ledger["students"].values(), ledger["teachers"], ledger["outer"]]
+    run = {**summary, "arm": arm, "seed": seed, "model_flops": sum(account["model_flops"] for account in accounts)}
+    weights = dict(zip(names, summary.get("omega", ()), strict=False))
+    append(
+        path,
+        COLUMNS,
+        [
+            {**run, "model": name, "validation_loss": one["validation_loss"], "omega": weights.get(name, "")}
+            for name, one in found.items()
+        ],
+    )
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def table(found: list[dict[str, str]]) -> str:
+    """Each arm's models' losses and, with the same seed, their differences from those alone, as Markdown."""
+    losses = {(row["arm"], row["model"], row["seed"]): float(row["validation_loss"]) for row in found}
+    lines = [
+        "| arm | model | nats/token, by seed | minus alone (mean ± s.d. of pairs) | FLOPs, run | ω |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm, model in dict.fromkeys((arm, model) for arm, model, _ in losses):
+        own = {row["seed"]: row for row in found if (row["arm"], row["model"]) == (arm, model)}
+        values = [losses[arm, model, seed] for seed in own]
+        pairs = [
+            losses[arm, model, seed] - losses["alone", model, seed] for seed in own if ("alone", model, seed) in losses
+        ]
+        spread = f" ± {statistics.stdev(pairs):.4f}" if len(pairs) > 1 else ""
+        difference = f"{statistics.mean(pairs):+.4f}{spread}" if pairs and arm != "alone" else ""
+        flops = statistics.mean(float(row["model_flops"]) for row in own.values())
+        omega = ", ".join(f"{float(row['omega']):.3f}" for row in own.values() if row["omega"])
+        by_seed = ", ".join(f"{x:.4f}" for x in values)
+        lines.append(f"| {arm} | {model} | {by_seed} | {difference} | {flops:.2e} | {omega} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -1,0 +1,53 @@
+"""What the studies share: the settings of a nano run, training it to its end, and a CSV of what is done."""
+
+import argparse
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.config import Config, build
+
+
+def settings_of(
+    arguments: argparse.Namespace, name: str, students: Sequence[Mapping[str, Any]], seed: int, tokens: int
+) -> dict[str, Any]:
+    """Of a run in which every student reads `tokens` tokens, in the order of `seed`."""
+    steps = max(10, tokens // (16 * 128))
+    return {
+        "students": [{"learning_rate": 3e-3, "positions": 128, **student} for student in students],
+        "run": {"name": name, "folder": str(arguments.folder), "log_every": 20},
+        "data": {"path": arguments.corpus, "words": arguments.words, "tokenizer": {"pieces": 4096}},
+        "optimizer": {"warmup": steps // 10},
+        "train": {"steps": steps, "batch": 16, "length": 128, "seed": seed},
+        "evaluation": {"every": max(1, steps // 5), "tokens": 50_000, "pairs": "none", "samples": 1},
+        "checkpoint": {"every": max(1, steps // 5), "keep": 1},
+    }
+
+
+def train_to_the_end(settings: Mapping[str, Any]) -> Path:
+    """Train, or go on, or find it done; the run's folder. ValueError where it was asked to stop."""
+    from engine.train import train
+
+    config = build(Config, dict(settings))
+    train(config)
+    folder = Path(config.run.folder) / config.run.name
+    if not (folder / "summary.json").is_file():
+        raise ValueError(f"{folder}: asked to stop before its end; the same command goes on")
+    return folder
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, columns: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(found)
