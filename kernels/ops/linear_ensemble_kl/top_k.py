@@ -98,7 +98,8 @@ def _one(
         q_g = torch.where(q > 0, q * (w - own_n[:, None]) / 2, 0)
     if not want:
         return kl_n, None
-    q_g = (temperature * weight_n)[:, None] * q_g
+    factor_n1 = (temperature * weight_n)[:, None]
+    q_g = torch.where(factor_n1 == 0, 0, factor_n1 * q_g)  # nothing even if the divergence is infinite
     # Shares of the tail first: g itself, about −P_t / Q_t, may overflow.
     shares_nV = q_nV.div_(torch.where(q_tail_n1 == 0, 1, q_tail_n1))
     return kl_n, shares_nV.mul_(q_g[:, -1:]).scatter_(1, index_nk, q_g[:, :-1])
