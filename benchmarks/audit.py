@@ -49,8 +49,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import launch
+from kernels import TopK, launch
 from kernels.ops.ensemble_kl import triton as ensemble_kl
+from kernels.ops.linear_ensemble_kl.triton_top_k import add_divergence
 from kernels.ops.rms_norm import triton as rms_norm
 from kernels.ops.rotary import triton as rotary
 from kernels.ops.swiglu import triton as swiglu
@@ -124,7 +125,7 @@ class Row:
 
 
 def cases() -> list[Case]:
-    return [*elementwise_cases(), *ensemble_cases()]
+    return [*elementwise_cases(), *ensemble_cases(), *top_k_cases()]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -205,6 +206,37 @@ def _launch_ensemble(
         lanes=chip.target.warp_size,
     )
     ensemble_kl.ensemble_kl_kernel[(N,)](*positional, **constants)
+
+
+def top_k_cases() -> Iterator[Case]:
+    bf16 = [(f"bf16 gradient {divergence}", torch.bfloat16) for divergence in ("forward", "reverse", "jsd")]
+    forms = [("losses forward", None), ("fp32 gradient forward", torch.float32), *bf16]
+    for V in (16000, 32000, 50257):
+        for k in (8, 32, 128):
+            for form, dtype in forms:
+                yield Case(
+                    "linear_ensemble_kl", f"top k={k} {form} V={V} fp32", "creche", N * V,
+                    partial(_launch_top_k, k, V, form.split()[-1], dtype),
+                )  # fmt: skip
+
+
+def _launch_top_k(k: int, V: int, divergence: str, dtype: torch.dtype | None, chip: Chip) -> None:
+    """dtype: the gradient's; None: losses alone."""
+    fp32, width = torch.float32, -(-V // 64) * 64
+    add_divergence(
+        meta(N, width, dtype=fp32),
+        None if dtype is None else meta(N, width, dtype=dtype),
+        TopK(meta(N, k, dtype=fp32), meta(N, k, dtype=torch.int32), meta(N, dtype=fp32)),
+        meta(N, dtype=torch.bool),
+        meta(1, 2, dtype=fp32),
+        meta(1, 2, N, dtype=fp32),
+        first=0,
+        pair=(0, 1),
+        vocabulary=V,
+        temperature=2.0,
+        divergence=divergence,
+        lanes=chip.target.warp_size,
+    )
 
 
 def _liger_losses(V: int) -> Iterator[Case]:

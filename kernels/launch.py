@@ -48,6 +48,11 @@ def ensemble_kl(
     return Launch(128 * vector, 128 // lanes, parts=parts)
 
 
+def ensemble_kl_top_k(itemsize: int, lanes: int) -> Launch:
+    """128 threads with 16 bytes of the gradient each (`itemsize`: of its elements, or of the logits' without it)."""
+    return Launch(128 * (16 // itemsize), 128 // lanes)
+
+
 def rms_norm(columns: int) -> Launch:
     """Whole rows: several if they are short, 16 elements per thread, which is two 128-bit loads of 16-bit numbers."""
     block = max(2048, columns)

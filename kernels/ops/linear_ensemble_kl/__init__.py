@@ -96,7 +96,7 @@ def linear_ensemble_kl(
         LinearEnsembleKL(losses, ce, kl).
 
     Raises:
-        ValueError: any of the above not met; a `TopK` under the Triton backend, which cannot take it yet.
+        ValueError: any of the above not met.
     """
     _check_streams(students, teachers)
     check_options(len(students), len(students) + len(teachers), temperature, divergence)
@@ -110,12 +110,7 @@ def linear_ensemble_kl(
 
     needs = [[_needs_gradient(x) for x in student] for student in students]
     ce_rows = targets != ignore_index
-    backend = dispatch.implementation("linear_ensemble_kl", first.hidden)
-    if kl_weight is not None and backend.__name__.endswith("triton") and any(isinstance(t, TopK) for t in teachers):
-        raise ValueError(
-            "a TopK teacher under the Triton backend, which cannot take it yet: choose backend 'reference'"
-        )
-    run = backend.losses_and_gradients
+    run = dispatch.implementation("linear_ensemble_kl", first.hidden).losses_and_gradients
     with torch.no_grad(), torch.autocast(first.hidden.device.type, enabled=False):
         losses, ce, kl, gradients = run(
             students,

@@ -87,18 +87,19 @@ def _one(
     q, log_q = torch.cat([q_nk, q_tail_n1], 1), torch.cat([log_q_nk, q_tail_n1.log()], 1)
     u = torch.where((p == 0) & (q == 0), 0, log_q - log_p)  # of the n × (k + 1) buckets
     if divergence == "forward":
-        kl_n, g = _kl(p, q, -u), torch.where(q > 0, 1 - p / q, 0)
+        kl_n, q_g = _kl(p, q, -u), q - p
     elif divergence == "reverse":
         kl_n = _kl(q, p, u)
-        g = u - kl_n[:, None]
+        q_g = torch.where(q > 0, q * (u - kl_n[:, None]), 0)
     else:
         mean, w = (p + q) / 2, _log_ratio_to_mean(u)
         own_n = _kl(q, mean, w)
-        kl_n, g = (_kl(p, mean, _log_ratio_to_mean(-u)) + own_n) / 2, (w - own_n[:, None]) / 2
+        kl_n = (_kl(p, mean, _log_ratio_to_mean(-u)) + own_n) / 2
+        q_g = torch.where(q > 0, q * (w - own_n[:, None]) / 2, 0)
     if not want:
         return kl_n, None
-    # q·g of the kept: −p + q is right also where q vanishes.
-    q_g = q - p if divergence == "forward" else torch.where(q > 0, q * g, 0)
     factor_n1 = (temperature * weight_n)[:, None]
-    gradient_nV = q_nV.mul_(factor_n1 * g[:, -1:]).scatter_(1, index_nk, factor_n1 * q_g[:, :-1])
-    return kl_n, gradient_nV
+    q_g = torch.where(factor_n1 == 0, 0, factor_n1 * q_g)  # nothing even if the divergence is infinite
+    # Shares of the tail first: g itself, about −P_t / Q_t, may overflow.
+    shares_nV = q_nV.div_(torch.where(q_tail_n1 == 0, 1, q_tail_n1))
+    return kl_n, shares_nV.mul_(q_g[:, -1:]).scatter_(1, index_nk, q_g[:, :-1])

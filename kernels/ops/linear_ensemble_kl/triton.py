@@ -1,10 +1,11 @@
-"""`linear_ensemble_kl` on a GPU: matrix products by cuBLAS, and between them one launch over a chunk's logits.
+"""`linear_ensemble_kl` on a GPU: matrix products by cuBLAS, and between them one launch over a chunk's logits, and one
+more for each student and teacher of whom only the top k is known (`triton_top_k.py`).
 
 Shapes: N tokens, D hidden, V vocabulary, W = V rounded up to a multiple of 64, S students, K teachers, R = S + K
 streams; n tokens of a chunk.
 
 Logits are fp32 whatever the storage. Their gradients have the storage's dtype, as the next products' operands must; in
-fp32 they replace the logits. They are not divided by the normalizer, which would take them below fp16's range: the
+fp32 they replace the logits, unless such launches follow. They are not divided by the normalizer, which would take them below fp16's range: the
 products' alpha does that, in fp32. Sums over chunks are fp32.
 """
 
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from kernels.ops.ensemble_kl.triton import loss_and_grad
-from kernels.ops.linear_ensemble_kl import Projected
+from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
 from kernels.ops.linear_ensemble_kl.reference import weighted_losses
+from kernels.ops.linear_ensemble_kl.triton_top_k import add_divergence
 
 CHUNK_BYTES = 2**30  # of logits and their gradients at a time
 CHUNK_ROWS = 1024  # at least: fewer leave the products' last tiles idle (pytorch issue 124480)
@@ -26,7 +28,7 @@ ALIGNMENT = 64  # columns: rows begin on 128 bytes, and every load of 16 bytes i
 
 def losses_and_gradients(
     students: Sequence[Projected],
-    teachers: Sequence[Projected],
+    teachers: Sequence[Projected | TopK],
     targets: Tensor,
     ce_weight: Tensor,
     kl_weight: Tensor | None,
@@ -42,20 +44,24 @@ def losses_and_gradients(
     Raises:
         ValueError: a tensor of float64.
     """
-    streams = (*students, *teachers)
-    for r, stream in enumerate(streams):
+    streams, dense, kept = top_k.split(students, teachers)
+    for r, stream in zip(dense, streams, strict=True):
         if any(x is not None and x.dtype == torch.float64 for x in stream):
             raise ValueError(
                 f"stream {r} holds torch.float64: the Triton kernel computes in fp32; convert it, or choose"
                 " kernels.backend('reference')"
             )
+    order = [*dense, *(r for r, _ in kept)]
     ce, kl, *made = _sweep(
         [stream.hidden for stream in streams],
         [stream.weight for stream in streams],
         [stream.bias for stream in streams],
+        [top.log_prob for _, top in kept],
+        [top.index for _, top in kept],
+        [top.tail for _, top in kept],
         targets,
         ce_weight.float(),
-        None if kl_weight is None else kl_weight.float(),
+        None if kl_weight is None else _in_order(kl_weight.float(), order),
         ce_rows,
         kl_rows,
         normalizer if isinstance(normalizer, Tensor) else None,
@@ -69,7 +75,7 @@ def losses_and_gradients(
         [next(remaining) if x is not None and need else None for x, need in zip(student, own, strict=True)]
         for student, own in zip(students, needs, strict=True)
     ]
-    kl = None if kl_weight is None else kl
+    kl = None if kl_weight is None else _in_order(kl, [order.index(r) for r in range(len(order))])
     losses = weighted_losses(
         ce_weight.float() / normalizer,
         ce,
@@ -85,6 +91,9 @@ def _sweep(
     hidden: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor | None],
+    log_prob: Sequence[Tensor],
+    index: Sequence[Tensor],
+    tail: Sequence[Tensor],
     targets: Tensor,
     ce_weight: Tensor,
     kl_weight: Tensor | None,
@@ -98,20 +107,28 @@ def _sweep(
 ) -> list[Tensor]:
     """[ce, kl, *gradients]; the gradients are multiplied by alpha / divisor. Those not needed are left out.
 
+    log_prob, index, tail: of the teachers known by them; theirs are the last columns of kl_weight and kl.
     needs: per student of hidden, weight, bias.
     """
-    S, N, V = len(ce_weight), len(targets), len(weight[0])
-    ce, kl, *made = outputs = _allocate(hidden, weight, bias, ce_weight, needs)
-    if kl_weight is None or len(hidden) == 1:
+    S, N, V, dense = len(ce_weight), len(targets), len(weight[0]), len(hidden)
+    ce, kl, *made = outputs = _allocate(hidden, weight, bias, len(log_prob), ce_weight, needs)
+    if kl_weight is None:
         kl.zero_()
+    else:
+        kl_weight = kl_weight.contiguous()
+    kept = [TopK(*(x.contiguous() for x in top)) for top in zip(log_prob, index, tail, strict=True)]
     counted = ce_rows if kl_weight is None else ce_rows | kl_rows
     heads = [_head(h, w) for h, w in zip(hidden, weight, strict=True)]
     wanted = [any(needs[3 * i : 3 * i + 3]) for i in range(S)]
-    chunk = _chunk_rows(N, V, heads, wanted)
+    chunk = _chunk_rows(N, V, heads, wanted, apart=bool(kept))
     width = math.ceil(V / ALIGNMENT) * ALIGNMENT
     logits_RnW = [ce.new_empty(chunk, width) for _ in heads]
     d_SnW = [
-        None if not want else logits if w.dtype == torch.float32 else torch.empty_like(logits, dtype=w.dtype)
+        None
+        if not want
+        else logits
+        if w.dtype == torch.float32 and not kept
+        else torch.empty_like(logits, dtype=w.dtype)
         for logits, w, want in zip(logits_RnW, heads, wanted, strict=False)
     ]
     targets, ce_rows, kl_rows = targets.contiguous(), ce_rows.contiguous(), kl_rows.contiguous()
@@ -132,7 +149,7 @@ def _sweep(
             d,
             targets[rows],
             ce_weight,
-            kl_weight,
+            None if kl_weight is None else kl_weight[:, :dense],
             ce_rows[rows],
             kl_rows[rows],
             vocabulary=V,
@@ -140,7 +157,23 @@ def _sweep(
             divergence=divergence,
         )
         if kl_SRn is not None:
-            kl[:, :, rows] = kl_SRn
+            kl[:, :dense, rows] = kl_SRn
+        for r, teacher in enumerate(kept if kl_weight is not None else (), start=dense):
+            assert kl_weight is not None
+            for i in range(S):
+                add_divergence(
+                    logits_RnW[i][:n],
+                    d[i],
+                    teacher,
+                    kl_rows,
+                    kl_weight,
+                    kl,
+                    first=start,
+                    pair=(i, r),
+                    vocabulary=V,
+                    temperature=temperature,
+                    divergence=divergence,
+                )
         remaining = iter(made)
         for i, d_nW in enumerate(d):
             if d_nW is None:
@@ -164,22 +197,26 @@ def _(
     hidden: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor | None],
+    log_prob: Sequence[Tensor],
+    index: Sequence[Tensor],
+    tail: Sequence[Tensor],
     targets: Tensor,
     ce_weight: Tensor,
     *rest: Any,
 ) -> list[Tensor]:
     needs: Sequence[bool] = rest[-1]
-    return _allocate(hidden, weight, bias, ce_weight, needs)
+    return _allocate(hidden, weight, bias, len(log_prob), ce_weight, needs)
 
 
 def _allocate(
     hidden: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor | None],
+    kept: int,
     ce_weight: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    S, R, N = len(ce_weight), len(hidden), len(hidden[0])
+    S, R, N = len(ce_weight), len(hidden) + kept, len(hidden[0])
     ce = ce_weight.new_empty(S, N)
     inputs = [x for i in range(S) for x in (hidden[i], weight[i], bias[i])]
     gradients = [ce.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if x is not None and need]
@@ -191,10 +228,19 @@ def _head(hidden: Tensor, weight: Tensor) -> Tensor:
     return weight if hidden.dtype == weight.dtype else weight.float()
 
 
-def _chunk_rows(tokens: int, width: int, heads: Sequence[Tensor], wanted: Sequence[bool]) -> int:
-    """Rows of a chunk: within the budget, but no fewer than the products need, and chunks as even as can be."""
+def _in_order(x: Tensor, order: Sequence[int]) -> Tensor:
+    """x[:, order], without a copy of `order` to the device."""
+    columns = x.unbind(1)
+    return x if list(order) == sorted(order) else torch.stack([columns[r] for r in order], 1)
+
+
+def _chunk_rows(tokens: int, width: int, heads: Sequence[Tensor], wanted: Sequence[bool], *, apart: bool) -> int:
+    """Rows of a chunk: within the budget, but no fewer than the products need, and chunks as even as can be.
+
+    apart: whether fp32 gradients, too, have memory of their own.
+    """
     of_gradients = sum(
-        w.element_size() for w, want in zip(heads, wanted, strict=False) if want and w.element_size() < 4
+        w.element_size() for w, want in zip(heads, wanted, strict=False) if want and (apart or w.element_size() < 4)
     )
     most = max(CHUNK_ROWS, CHUNK_BYTES // (width * (4 * len(heads) + of_gradients)))
     chunks = max(1, math.ceil(tokens / most))

@@ -156,6 +156,40 @@ def test_a_tail_of_nothing_and_a_sure_student() -> None:
         torch.testing.assert_close(result.losses[0].item(), float(expected), rtol=1e-6, atol=1e-9)
 
 
+def test_a_student_all_but_sure_learns_of_the_tail() -> None:
+    """In fp32, where P_t / Q_t is infinite."""
+    logits = torch.tensor([[95.0, 0.0, 1.0]]).requires_grad_()
+    loss = kernels.linear_ensemble_kl(
+        [Projected(logits, torch.eye(3))],
+        [TopK(torch.tensor([[0.75]]).log(), torch.tensor([[0]]), torch.tensor([0.25]))],
+        torch.tensor([0]),
+        ce_weight=torch.tensor([0.0]),
+        kl_weight=torch.tensor([[0.0, 1.0]]),
+        normalizer=1,
+    ).losses[0]
+    (gradient,) = torch.autograd.grad(loss, logits)
+    shares = torch.tensor([0.0, 1.0]).softmax(0)
+    torch.testing.assert_close(gradient[0], torch.tensor([0.25, *(-0.25 * shares)]), rtol=1e-3, atol=0)
+
+
+def test_a_weight_of_nothing_takes_an_infinite_loss() -> None:
+    student = Projected(torch.zeros(1, 3).requires_grad_(), torch.eye(3))
+    result = kernels.linear_ensemble_kl(
+        [student],
+        [TopK(torch.zeros(1, 1), torch.tensor([[0]]), torch.zeros(1))],
+        torch.tensor([0]),
+        ce_weight=torch.tensor([0.0]),
+        kl_weight=torch.tensor([[0.0, 0.0]]),
+        normalizer=1,
+        divergence="reverse",
+    )
+    assert result.kl is not None
+    assert result.kl[0, 1].isinf().all()
+    assert result.losses[0] == 0
+    (gradient,) = torch.autograd.grad(result.losses[0], student.hidden)
+    assert not gradient.any()
+
+
 def test_bad_input() -> None:
     student, top = stream(1, torch.float32), top_k(stream(2, requires_grad=False), 3, 1.0)
     weights: dict[str, Any] = dict(ce_weight=torch.ones(1), kl_weight=torch.ones(1, 2), normalizer=7)

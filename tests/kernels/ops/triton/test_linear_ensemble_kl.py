@@ -1,12 +1,14 @@
 """`linear_ensemble_kl` in Triton against the reference in float64. A CPU's matrix products are torch's, in fp32."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels import Projected
+from kernels import Projected, TopK
 from kernels.ops.linear_ensemble_kl import reference, triton
 from tests.kernels.ops.triton.agreement import DEVICE, honest_memory_and_casts
 
@@ -29,9 +31,19 @@ def make(streams: int, tokens: int, vocabulary: int, *dtypes: torch.dtype, bias=
     return made
 
 
-def run(backend, students: int, streams: list[Projected], *, kl=True, normalizer=3, mask=False, needs=None, **options):
+def run(
+    backend,
+    students: int,
+    streams: Sequence[Projected | TopK],
+    *,
+    kl=True,
+    normalizer=3,
+    mask=False,
+    needs=None,
+    **options,
+):
     """Every third row ignored; with `mask`, KL counts in other rows than CE."""
-    N, V = len(streams[0].hidden), len(streams[0].weight)
+    N, V = len(streams[0][0]), len(streams[0][1])
     targets = torch.arange(N, device=DEVICE) * 5 % V
     ce_rows = torch.arange(N, device=DEVICE) % 3 != 1
     kl_rows = torch.arange(N, device=DEVICE) % 2 == 0 if mask else ce_rows
@@ -61,13 +73,14 @@ def flat(swept: Swept) -> list[Tensor]:
     return [x for x in (losses, ce, kl, *(g for own in gradients for g in own)) if x is not None]
 
 
-def wide(streams: list[Projected]) -> list[Projected]:
+def wide(streams: Sequence[Projected | TopK]) -> list[Projected | TopK]:
     return [
-        Projected(s.hidden.double(), s.weight.double(), None if s.bias is None else s.bias.double()) for s in streams
+        type(s)(*(x.double() if x is not None and x.is_floating_point() else x for x in s))  # pyright: ignore[reportArgumentType]
+        for s in streams
     ]
 
 
-def check(students: int, streams: list[Projected], storage: torch.dtype = FP32, **options) -> list[Tensor]:
+def check(students: int, streams: Sequence[Projected | TopK], storage: torch.dtype = FP32, **options) -> list[Tensor]:
     """The operands' rounding to `storage`, which the gradients of the logits have too, is allowed for beside plain
     torch's error: the reference computes in fp32 throughout.
     """
