@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import kernels
 from kernels import Projected, TopK
 from kernels.ops.linear_ensemble_kl import reference, triton
 from tests.kernels.ops.triton.agreement import DEVICE, honest_memory_and_casts
@@ -166,6 +167,24 @@ def test_a_weight_of_nothing_takes_an_infinite_loss() -> None:
     kl, gradient = given(triton, torch.zeros(1, 4, device=DEVICE), top, weight=0.0, divergence="reverse")
     assert kl.isinf().all()
     assert not gradient.any()
+
+
+def test_the_public_function_takes_it() -> None:
+    hidden, weight, _ = make(1, 4, 70, FP32, bias=False)[0]
+    ones = torch.ones(1, 2, device=DEVICE)
+    found = []
+    for backend in ("triton", "reference"):
+        with kernels.backend(backend):
+            (loss,) = kernels.linear_ensemble_kl(
+                [Projected(hidden.requires_grad_(), weight)],
+                [teacher(1, 5)],
+                torch.zeros(4, dtype=torch.int64, device=DEVICE),
+                ce_weight=ones[0, :1],
+                kl_weight=ones,
+                normalizer=4,
+            ).losses
+            found.append((loss, *torch.autograd.grad(loss, hidden)))
+    torch.testing.assert_close(*found)
 
 
 def losses_and_gradients(
