@@ -5,8 +5,8 @@ Shapes: N tokens, D hidden, V vocabulary, W = V rounded up to a multiple of 64, 
 streams; n tokens of a chunk.
 
 Logits are fp32 whatever the storage. Their gradients have the storage's dtype, as the next products' operands must; in
-fp32 they replace the logits, unless such launches follow. They are not divided by the normalizer, which would take them below fp16's range: the
-products' alpha does that, in fp32. Sums over chunks are fp32.
+fp32 they replace the logits, unless such launches follow. They are not divided by the normalizer, which would take them
+below fp16's range: the products' alpha does that, in fp32. Sums over chunks are fp32.
 """
 
 import math
@@ -120,16 +120,13 @@ def _sweep(
     counted = ce_rows if kl_weight is None else ce_rows | kl_rows
     heads = [_head(h, w) for h, w in zip(hidden, weight, strict=True)]
     wanted = [any(needs[3 * i : 3 * i + 3]) for i in range(S)]
-    chunk = _chunk_rows(N, V, heads, wanted, apart=bool(kept))
+    apart = [bool(kept) or w.dtype != torch.float32 for w in heads]  # whether gradients do not take the logits' place
+    chunk = _chunk_rows(N, V, heads, [a and b for a, b in zip(wanted, apart, strict=False)])
     width = math.ceil(V / ALIGNMENT) * ALIGNMENT
     logits_RnW = [ce.new_empty(chunk, width) for _ in heads]
     d_SnW = [
-        None
-        if not want
-        else logits
-        if w.dtype == torch.float32 and not kept
-        else torch.empty_like(logits, dtype=w.dtype)
-        for logits, w, want in zip(logits_RnW, heads, wanted, strict=False)
+        None if not want else torch.empty_like(logits, dtype=w.dtype) if aside else logits
+        for logits, w, want, aside in zip(logits_RnW, heads, wanted, apart, strict=False)
     ]
     targets, ce_rows, kl_rows = targets.contiguous(), ce_rows.contiguous(), kl_rows.contiguous()
     for start in range(0, N, chunk):
@@ -234,14 +231,12 @@ def _in_order(x: Tensor, order: Sequence[int]) -> Tensor:
     return x if list(order) == sorted(order) else torch.stack([columns[r] for r in order], 1)
 
 
-def _chunk_rows(tokens: int, width: int, heads: Sequence[Tensor], wanted: Sequence[bool], *, apart: bool) -> int:
+def _chunk_rows(tokens: int, width: int, heads: Sequence[Tensor], apart: Sequence[bool]) -> int:
     """Rows of a chunk: within the budget, but no fewer than the products need, and chunks as even as can be.
 
-    apart: whether fp32 gradients, too, have memory of their own.
+    apart: S flags: whose gradients are made, beside the logits.
     """
-    of_gradients = sum(
-        w.element_size() for w, want in zip(heads, wanted, strict=False) if want and (apart or w.element_size() < 4)
-    )
+    of_gradients = sum(w.element_size() for w, aside in zip(heads, apart, strict=False) if aside)
     most = max(CHUNK_ROWS, CHUNK_BYTES // (width * (4 * len(heads) + of_gradients)))
     chunks = max(1, math.ceil(tokens / most))
     return max(1, math.ceil(tokens / chunks))

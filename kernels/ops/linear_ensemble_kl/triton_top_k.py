@@ -1,4 +1,4 @@
-# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportCallIssue=false
 """The divergence from a teacher known by its k most probable tokens (`top_k.py`) on a GPU: one program per token.
 
 Shapes: N tokens, V vocabulary, W columns of a row, padding included, S students, R streams; n tokens of a chunk.

@@ -1,14 +1,17 @@
 """`linear_ensemble_kl` in Triton from teachers known by their top k, against the reference in float64."""
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import kernels
 from kernels import Projected, TopK
 from kernels.ops.linear_ensemble_kl import reference, triton
 from tests.kernels.ops.triton.agreement import DEVICE, honest_memory_and_casts
-from tests.kernels.ops.triton.test_linear_ensemble_kl import check, flat, make, run, wide
+from tests.kernels.ops.triton.test_linear_ensemble_kl import check, flat, make, run
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DIVERGENCES = ["forward", "reverse", "jsd"]
@@ -26,7 +29,9 @@ def teacher(seed: int, k: int, tokens: int = 4, vocabulary: int = 70, temperatur
     return top_of(logits_NV.to(DEVICE), k, temperature)
 
 
-def given(backend, logits_NV: Tensor, top: TopK, *, weight: float = 1.0, divergence: str = "forward"):
+def given(
+    backend: ModuleType, logits_NV: Tensor, top: TopK, *, weight: float = 1.0, divergence: str = "forward"
+) -> tuple[Tensor, Tensor]:
     """kl [N] of a student whose logits are these, and their gradient."""
     (N, V), dtype = logits_NV.shape, logits_NV.dtype
     rows = torch.ones(N, dtype=torch.bool, device=DEVICE)
@@ -39,6 +44,8 @@ def given(backend, logits_NV: Tensor, top: TopK, *, weight: float = 1.0, diverge
             torch.full((1, 2), weight, device=DEVICE, dtype=dtype),
             *(rows, rows, 1, 1.0, divergence, [[True, False, False]]),
         )
+    assert kl is not None
+    assert gradient is not None
     return kl[0, 1], gradient
 
 
@@ -83,7 +90,12 @@ def test_near_equality(divergence: str) -> None:
     near = logits_NV + (5e-4 * torch.randn(4, 300, generator=generator)).to(DEVICE)
     top = top_of(near, 30)
     kl, gradient = given(triton, logits_NV, top, divergence=divergence)
-    exact, exact_gradient = given(reference, logits_NV.double(), *wide([top]), divergence=divergence)
+    exact, exact_gradient = given(
+        reference,
+        logits_NV.double(),
+        TopK(*(x.double() if x.is_floating_point() else x for x in top)),
+        divergence=divergence,
+    )
     itself, _ = given(triton, logits_NV, top_of(logits_NV, 30), divergence=divergence)
     assert (itself >= 0).all()
     assert (itself < 1e-11).all()
@@ -157,19 +169,37 @@ def test_a_weight_of_nothing_takes_an_infinite_loss() -> None:
     assert not gradient.any()
 
 
-def losses_and_gradients(streams: list[Projected | TopK], targets: Tensor, ones_1: Tensor, ones_13: Tensor):
+def test_the_public_function_takes_it() -> None:
+    hidden, weight, _ = make(1, 4, 70, FP32, bias=False)[0]
+    ones = torch.ones(1, 2, device=DEVICE)
+    found = []
+    for backend in ("triton", "reference"):
+        with kernels.backend(backend):
+            (loss,) = kernels.linear_ensemble_kl(
+                [Projected(hidden.requires_grad_(), weight)],
+                [teacher(1, 5)],
+                torch.zeros(4, dtype=torch.int64, device=DEVICE),
+                ce_weight=ones[0, :1],
+                kl_weight=ones,
+                normalizer=4,
+            ).losses
+            found.append((loss, *torch.autograd.grad(loss, hidden)))
+    torch.testing.assert_close(*found)
+
+
+def losses_and_gradients(
+    student: Projected, teachers: list[Projected | TopK], targets: Tensor, ones_1: Tensor, ones_13: Tensor
+):
     rows, needs = targets == 0, [[True, True, False]]
     return flat(
-        triton.losses_and_gradients(
-            streams[:1], streams[1:], targets, ones_1, ones_13, rows, rows, 2, 1.0, "jsd", needs
-        )
+        triton.losses_and_gradients([student], teachers, targets, ones_1, ones_13, rows, rows, 2, 1.0, "jsd", needs)
     )
 
 
 def test_torch_compile_traces_it() -> None:
-    streams = [*make(1, 3, 24, FP32, bias=False), teacher(1, 4, 3, 24), *make(1, 3, 24, FP32, bias=False)]
+    student, dense = make(2, 3, 24, FP32, bias=False)
     zeros, *ones = (torch.full(shape, x, device=DEVICE) for shape, x in (((3,), 0), ((1,), 1.0), ((1, 3), 1.0)))
-    inputs = streams, zeros, *ones
+    inputs = student, [teacher(1, 4, 3, 24), dense], zeros, *ones
     compiled = torch.compile(losses_and_gradients, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), losses_and_gradients(*inputs))
 
@@ -180,5 +210,5 @@ def test_nothing_waits_for_the_device() -> None:
         student = Projected(*(torch.empty(n, 5, device="cuda", dtype=BF16) for n in (3, 24)))
         top = TopK(*(torch.empty(shape, device="cuda") for shape in ((3, 4), (3, 4), (3,))))
         ones = (torch.empty(shape, device="cuda") for shape in ((1,), (1, 3)))
-        made = losses_and_gradients([student, top, student], torch.empty(3, device="cuda", dtype=torch.int64), *ones)
+        made = losses_and_gradients(student, [top, student], torch.empty(3, device="cuda", dtype=torch.int64), *ones)
     assert [x.shape for x in made] == [(1,), (1, 3), (1, 3, 3), (3, 5), (24, 5)]
