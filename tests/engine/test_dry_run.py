@@ -20,9 +20,10 @@ PUBLISHED = {
     "teacher-1": (345_355_200, 8, 128),
     "teacher-2": (345_355_200, 8, 128),
     "student": (345_355_200, 8, 128),
+    "published": (59_930_201, 100, 180),
 }
 YAMLS = sorted(
-    [*RECIPES.glob("baby_llama*/*.yaml"), *(RECIPES / f"{n}.yaml" for n in ("pretrain", "distill", "mutual"))]
+    [*RECIPES.glob("bab*/*.yaml"), *(RECIPES / f"{n}.yaml" for n in ("pretrain", "distill", "mutual"))]
 )
 
 

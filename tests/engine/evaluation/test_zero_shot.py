@@ -127,6 +127,9 @@ def test_a_text_may_fill_the_positions_and_no_more(
 def test_masked_models_are_scored_by_pseudo_log_likelihood(tmp_path: Path, place: Runtime) -> None:
     """Against one forward pass by transformers for every token, with it alone masked (Salazar et al. 2020)."""
     tokenizer = tokenization.train(generate(0, 3000), TokenizerConfig(mask=True), 360, tmp_path, boundary=True)
+    boundary, mask = tokenizer.boundary, tokenizer.mask
+    assert boundary is not None
+    assert mask is not None
     shape = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocabulary=360, positions=POSITIONS)
     model = Roberta(shape)
     generator = torch.Generator().manual_seed(1)
@@ -138,12 +141,12 @@ def test_masked_models_are_scored_by_pseudo_log_likelihood(tmp_path: Path, place
     after = Question("after", (" a cat", " the dogs sleep"), context="the dog sees")
 
     def expected(text: str, context: str = "") -> float:
-        before = [tokenizer.boundary, *(tokenizer.encode(context) if context else [])]
-        ids = torch.tensor([*before, *tokenizer.encode(text), tokenizer.boundary])
+        before = [boundary, *(tokenizer.encode(context) if context else [])]
+        ids = torch.tensor([*before, *tokenizer.encode(text), boundary])
         total = 0.0
         for at in range(len(before), len(ids) - 1):
             masked = ids.clone()
-            masked[at] = tokenizer.mask
+            masked[at] = mask
             total += theirs(masked[None]).logits[0, at].log_softmax(-1)[ids[at]].item()
         return total
 
