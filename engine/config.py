@@ -283,7 +283,7 @@ class ScoreConfig:
     """What recipes/score.py scores."""
 
     __pydantic_config__ = _STRICT
-    model: str  # a run's folder: its exported students and their ensemble; or a Hugging Face folder of a LLaMA
+    model: str  # a run's folder: its exported students and their ensemble; or a Hugging Face folder of a known family
     data: str  # the folder of the tasks' files
     tasks: tuple[str, ...] = ("blimp", "blimp_supplement", "entity_tracking", "wug_adj_nominalization", "reading")
     folder: str = "scores"  # where results go: <folder>/<name of the model>/

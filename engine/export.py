@@ -31,8 +31,8 @@ _HEAD = "lm_head."
 _TIED = ("lm_head.weight", "lm_head.decoder.weight", "lm_head.decoder.bias")  # what is there twice
 _PREFIX = {LlamaShape: "model.", GPT2Shape: "transformer.", RobertaShape: "roberta."}
 _BUFFERS = re.compile(
-    r"\battn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|embeddings\.position_ids$"
-)  # which old folders store beside the weights
+    r"\battn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|embeddings\.position_ids$|^roberta\.pooler\."
+)  # which older folders store beside the weights that are used
 _TRANSPOSED = re.compile(r"\b(c_attn|c_fc|c_proj)\.weight$")  # GPT-2's projections: [in, out]
 
 

@@ -22,9 +22,7 @@ PUBLISHED = {
     "student": (345_355_200, 8, 128),
     "published": (59_930_201, 100, 180),
 }
-YAMLS = sorted(
-    [*RECIPES.glob("bab*/*.yaml"), *(RECIPES / f"{n}.yaml" for n in ("pretrain", "distill", "mutual"))]
-)
+YAMLS = sorted([*RECIPES.glob("bab*/*.yaml"), *(RECIPES / f"{n}.yaml" for n in ("pretrain", "distill", "mutual"))])
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
