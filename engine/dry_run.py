@@ -12,7 +12,9 @@ from engine.config import Config, DataConfig, build, read_yaml
 from engine.export import shape_of_folder
 from engine.metrics import format_count
 from engine.models.families import Shape, model_of, parameter_count, shape_of
+from engine.models.gpt2 import GPT2Shape
 from engine.models.llama import LlamaShape
+from engine.models.roberta import RobertaShape
 from engine.run import check, steps_of
 from engine.teachers import folder_of
 
@@ -140,6 +142,6 @@ def _count(shape: Shape) -> int:
 
 
 def _described(shape: Shape) -> str:
-    family = "LLaMA" if isinstance(shape, LlamaShape) else "GPT-2"
+    family = {LlamaShape: "LLaMA", GPT2Shape: "GPT-2", RobertaShape: "RoBERTa"}[type(shape)]
     sizes = f"{shape.layers} layers × {shape.hidden}, {shape.heads} heads, {shape.ffn} inner"
     return f"{family}, {sizes}, {shape.vocabulary:,} pieces ({format_count(_count(shape))})"

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor
 
 from engine import checkpoint, schedule, teacher_cache
@@ -45,6 +44,7 @@ from engine.evaluation.scoring import cohort_log_probabilities
 from engine.evaluation.tasks import Task, minimal_pairs, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
 from engine.export import export_student, import_student, require_folder
+from engine.masking import MaskedFile, Masking
 from engine.metrics import (
     EvaluationRecord,
     MetricsLog,
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from engine.train import Tally
 
 STREAMS_AT_MOST = 8  # of one loss
+HELD_OUT_SEED = 0  # of its masks, in every run
 PAIRS = "evaluation.pairs"  # the task of the minimal pairs that every run is watched by
 MILESTONES = [digit * 10**decade for decade in (6, 7, 8) for digit in range(1, 10)] + [10**9]  # words
 
@@ -109,6 +110,7 @@ def check(config: Config, *, teachers: bool = True) -> None:
             )
     for teacher in config.teachers if teachers else ():
         folder_of(teacher)
+    _check_masked(config)
     _check_objective(config)
     if config.train.epochs is None:
         check_warmup(config, config.train.steps)
@@ -132,6 +134,27 @@ def steps_of(config: Config, chunks: int) -> int:
 def check_warmup(config: Config, steps: int) -> None:
     if config.optimizer.warmup >= steps:
         raise ValueError(f"optimizer.warmup={config.optimizer.warmup} is not less than train.steps={steps}: lower it")
+
+
+def _check_masked(config: Config) -> None:
+    """Refuse what does not go with masked tokens."""
+    if not config.masked:
+        return
+    for student in config.students:
+        if student.family != "roberta":
+            raise ValueError(
+                f"students.{student.name}.family={student.family} predicts the next token, and the roberta beside it "
+                "masked ones: take one kind"
+            )
+    if not config.data.tokenizer.mask:
+        raise ValueError("students of family roberta predict masked tokens: set data.tokenizer.mask=true")
+    if config.cache is not None:
+        raise ValueError("cache: what is masked changes with every epoch, and with it what teachers predict: drop it")
+    if config.objective.kl_everywhere or config.objective.reduction == "sequence":
+        raise ValueError(
+            "objective.kl_everywhere and reduction=sequence are of whole sequences, and students of family roberta "
+            "predict only what is masked: drop them"
+        )
 
 
 def _check_objective(config: Config) -> None:
@@ -183,13 +206,8 @@ class Run:
 
         with runtime.main_first():  # the others find it prepared
             self.prepared = prepare(config.data, say=print if runtime.is_main else lambda _: None)
-        train_file = TokenFile(
-            self.prepared.train,
-            self.prepared.manifest["dtype"],
-            config.train.length,
-            open_end=config.objective.kl_everywhere,
-        )
-        held_out_file = TokenFile(self.prepared.validation, self.prepared.manifest["dtype"], config.train.length)
+        train_file = self._file(self.prepared.train, config.train.seed, open_end=config.objective.kl_everywhere)
+        held_out_file = self._file(self.prepared.validation, HELD_OUT_SEED)
         self.data = TrainingData(
             train_file,
             batch=config.train.batch,
@@ -213,7 +231,9 @@ class Run:
         if config.evaluation.pairs == "auto":
             tasks.append(minimal_pairs(PAIRS, self.prepared.pairs))
         positions = min(student.positions for student in config.students)
-        self.questions = ZeroShot(tasks, self.prepared.tokenizer, runtime, positions=positions, share=False)
+        self.questions = ZeroShot(
+            tasks, self.prepared.tokenizer, runtime, positions=positions, share=False, masked=config.masked
+        )
 
         self.state = State(self.prepared.identity) if found is None else checkpoint.read_state(found)
         if self.state.data != self.prepared.identity:
@@ -248,6 +268,13 @@ class Run:
         evaluation = self.config.evaluation
         tasks = [] if evaluation.data is None else read_tasks(evaluation.tasks, Path(evaluation.data))
         return tasks if evaluation.pairs in ("auto", "none") else [*tasks, minimal_pairs(PAIRS, Path(evaluation.pairs))]
+
+    def _file(self, path: Path, seed: int, *, open_end: bool = False) -> TokenFile:
+        dtype, length, tokenizer = self.prepared.manifest["dtype"], self.config.train.length, self.prepared.tokenizer
+        if not self.config.masked:
+            return TokenFile(path, dtype, length, open_end=open_end)
+        assert tokenizer.mask is not None, "data.tokenizer.mask"
+        return MaskedFile(path, dtype, length, Masking(tokenizer.size, tokenizer.mask, tokenizer.special, seed))
 
     def _outer_data(self, held_out: TokenFile) -> TrainingData | None:
         """What the outer loop reads; None where ω stays as it is."""
@@ -364,7 +391,7 @@ class Run:
         self.state = replace(
             self.state,
             step=step.number,
-            tokens=self.state.tokens + step.valid_tokens,
+            tokens=self.state.tokens + step.tokens,
             words=words,
             updates=self.state.updates + (not skipped),
             skipped_in_a_row=self.state.skipped_in_a_row + 1 if skipped else 0,
@@ -501,9 +528,9 @@ class Run:
         return improved
 
     def _describe(self, found: list[StudentEvaluation], scores: list[list[TaskScore]]) -> list[dict[str, Any]]:
-        texts = samples(
-            self.cohort, self.prepared.tokenizer, self.config.evaluation.samples, self.config.evaluation.sample_tokens
-        )
+        evaluation = self.config.evaluation
+        count = 0 if self.config.masked else evaluation.samples  # who sees both sides writes no text
+        texts = samples(self.cohort, self.prepared.tokenizer, count, evaluation.sample_tokens)
         return [
             {
                 **found[i],
@@ -594,7 +621,8 @@ class Run:
                 "train_tokens": manifest["splits"]["train"]["tokens"],
                 "train_words": manifest["splits"]["train"]["words"],
                 "tokens_per_word": tokens_per_word,
-                "entropy_per_word": manifest["entropy_per_word"],
+                # Of the next token; who sees both sides has less left to predict.
+                "entropy_per_word": None if self.config.masked else manifest["entropy_per_word"],
             },
             "students": students,
             "report": str(self.folder / "report.html"),
@@ -637,7 +665,7 @@ def _half_ties(one: SetScore) -> float:
 
 def _compare(config: Config, path: Path) -> None:
     """Refuse to go on with other settings than the run began with, but for those that change no result."""
-    before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    before = _flat(settings.as_dict(settings.build(Config, settings.read_yaml(path))))
     now = _flat(settings.as_dict(config))
     for key in sorted(before.keys() | now.keys()):
         if key.startswith(_FREE_TO_CHANGE) or before.get(key) == now.get(key):

@@ -27,7 +27,6 @@ import yaml
 from engine.command import library
 from engine.config import Count, Natural, Positive, StudentConfig, read_yaml
 from engine.models.families import Shape, model_of, parameter_count, shape_of
-from engine.models.roberta import Roberta, RobertaShape
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
 ROOT = Path(__file__).parents[1]
@@ -105,17 +104,15 @@ class Space:
     def student(self, candidate: Candidate, number: int) -> StudentConfig:
         return StudentConfig(
             name=f"student-{number}",
-            family=self.config.family,  # pyright: ignore[reportArgumentType]
+            family=self.config.family,
             ffn=self.config.ffn,
             positions=self.config.positions,
             seed=number,
             **vars(candidate),
         )
 
-    def shape(self, candidate: Candidate) -> Shape | RobertaShape:
-        student = self.student(candidate, 1)
-        of = RobertaShape.of if self.config.family == "roberta" else shape_of
-        return of(student, self.config.vocabulary)
+    def shape(self, candidate: Candidate) -> Shape:
+        return shape_of(self.student(candidate, 1), self.config.vocabulary)
 
     @cache  # noqa: B019
     def size(self, candidate: Candidate) -> int:
@@ -126,7 +123,7 @@ class Space:
     def _count(self, candidate: Candidate) -> int:
         shape = self.shape(candidate)
         with torch.device("meta"):
-            return parameter_count(Roberta(shape) if isinstance(shape, RobertaShape) else model_of(shape))
+            return parameter_count(model_of(shape))
 
 
 def target(config: SearchConfig, number: int) -> float:

@@ -9,7 +9,6 @@ B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +56,10 @@ class RobertaShape:
             dropout=student.dropout,
             norm_eps=student.norm_eps or cls.norm_eps,
         )
+
+    @property
+    def tied(self) -> bool:
+        return True
 
     @property
     def head_width(self) -> int:
@@ -187,16 +190,3 @@ class Roberta(nn.Module):
                 x_BLD = block(x_BLD, draws_B)
         x_ND = x_BLD.flatten(0, 1)
         return self.lm_head(x_ND if rows_N is None else x_ND[rows_N])
-
-
-# When Babies Teach Babies (Iyer 2024): what its search found for N/2 to N/5, N RoBERTa-base. As settings of a student;
-# parameter counts at 50,265 pieces. The search leaves the number of heads open.
-PRESETS: dict[str, dict[str, Any]] = {
-    name: dict(family="roberta", layers=layers, hidden=hidden, heads=8, ffn=3072, positions=512, dropout=0.1)
-    for name, layers, hidden in (
-        ("babies-60m", 8, 512),  # 59.9M
-        ("babies-43m", 16, 256),  # 42.6M
-        ("babies-28m", 8, 256),  # 27.8M
-        ("babies-24m", 6, 256),  # 24.2M
-    )
-}

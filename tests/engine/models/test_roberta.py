@@ -14,10 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 import kernels
+from engine.config import StudentConfig
 from engine.data import Batch
-from engine.models import roberta
+from engine.models import families, roberta
 from engine.models.dropout import draws
-from engine.models.roberta import PRESETS, Roberta, RobertaShape
+from engine.models.presets import PRESETS
+from engine.models.roberta import Roberta, RobertaShape
 from engine.outer_loop import Stream
 
 SHAPE = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocabulary=61, positions=16, norm_eps=1e-3)
@@ -79,9 +81,8 @@ def hf_name(name: str) -> str:
     ("preset", "millions"), [("babies-60m", 59.9), ("babies-43m", 42.6), ("babies-28m", 27.8), ("babies-24m", 24.2)]
 )
 def test_the_papers_students_have_the_papers_sizes(preset: str, millions: float) -> None:
-    settings = {k: v for k, v in PRESETS[preset].items() if k != "family"}
     with torch.device("meta"):
-        model = Roberta(RobertaShape(**settings, vocabulary=50_265))
+        model = families.model_of(families.shape_of(StudentConfig(name="a", **PRESETS[preset]), vocabulary=50_265))
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
 
 
