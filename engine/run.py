@@ -45,6 +45,7 @@ from engine.evaluation.scoring import cohort_log_probabilities
 from engine.evaluation.tasks import Task, minimal_pairs, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
 from engine.export import export_student, import_student, require_folder
+from engine.flops import training_a_token
 from engine.metrics import (
     EvaluationRecord,
     MetricsLog,
@@ -428,7 +429,7 @@ class Run:
                         "lr": self.learning_rates(step)[i],
                         "tokens_per_second": tokens / own_seconds[i],
                         "model_flops_per_second": tokens
-                        * student.shape.training_flops(self.config.train.length)
+                        * training_a_token(student.shape, self.config.train.length)
                         / seconds,
                         "clipped": 0 < clip < outcome.gradient_norms[i],
                     }
