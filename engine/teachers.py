@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.cohort import Stopwatch
 from engine.config import Config, TeacherConfig
 from engine.data import Batch, Step
 from engine.export import load_model, require_folder
@@ -48,13 +49,15 @@ class Teachers:
         self.names, self.weights = names, weights
         self._models = [model.eval().requires_grad_(False) for model in models]
         self._heads = [model.head for model in models]
+        self.clock = Stopwatch(self._heads[0].device if models else torch.device("cpu"))
         if len(names) < len(models):
             self._heads = [torch.cat([w * head for w, head in zip(shares, self._heads, strict=True)], dim=1)]
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Sequence[Projected | TopK]:
         """K streams over the batch's rows."""
-        hidden: list[Tensor] = [model(batch.tokens_BL, batch.rows_N) for model in self._models]
+        with self.clock.running():
+            hidden: list[Tensor] = [model(batch.tokens_BL, batch.rows_N) for model in self._models]
         if len(self._heads) < len(hidden):
             hidden = [torch.cat(hidden, dim=1)]
         return [Projected(hidden_ND, head_VD) for hidden_ND, head_VD in zip(hidden, self._heads, strict=True)]
