@@ -8,6 +8,7 @@
         students/<name>/  Hugging Face folders of the best checkpoint
         milestones/<name>/chck_<n>M/   the same after n million words
         summary.json      the final table
+        profile/          engine.profiling, where asked for
         report.html
         ranks.pid         the ranks' process ids while it trains: where to send SIGTERM or SIGUSR1
 
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -30,13 +32,13 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from engine import checkpoint, schedule, teacher_cache
+from engine import checkpoint, profiling, schedule, teacher_cache
 from engine import config as settings
 from engine import ledger as ledgers
 from engine.checkpoint import State
 from engine.cohort import Cohort, Outcome, Student
 from engine.cohort import Record as ParametersAndMoments
-from engine.config import Config, ObjectiveConfig, OuterConfig, StudentConfig
+from engine.config import Config, ObjectiveConfig, OuterConfig, RunConfig, StudentConfig
 from engine.corpus.prepare import Prepared, prepare
 from engine.data import HeldOutData, Step, TokenFile, TrainingData, WordStarts, shares
 from engine.evaluation.held_out import validation_losses
@@ -81,6 +83,8 @@ _FREE_TO_CHANGE = (
     "run.resume",
     "run.log_every",
     "run.folder",
+    "run.profile",
+    "run.memory_snapshot",
     "data.path",  # what it holds is compared by hash
     "data.folder",
     "cache.path",  # of teachers, k and all else that it holds, compared by hash
@@ -175,6 +179,14 @@ def _check_objective(config: Config) -> None:
             )
 
 
+def _check_profile(config: RunConfig, steps: int, runtime: Runtime) -> None:
+    first, last = config.profile or (1, 1)
+    if not first <= last <= steps:
+        raise ValueError(f"run.profile={[first, last]}: expected the first and the last step to trace, of {steps}")
+    if config.memory_snapshot and (config.profile is None or runtime.device.type != "cuda"):
+        raise ValueError("run.memory_snapshot is of a GPU's memory at the end of run.profile's steps: drop it, or both")
+
+
 class Run:
     """Everything the loop works on, made ready to go on from where the run stands."""
 
@@ -207,6 +219,7 @@ class Run:
             device=runtime.device,
         )
         self.steps = steps_of(config, train_file.chunks)
+        _check_profile(config.run, self.steps, runtime)
         self.held_out = HeldOutData(
             held_out_file,
             tokens=config.evaluation.tokens,
@@ -368,6 +381,10 @@ class Run:
         file.write(" ".join(map(str, pids)) + "\n")
         file.flush()
         stack.callback(path.unlink, missing_ok=True)
+
+    def profiled(self, steps: Iterator[Step]) -> Iterator[Step]:
+        chosen, memory = self.config.run.profile, self.config.run.memory_snapshot
+        return profiling.profiled(steps, chosen, self.folder / "profile", self.runtime, memory=memory)
 
     def weigh(self, omega_S: Tensor) -> Coefficients:
         """The loss's coefficients where ω are the students' weights."""
