@@ -233,6 +233,8 @@ class RunConfig:
     folder: str = "runs"
     resume: Literal["auto", "never", "always"] = "auto"  # never: an existing run is an error; always: a missing one is
     log_every: Count = 1  # steps between lines of metrics.jsonl
+    profile: tuple[Count, Count] | None = None  # the first and the last step to trace (engine.profiling)
+    memory_snapshot: bool = False  # of a GPU, at the end of those steps
 
 
 @dataclass(frozen=True)

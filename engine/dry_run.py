@@ -10,6 +10,7 @@ import torch
 
 from engine.config import Config, DataConfig, build, read_yaml
 from engine.export import shape_of_folder
+from engine.flops import training_a_token
 from engine.metrics import format_count
 from engine.models.families import Shape, model_of, parameter_count, shape_of
 from engine.models.gpt2 import GPT2Shape
@@ -42,9 +43,9 @@ def report(config: Config, beside: Path) -> str:
     length, chunks = config.train.length, -(-known // config.train.length)
     steps = steps_of(config, chunks)
     tokens = steps * config.train.batch * length
-    learning = sum(shape.training_flops(length) for shape in students.values()) * tokens
+    learning = sum(training_a_token(shape, length) for shape in students.values()) * tokens
     seen = min(known, tokens) if config.cache is not None else tokens
-    teaching = sum(shape.training_flops(length) // 3 for shape in teachers.values()) * seen
+    teaching = sum(training_a_token(shape, length) // 3 for shape in teachers.values()) * seen
     about = "" if exact or config.train.epochs is None else "about "
 
     lines = [

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from engine import tokenizer as tokenization
 from engine.config import StudentConfig
+from engine.ledger import NAME as LEDGER
+from engine.ledger import Ledger, as_dict
 from engine.models.families import Model, Shape, model_of
 from engine.models.gpt2 import GPT2Shape
 from engine.models.llama import LlamaShape
@@ -36,8 +38,10 @@ _BUFFERS = re.compile(
 _TRANSPOSED = re.compile(r"\b(c_attn|c_fc|c_proj)\.weight$")  # GPT-2's projections: [in, out]
 
 
-def export_student(folder: Path, shape: Shape, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
-    """Write `folder` whole: config.json, model.safetensors (fp32), the tokenizer.
+def export_student(
+    folder: Path, shape: Shape, weights: Mapping[str, Tensor], tokenizer: Tokenizer, ledger: Ledger | None = None
+) -> None:
+    """Write `folder` whole: config.json, model.safetensors (fp32), the tokenizer, and what the training has cost.
 
     `weights` are the model's parameters by their own names. The folder is written aside and comes into place by a
     rename. Raises ValueError where the disk refuses.
@@ -49,6 +53,8 @@ def export_student(folder: Path, shape: Shape, weights: Mapping[str, Tensor], to
         (aside / "config.json").write_text(json.dumps(_hf_config(shape, tokenizer), indent=2) + "\n")
         save_file(hf_weights(shape, weights), aside / "model.safetensors", metadata={"format": "pt"})
         tokenizer.export(aside)
+        if ledger is not None:
+            (aside / LEDGER).write_text(json.dumps(as_dict(ledger), indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     except (OSError, SafetensorError) as error:

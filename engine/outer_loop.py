@@ -410,6 +410,7 @@ class Update:
     shares: dict[str, float]  # theirs in what moved ω
     step_size: float
     seconds: float
+    tokens: int  # held-out, predicted over all ranks
 
 
 @dataclass(frozen=True)
@@ -496,7 +497,9 @@ class OuterLoop:
             omega = mirror_descent(omega, gradient, step_size, self._config.floor)
         self.state = OuterState(tuple(omega), self.state.updates + 1)
         seconds = time.perf_counter() - begin
-        self.last = Update(omega, found.loss, found.terms(), found.shares(), step_size, seconds)
+        self.last = Update(
+            omega, found.loss, found.terms(), found.shares(), step_size, seconds, held_out_step.valid_tokens
+        )
         return True
 
 

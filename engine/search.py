@@ -26,6 +26,7 @@ import yaml
 
 from engine.command import library
 from engine.config import Count, Natural, Positive, StudentConfig, read_yaml
+from engine.flops import training_a_token
 from engine.models.families import Shape, model_of, parameter_count, shape_of
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
@@ -243,7 +244,7 @@ class ShortRun:
 
     def steps(self, cohort: Sequence[Candidate]) -> int:
         """How many the FLOPs pay for."""
-        a_token = sum(self.space.shape(student).training_flops(self.length) for student in cohort)
+        a_token = sum(training_a_token(self.space.shape(student), self.length) for student in cohort)
         return max(self.config.rungs, int(self.config.flops / (a_token * self.batch * self.length)))
 
     def __call__(self, cohort: Sequence[Candidate], report: Callable[[int, float], None]) -> float:

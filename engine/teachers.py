@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.cohort import Stopwatch
 from engine.config import Config, TeacherConfig
 from engine.data import Batch, Step
 from engine.export import load_model, require_folder
@@ -49,6 +50,7 @@ class Teachers:
         self.names, self.weights = names, weights
         self._models = [model.eval().requires_grad_(False) for model in models]
         self._mean: tuple[Tensor, Tensor | None] | None = None
+        self.clock = Stopwatch(models[0].head.device if models else torch.device("cpu"))
         if len(names) < len(models):
             pairs = list(zip(shares, models, strict=True))
             biases = [w * model.head_bias for w, model in pairs if isinstance(model, Roberta)]
@@ -58,7 +60,8 @@ class Teachers:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Sequence[Projected | TopK]:
         """K streams over the batch's rows."""
-        hidden = [model(batch.tokens_BL, batch.rows_N) for model in self._models]
+        with self.clock.running():
+            hidden = [model(batch.tokens_BL, batch.rows_N) for model in self._models]
         if self._mean is not None:
             return [Projected(torch.cat(hidden, dim=1), *self._mean)]
         return [projected(model, hidden_ND) for model, hidden_ND in zip(self._models, hidden, strict=True)]

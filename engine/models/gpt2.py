@@ -58,12 +58,6 @@ class GPT2Shape:
     def head_width(self) -> int:
         return self.hidden // self.heads
 
-    def training_flops(self, length: int) -> int:
-        """As `LlamaShape.training_flops`."""
-        projections = 4 * self.hidden * self.hidden + 2 * self.hidden * self.ffn
-        attention = self.hidden * (length + 1)
-        return 3 * 2 * (self.layers * (projections + attention) + self.hidden * self.vocabulary)
-
 
 class Attention(nn.Module):
     def __init__(self, shape: GPT2Shape, site: int) -> None:

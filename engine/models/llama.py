@@ -63,18 +63,6 @@ class LlamaShape:
     def head_width(self) -> int:
         return self.hidden // self.heads
 
-    def training_flops(self, length: int) -> int:
-        """Model FLOPs that one token of a sequence of `length` costs, forward and backward (twice the forward).
-
-        Counts every matrix product at 2 FLOPs a multiply-add, the head's included, the embedding's look-up not, and
-        attention causally: a position attends to (length + 1) / 2 others on average.
-        """
-        kv_hidden = self.kv_heads * self.head_width
-        projections = 2 * self.hidden * self.hidden + 2 * self.hidden * kv_hidden + 3 * self.hidden * self.ffn
-        attention = self.hidden * (length + 1)  # scores and mix: 2 products of D multiply-adds, halved by causality
-        forward = 2 * (self.layers * (projections + attention) + self.hidden * self.vocabulary)
-        return 3 * forward
-
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from engine.config import StudentConfig
-from engine.masking import SHARE
 from engine.models.dropout import dropped
 
 
@@ -64,14 +63,6 @@ class RobertaShape:
     @property
     def head_width(self) -> int:
         return self.hidden // self.heads
-
-    def training_flops(self, length: int) -> int:
-        """As `LlamaShape.training_flops`, a token of the text: attention looks both ways, and the head sees the rows to
-        predict alone."""
-        projections = 4 * self.hidden * self.hidden + 2 * self.hidden * self.ffn
-        attention = 2 * self.hidden * length
-        head = SHARE * self.hidden * (self.hidden + self.vocabulary)
-        return round(3 * 2 * (self.layers * (projections + attention) + head))
 
 
 class Output(nn.Module):
