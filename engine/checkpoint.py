@@ -39,7 +39,7 @@ class State:
     data: str  # hash of the prepared data
     place: str = ""  # ranks and ZeRO stage, for the record: neither matters to what is stored
     step: int = 0  # finished
-    tokens: int = 0  # predicted so far
+    tokens: int = 0  # of the text, so far
     words: int = 0  # begun by them
     updates: int = 0  # optimizer steps applied: steps less those skipped
     skipped_in_a_row: int = 0

@@ -93,7 +93,7 @@ class Student:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[f"weight/{name}"])
-        self.parameters = parameter_count(model)
+        self.parameters = parameter_count(self.shape)
         self.clock = Stopwatch(runtime.device)
         self.optimizer = torch.optim.AdamW(
             decay_groups(model, optimizer.weight_decay),

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.config import OuterConfig
+from engine.data import Step
+from engine.masking import SHARE
 from engine.models.families import Shape
 from engine.models.gpt2 import GPT2Shape
 from engine.models.llama import LlamaShape
 from engine.models.roberta import RobertaShape
-
-AnyShape = Shape | RobertaShape
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,36 @@ class Flops:
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(self.model + other.model, self.hardware + other.hardware)
 
+    def __sub__(self, other: "Flops") -> "Flops":
+        return Flops(self.model - other.model, self.hardware - other.hardware)
+
 
 @dataclass(frozen=True)
 class Text:
-    """What passes read: B sequences of L tokens, of which N rows reach the head, and `valid` of them have a target."""
+    """What passes read: B sequences of L tokens, of which N rows reach the head, and `valid` of them have a target;
+    `tokens` of the text, which are fewer where it ends."""
 
     sequences: int
     length: int
     rows: int
     valid: int
+    tokens: int
 
     @classmethod
     def whole(cls, sequences: int, length: int) -> "Text":
         """Every position predicts."""
-        return cls(sequences, length, sequences * length, sequences * length)
+        return cls(sequences, length, *3 * (sequences * length,))
+
+    @classmethod
+    def of(cls, step: Step, ranks: int) -> "Text":
+        """A step's, over all ranks."""
+        batches = step.micro_batches
+        sequences, length = ranks * sum(len(batch.tokens_BL) for batch in batches), batches[0].tokens_BL.shape[1]
+        rows = sequences * length if batches[0].rows_N is None else step.valid_tokens
+        return cls(sequences, length, rows, step.valid_tokens, step.tokens)
 
 
-def training(shape: AnyShape, text: Text, *, recompute: bool = False, explicit: bool | None = None) -> Flops:
+def training(shape: Shape, text: Text, *, recompute: bool = False, explicit: bool | None = None) -> Flops:
     """Forward and backward, the head's part in the loss included.
 
     Args:
@@ -66,24 +79,21 @@ def training(shape: AnyShape, text: Text, *, recompute: bool = False, explicit: 
     return Flops(model, hardware)
 
 
-def inference(shape: AnyShape, text: Text, *, explicit: bool = False) -> Flops:
+def inference(shape: Shape, text: Text, *, explicit: bool = False) -> Flops:
     """A forward pass and the head: a teacher's part in a step. Averaging several teachers' logits adds nothing."""
     head = _head(shape, text.rows)
     return Flops(_body(shape, text) + head, _body(shape, text, squares=explicit) + head)
 
 
-def training_a_token(shape: AnyShape, length: int) -> int:
-    """Model FLOPs of a token of the text; a RoBERTa predicts a share of them, and it is rounded to a whole number."""
-    if isinstance(shape, RobertaShape):
-        sequences = 20  # 15% of so many tokens are whole numbers
-        text = Text(sequences, length, 3 * length, 3 * length)
-    else:
-        sequences, text = 1, Text.whole(1, length)
-    return round(training(shape, text).model / (sequences * length))
+def training_a_token(shape: Shape, length: int) -> int:
+    """Model FLOPs of a token of the text, to a whole number; a RoBERTa predicts a share of them."""
+    tokens = 20 * length  # 15% of so many is a whole number
+    rows = round(tokens * SHARE) if isinstance(shape, RobertaShape) else tokens
+    return round(training(shape, Text(20, length, rows, rows, tokens)).model / tokens)
 
 
 def outer_update(
-    shapes: Sequence[AnyShape], train: Text, held_out: Text, config: OuterConfig, divergence: str = "forward"
+    shapes: Sequence[Shape], train: Text, held_out: Text, config: OuterConfig, divergence: str = "forward"
 ) -> Flops:
     """An update of the students' weights (engine.outer_loop), by the method and the terms of `config`."""
     total = Flops()
@@ -118,7 +128,7 @@ def outer_update(
     return total
 
 
-def _held_out_gradient(shape: AnyShape, text: Text, config: OuterConfig) -> Flops:
+def _held_out_gradient(shape: Shape, text: Text, config: OuterConfig) -> Flops:
     logits = config.ensemble == "logits"
     rows = text.rows if logits else text.valid
     body, head = _body(shape, text), _head(shape, rows)
@@ -128,13 +138,13 @@ def _held_out_gradient(shape: AnyShape, text: Text, config: OuterConfig) -> Flop
     return Flops(3 * (body + head), 3 * body + _scores(shape, text) + (3 if logits else 4) * head)
 
 
-def _body(shape: AnyShape, text: Text, *, squares: bool = False) -> int:
+def _body(shape: Shape, text: Text, *, squares: bool = False) -> int:
     """A forward pass up to the hidden state."""
     dense = 2 * text.rows * shape.hidden**2 if isinstance(shape, RobertaShape) else 0
     return _blocks(shape, text, squares=squares) + dense
 
 
-def _blocks(shape: AnyShape, text: Text, *, squares: bool) -> int:
+def _blocks(shape: Shape, text: Text, *, squares: bool) -> int:
     mlp = (3 if isinstance(shape, LlamaShape) else 2) * shape.hidden * shape.ffn
     narrow = shape.kv_heads * shape.head_width if isinstance(shape, LlamaShape) else shape.hidden
     weights = 2 * shape.hidden * (shape.hidden + narrow) + mlp
@@ -142,16 +152,16 @@ def _blocks(shape: AnyShape, text: Text, *, squares: bool) -> int:
     return linear + 2 * _scores(shape, text, squares=squares)
 
 
-def _scores(shape: AnyShape, text: Text, *, squares: bool = False) -> int:
+def _scores(shape: Shape, text: Text, *, squares: bool = False) -> int:
     """One of attention's two products, over the pairs of positions that see one another."""
     length, causal = text.length, not isinstance(shape, RobertaShape)
     pairs = length * (length + 1) // 2 if causal and not squares else length**2
     return 2 * shape.layers * text.sequences * pairs * shape.hidden
 
 
-def _head(shape: AnyShape, rows: int) -> int:
+def _head(shape: Shape, rows: int) -> int:
     return 2 * rows * shape.hidden * shape.vocabulary
 
 
-def _dropout(shape: AnyShape) -> float:
+def _dropout(shape: Shape) -> float:
     return 0.0 if isinstance(shape, LlamaShape) else shape.dropout

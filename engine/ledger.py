@@ -12,7 +12,8 @@ from typing import Any
 import pydantic
 
 from engine.config import Config
-from engine.flops import AnyShape, Flops, Text, inference, outer_update, training
+from engine.flops import Flops, Text, inference, outer_update, training
+from engine.models.families import Shape
 
 NAME = "ledger.json"
 NOTHING = Flops()
@@ -20,7 +21,7 @@ NOTHING = Flops()
 
 @dataclass(frozen=True)
 class Account:
-    """What one party has cost over all ranks. Tokens are those predicted."""
+    """What one party has cost over all ranks. Tokens are those of the text, masked or not."""
 
     tokens: int = 0
     words: int = 0  # begun by them
@@ -102,15 +103,15 @@ class Cost:
 
     students: tuple[Flops, ...]
     teachers: Flops = NOTHING
-    taught: int = 0  # tokens that teachers predicted
+    taught: int = 0  # tokens that teachers read
     outer: Flops = NOTHING
     outer_tokens: int = 0
 
 
 def step_cost(
     config: Config,
-    students: Sequence[AnyShape],
-    teachers: Sequence[AnyShape],
+    students: Sequence[Shape],
+    teachers: Sequence[Shape],
     text: Text,
     held_out: Text | None,
 ) -> Cost:
@@ -119,18 +120,18 @@ def step_cost(
     outer, outer_tokens = NOTHING, 0
     if held_out is not None:
         outer = outer_update(students, text, held_out, config.outer, config.objective.divergence)
-        outer_tokens = held_out.valid + (text.valid if config.outer.terms == "both" else 0)
+        outer_tokens = held_out.tokens + (text.tokens if config.outer.terms == "both" else 0)
     return Cost(
         tuple(training(shape, text, recompute=config.train.recompute) for shape in students),
         sum((inference(shape, text) for shape in teachers), NOTHING),
-        text.valid if teachers else 0,
+        text.tokens if teachers else 0,
         outer,
         outer_tokens,
     )
 
 
 def begin(
-    run: str, students: Sequence[str], folders: Sequence[Path], cached: tuple[Sequence[AnyShape], Text] | None
+    run: str, students: Sequence[str], folders: Sequence[Path], cached: tuple[Sequence[Shape], Text] | None
 ) -> Ledger:
     """A new run's ledger. `folders`: of teachers and initial weights; `cached`: teachers' shapes and the text whose
     predictions are read from a cache instead. Filling it is counted in full, whoever did it.
@@ -141,7 +142,7 @@ def begin(
     account = Account()
     if cached is not None:
         shapes, text = cached
-        account = account.plus(sum((inference(shape, text) for shape in shapes), NOTHING), tokens=text.valid)
+        account = account.plus(sum((inference(shape, text) for shape in shapes), NOTHING), tokens=text.tokens)
     return Ledger(
         run,
         {name: Account() for name in students},

@@ -47,7 +47,7 @@ from engine.evaluation.scoring import cohort_log_probabilities
 from engine.evaluation.tasks import Task, minimal_pairs, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
 from engine.export import export_student, import_student, require_folder, shape_of_folder
-from engine.flops import Text, training_a_token
+from engine.flops import Text
 from engine.hardware import EnergyMeter, peak
 from engine.ledger import Ledger
 from engine.masking import MaskedFile, Masking
@@ -272,9 +272,7 @@ class Run:
 
         self._begin_folder(found, stack)
         self._meter = EnergyMeter(runtime.device)
-        self._logged_flops = self.state.ledger.flops
-        self._logged = time.monotonic()  # when, and at which step and token, metrics last went out
-        self._logged_step, self._logged_tokens = self.state.step, self.state.tokens
+        self._logged, self._logged_state = time.monotonic(), self.state  # when and where metrics last went out
 
     def _found(self) -> Path | None:
         """The checkpoint to go on from. ValueError where the folder is another run's, or not as `resume` wants it."""
@@ -467,18 +465,13 @@ class Run:
 
     def _spent(self, step: Step) -> Ledger:
         """The ledger with what the step has cost."""
-        length, update = self.config.train.length, self.outer.last
-        some = step.micro_batches[0].rows_N is not None  # the rows to predict are all that the head sees
-        batch, sequences = self.config.train.batch, self.config.outer.sequences
-        held_out = None
-        if update is not None:
-            held_out = Text(sequences, length, update.tokens if some else sequences * length, update.tokens)
+        update = self.outer.last
         cost = ledgers.step_cost(
             self.config,
             [student.shape for student in self.cohort],
             self._teacher_shapes if self.config.cache is None else [],
-            Text(batch, length, step.valid_tokens if some else batch * length, step.valid_tokens),
-            held_out,
+            Text.of(step, self.runtime.world),
+            None if update is None else update.text,
         )
         seconds = 0.0 if update is None else update.seconds
         return self.state.ledger.spend(cost, tokens=step.tokens, words=step.words, outer_seconds=seconds)
@@ -502,10 +495,9 @@ class Run:
             seconds, own_seconds, self.teachers.clock.take(), joules if math.isfinite(joules) else None
         )
         self.state = replace(self.state, ledger=ledger)
-        flops, before = ledger.flops, self._logged_flops
-        self._logged_flops = flops
-        steps, tokens = step.number - self._logged_step, self.state.tokens - self._logged_tokens
-        self._logged_step, self._logged_tokens = step.number, self.state.tokens
+        before, self._logged_state = self._logged_state, self.state
+        steps, tokens = self.state.step - before.step, self.state.tokens - before.tokens
+        flops, spent = ledger.flops, ledger.flops - before.ledger.flops
         clip = self.config.optimizer.clip
         record: StepRecord = {
             "kind": "step",
@@ -524,8 +516,9 @@ class Run:
                     "grad_norm": outcome.gradient_norms[i],
                     "lr": self.learning_rates(step)[i],
                     "tokens_per_second": tokens / own_seconds[i],
-                    "model_flops_per_second": tokens
-                    * training_a_token(student.shape, self.config.train.length)
+                    "model_flops_per_second": (
+                        ledger.students[student.name].model_flops - before.ledger.students[student.name].model_flops
+                    )
                     / seconds,
                     "clipped": 0 < clip < outcome.gradient_norms[i],
                 }
@@ -534,8 +527,7 @@ class Run:
             "kl": [kl[i : i + len(kl) // students] for i in range(0, len(kl), len(kl) // students or 1)],
         }
         if self.peak is not None:
-            record["mfu"] = (flops.model - before.model) / seconds / self.peak
-            record["hfu"] = (flops.hardware - before.hardware) / seconds / self.peak
+            record["mfu"], record["hfu"] = (x / seconds / self.peak for x in (spent.model, spent.hardware))
         if ledger.joules is not None:
             record["joules"] = ledger.joules
         self._write(record)

@@ -14,20 +14,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pydantic
-import torch
 import yaml
 
 from engine.command import library
 from engine.config import Count, Natural, Positive, StudentConfig, read_yaml
 from engine.flops import training_a_token
-from engine.models.families import Shape, model_of, parameter_count, shape_of
+from engine.models.families import Shape, parameter_count, shape_of
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
 ROOT = Path(__file__).parents[1]
@@ -118,13 +117,8 @@ class Space:
     @cache  # noqa: B019
     def size(self, candidate: Candidate) -> int:
         """Parameters. All layers have the same number, so models of one and two layers tell."""
-        one, two = (self._count(Candidate(layers, candidate.hidden, candidate.heads)) for layers in (1, 2))
+        one, two = (parameter_count(self.shape(replace(candidate, layers=layers))) for layers in (1, 2))
         return one + (candidate.layers - 1) * (two - one)
-
-    def _count(self, candidate: Candidate) -> int:
-        shape = self.shape(candidate)
-        with torch.device("meta"):
-            return parameter_count(model_of(shape))
 
 
 def target(config: SearchConfig, number: int) -> float:

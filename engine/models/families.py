@@ -3,7 +3,8 @@
 N rows to predict, D hidden.
 """
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from engine.config import StudentConfig
 from engine.models.gpt2 import GPT2, GPT2Shape
@@ -33,5 +34,7 @@ def projected(model: Model, hidden_ND: Tensor) -> Projected:
     return Projected(hidden_ND, model.head, model.head_bias if isinstance(model, Roberta) else None)
 
 
-def parameter_count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def parameter_count(shape: Shape) -> int:
+    """Of the model, which is not made; what is tied counts once."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in model_of(shape).parameters())

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from engine.config import StudentConfig
 from engine.models.dropout import dropped
+from engine.models.inputs import draws_in_use, length_of
 
 
 @dataclass(frozen=True)
@@ -133,15 +134,8 @@ class GPT2(nn.Module):
             rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
             draws_B: [B] int64, what each sequence's dropout is drawn from (engine.models.dropout); only in training.
         """
-        length = tokens_BL.shape[1]
-        if length > self.shape.positions:
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than the model's {self.shape.positions} positions"
-            )
-        if not self.training or self.shape.dropout == 0:
-            draws_B = None
-        elif draws_B is None:
-            raise ValueError(f"dropout={self.shape.dropout} in training needs draws_B, a number for every sequence")
+        length = length_of(tokens_BL, self.shape.positions)
+        draws_B = draws_in_use(draws_B, self.shape.dropout, training=self.training)
         x_BLD = self.wte(tokens_BL) + self.wpe(torch.arange(length, device=tokens_BL.device))
         x_BLD = dropped(x_BLD, self.shape.dropout, draws_B, site=0)
         for block in self.h:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from engine.config import StudentConfig
+from engine.models.inputs import length_of
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,7 @@ class Llama(nn.Module):
             tokens_BL: [B, L] int64.
             rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
         """
-        length = tokens_BL.shape[1]
-        if length > self.shape.positions:
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than the model's {self.shape.positions} positions"
-            )
+        length = length_of(tokens_BL, self.shape.positions)
         cos, sin = rotary_table(length, self.shape.head_width, self.shape.rope_theta, tokens_BL.device)
         branch_BLD, residual_BLD = self.embed_tokens(tokens_BL), None
         for layer in self.layers:

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_
 import kernels
 from engine.config import OuterConfig
 from engine.data import IGNORED, Batch, Step
-from engine.flops import AnyShape, Text, inference, outer_update, training, training_a_token
+from engine.flops import Text, inference, outer_update, training, training_a_token
+from engine.models.families import Shape
 from engine.models.gpt2 import GPT2, GPT2Shape
 from engine.models.llama import Llama, LlamaShape
 from engine.models.roberta import Roberta, RobertaShape
@@ -32,15 +33,15 @@ TOKENS = torch.arange(B * L).view(B, L) % V
 ROWS = torch.tensor([0, 4, 9, 17, 25])
 
 
-def model_of(shape: AnyShape, *, recompute: bool = False) -> Any:
+def model_of(shape: Shape, *, recompute: bool = False) -> Any:
     return {LlamaShape: Llama, GPT2Shape: GPT2, RobertaShape: Roberta}[type(shape)](shape, recompute=recompute)
 
 
-def text_of(shape: AnyShape) -> Text:
-    return Text(B, L, len(ROWS), len(ROWS)) if isinstance(shape, RobertaShape) else Text.whole(B, L)
+def text_of(shape: Shape) -> Text:
+    return Text(B, L, len(ROWS), len(ROWS), B * L) if isinstance(shape, RobertaShape) else Text.whole(B, L)
 
 
-def inputs_of(shape: AnyShape) -> list[torch.Tensor | None]:
+def inputs_of(shape: Shape) -> list[torch.Tensor | None]:
     inputs: list[torch.Tensor | None] = [TOKENS, ROWS if isinstance(shape, RobertaShape) else None]
     return inputs if isinstance(shape, LlamaShape) else [*inputs, torch.arange(B)]
 
@@ -75,13 +76,13 @@ def counted(work: Callable[[], object], *, fused: bool = False) -> int:
     return counter.flops
 
 
-def unseen(shape: AnyShape, products: int) -> int:
+def unseen(shape: Shape, products: int) -> int:
     """FLOPs of so many of attention's products above the diagonal, where it is causal."""
     pairs = 0 if isinstance(shape, RobertaShape) else L * (L - 1) // 2
     return products * 2 * shape.layers * B * pairs * shape.hidden
 
 
-def a_step(shape: AnyShape, *, recompute: bool = False) -> Callable[[], None]:
+def a_step(shape: Shape, *, recompute: bool = False) -> Callable[[], None]:
     model, text = model_of(shape, recompute=recompute), text_of(shape)
 
     def work() -> None:
@@ -95,7 +96,7 @@ def a_step(shape: AnyShape, *, recompute: bool = False) -> Callable[[], None]:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_explicit_attention(shape: AnyShape, recompute: bool) -> None:
+def test_explicit_attention(shape: Shape, recompute: bool) -> None:
     flops = training(shape, text_of(shape), recompute=recompute, explicit=True)
     assert counted(a_step(shape, recompute=recompute)) == flops.hardware
     if not recompute:
@@ -103,13 +104,13 @@ def test_explicit_attention(shape: AnyShape, recompute: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", [LLAMA, GPT_2, ROBERTA], ids=str)
-def test_fused_attention_forms_the_scores_again(shape: AnyShape) -> None:
+def test_fused_attention_forms_the_scores_again(shape: Shape) -> None:
     flops = training(shape, text_of(shape))
     assert counted(a_step(shape), fused=True) == flops.hardware + unseen(shape, 7)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_teacher(shape: AnyShape) -> None:
+def test_a_teacher(shape: Shape) -> None:
     model = model_of(shape).eval()
     found = inference(shape, text_of(shape), explicit=True)
     with torch.no_grad():
@@ -118,8 +119,8 @@ def test_a_teacher(shape: AnyShape) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_token_of_the_text(shape: AnyShape) -> None:
-    text = Text(20, L, 3 * L, 3 * L) if isinstance(shape, RobertaShape) else Text.whole(20, L)
+def test_a_token_of_the_text(shape: Shape) -> None:
+    text = Text(20, L, 3 * L, 3 * L, 20 * L) if isinstance(shape, RobertaShape) else Text.whole(20, L)
     assert 20 * L * training_a_token(shape, L) == pytest.approx(training(shape, text).model, abs=20 * L)
 
 
@@ -136,7 +137,7 @@ def test_a_token_of_the_text(shape: AnyShape) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("shape", [LLAMA, GPT_2, replace(GPT_2, dropout=0.1)], ids=str)
-def test_an_update_of_the_outer_loop(shape: AnyShape, options: dict[str, Any]) -> None:
+def test_an_update_of_the_outer_loop(shape: Shape, options: dict[str, Any]) -> None:
     shapes = [shape, replace(shape, layers=1, hidden=8, heads=2)]
     config = OuterConfig(**options)
     streams = [Stream(lambda s=s: model_of(s)) for s in shapes]
@@ -155,7 +156,7 @@ def test_an_update_of_the_outer_loop(shape: AnyShape, options: dict[str, Any]) -
     omega_S = torch.tensor([0.4, 0.6], dtype=torch.float64)
     options = {"ensemble": config.ensemble, "terms": config.terms, "method": config.method}
     found = counted(lambda: hypergradient(streams, points, points, [0.1, 0.1], step, step, omega_S, weigh, **options))
-    text = Text(B, L, B * L, B * L - 7)
+    text = Text.of(step, 1)
     expected = outer_update(shapes, text, text, config)
     for s in shapes:  # explicit in this test: whole squares where the count has triangles, and no scores formed again
         held_out = 2 if config.terms == "first" else 6
@@ -167,7 +168,7 @@ def test_an_update_of_the_outer_loop(shape: AnyShape, options: dict[str, Any]) -
     assert found == expected.hardware
 
 
-def again(shape: AnyShape, config: OuterConfig) -> int:
+def again(shape: Shape, config: OuterConfig) -> int:
     """The scores that fused attention would form again."""
     times = 0 if config.terms == "first" else 1
     if config.terms == "both" and config.method == "backward" and not getattr(shape, "dropout", 0):

@@ -20,9 +20,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         ("NVIDIA GH200 480GB", 989e12, 67e12),
         ("NVIDIA B200", 2250e12, 75e12),
         ("NVIDIA GB200", 2500e12, 80e12),
+        ("NVIDIA H200 NVL", 835e12, 60e12),
         ("AMD Instinct MI300X", 1307e12, 163.4e12),
         ("Tesla V100-SXM2-16GB", None, 15.7e12),
+        ("AMD Instinct MI250X", 191.5e12, 47.9e12),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None, None),  # a part of it
+        ("NVIDIA H100 PCIe MIG 1g.10gb", None, None),
+        ("NVIDIA RTX A1000", None, None),  # no A100
         ("NVIDIA GeForce GTX 1060", None, None),
     ],
 )
