@@ -136,7 +136,7 @@ def test_a_token_of_the_text(shape: Shape) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("shape", [LLAMA, GPT_2, replace(GPT_2, dropout=0.1)], ids=str)
+@pytest.mark.parametrize("shape", [LLAMA, GPT_2, replace(GPT_2, dropout=0.1), ROBERTA], ids=str)
 def test_an_update_of_the_outer_loop(shape: Shape, options: dict[str, Any]) -> None:
     shapes = [shape, replace(shape, layers=1, hidden=8, heads=2)]
     config = OuterConfig(**options)
@@ -144,10 +144,12 @@ def test_an_update_of_the_outer_loop(shape: Shape, options: dict[str, Any]) -> N
     torch.manual_seed(0)
     parameters = [dict(model_of(s).named_parameters()) for s in shapes]
     points = [{n: p.detach() for n, p in own.items()} for own in parameters]
-    targets_N = TOKENS.flatten().clone()
-    targets_N[:7] = IGNORED
-    batch = Batch(TOKENS, targets_N, samples_B=torch.arange(B))
-    step = Step(1, 0.0, B * L - 7, B * L - 7, 0, [batch])
+    rows_N = ROWS if isinstance(shape, RobertaShape) else None
+    targets_N = TOKENS.flatten()[slice(None) if rows_N is None else rows_N].clone()
+    if rows_N is None:
+        targets_N[:7] = IGNORED
+    batch = Batch(TOKENS, targets_N, rows_N=rows_N, samples_B=torch.arange(B))
+    step = Step(1, 0.0, int((targets_N != IGNORED).sum()), B * L, 0, [batch])
 
     def weigh(omega_S: torch.Tensor) -> Coefficients:
         kl_weight_SS = omega_S.expand(2, 2).clone().fill_diagonal_(0)
@@ -173,4 +175,5 @@ def again(shape: Shape, config: OuterConfig) -> int:
     times = 0 if config.terms == "first" else 1
     if config.terms == "both" and config.method == "backward" and not getattr(shape, "dropout", 0):
         times += 2
-    return times * 2 * shape.layers * B * (L * (L + 1) // 2) * shape.hidden
+    pairs = L**2 if isinstance(shape, RobertaShape) else L * (L + 1) // 2
+    return times * 2 * shape.layers * B * pairs * shape.hidden

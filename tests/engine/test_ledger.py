@@ -13,6 +13,7 @@ from engine.config import Config, OuterConfig, build
 from engine.flops import Flops, Text, inference, outer_update, training
 from engine.ledger import Account, Ledger
 from engine.models.llama import LlamaShape
+from engine.models.roberta import RobertaShape
 from engine.run import Run
 from engine.train import train
 
@@ -116,6 +117,22 @@ def test_filling_a_cache_is_counted_once(tmp_path: Path) -> None:
         sequences = found.tokens // 32
         assert sequences > 50
         assert found.model_flops == inference(SMALL, Text.whole(sequences, 32)).model
+
+
+def test_of_masked_text_what_is_predicted_reaches_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, record = [], Run.record
+
+    def recorded(run: Run, step: Any, *rest: Any) -> None:
+        steps.append(step)
+        record(run, step, *rest)
+
+    monkeypatch.setattr(Run, "record", recorded)
+    train(config(tmp_path, "masked", "data.tokenizer.mask=true", "students.0.family=roberta"))
+    found = ledger_of(tmp_path / "runs" / "masked").students["one"]
+    shape = RobertaShape(1, 16, 2, 32, 400, 32)
+    texts = [Text(4, 32, step.valid_tokens, step.valid_tokens, step.tokens) for step in steps]
+    assert found.model_flops == sum(training(shape, text).model for text in texts)
+    assert found.tokens == sum(text.tokens for text in texts) > 5 * sum(text.valid for text in texts)
 
 
 def test_a_run_that_taught_twice_counts_once() -> None:

@@ -42,7 +42,7 @@ def records(folder: Path, name: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         for record in (line, *line["students"].values()) if isinstance(line.get("students"), dict) else (line,):
-            for key in ("time", "seconds", "tokens_per_second", "model_flops_per_second"):
+            for key in ("time", "seconds", "tokens_per_second", "model_flops_per_second", "mfu", "hfu"):
                 record.pop(key, None)
     return lines
 
