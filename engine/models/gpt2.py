@@ -6,7 +6,6 @@ projections transposed (engine.export).
 B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import kernels
 from engine.config import StudentConfig
-from engine.models.dropout import dropped
+from engine.models.dropout import attention, dropped
 from engine.models.inputs import draws_in_use, length_of
 
 
@@ -69,14 +67,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, draws_B: Tensor | None) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.width)) for part in self.c_attn(x_BLD).chunk(3, -1))
-        if draws_B is None:
-            mixed_BLHd = kernels.attention(q, k, v, causal=True)
-        else:  # whoever fuses it draws from a generator, and not per sample
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            scores_BHLL = q @ k.mT / math.sqrt(self.width)
-            later_LL = torch.ones(scores_BHLL.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-            weights_BHLL = scores_BHLL.masked_fill(later_LL, -torch.inf).softmax(-1)
-            mixed_BLHd = (dropped(weights_BHLL, self.dropout, draws_B, self.site) @ v).transpose(1, 2)
+        mixed_BLHd = attention(q, k, v, self.dropout, draws_B, self.site, causal=True)
         return self.c_proj(mixed_BLHd.flatten(-2))
 
 

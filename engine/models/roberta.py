@@ -7,7 +7,6 @@ but the head a state dictionary is theirs.
 B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import kernels
 from engine.config import StudentConfig
-from engine.models.dropout import dropped
+from engine.models.dropout import attention, dropped
 from engine.models.inputs import draws_in_use, length_of
 
 
@@ -88,12 +86,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, draws_B: Tensor | None) -> Tensor:
         q, k, v = (projection(x_BLD).unflatten(-1, (-1, self.width)) for projection in self.self.values())
-        if draws_B is None:
-            mixed_BLHd = kernels.attention(q, k, v, causal=False)
-        else:  # whoever fuses it draws from a generator, and not per sample
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            weights_BHLL = (q @ k.mT / math.sqrt(self.width)).softmax(-1)
-            mixed_BLHd = (dropped(weights_BHLL, self.dropout, draws_B, self.site) @ v).transpose(1, 2)
+        mixed_BLHd = attention(q, k, v, self.dropout, draws_B, self.site, causal=False)
         return self.output(mixed_BLHd.flatten(-2), x_BLD, draws_B)
 
 
