@@ -41,6 +41,8 @@ from torch import Tensor
 from benchmarks import timing
 from engine.config import ObjectiveConfig, OptimizerConfig, StudentConfig, TrainConfig
 from engine.data import Step, TokenFile, TrainingData
+from engine.flops import Text, training
+from engine.models.families import parameter_count
 from engine.models.llama import Llama, LlamaShape, initialise
 from engine.objective import coefficients
 from engine.runtime import device_name, git_commit
@@ -189,11 +191,6 @@ def step_products(shape: LlamaShape, batch: int, length: int, device: torch.devi
     parts.append(linear(hidden, shape.vocabulary))
     forward = [product for part, _ in parts for product in part]
     return forward + [product for _, part in reversed(parts) for product in part]
-
-
-def flops(listed: Sequence[Product]) -> int:
-    """Two for each multiply-add."""
-    return sum(2 * out.numel() * left.shape[-1] for left, _, out in listed)
 
 
 @dataclass(frozen=True)
@@ -357,11 +354,10 @@ class Row:
 
 
 def measure(names: Sequence[str], work: Work, rounds: int) -> list[Row]:
-    meta = torch.device("meta")
     shapes = [LlamaShape.of(config, work.vocabulary) for config in work.students]
-    gigaflops = sum(flops(step_products(shape, work.batch, work.length, meta)) for shape in shapes) / 1e9
-    with meta:
-        state = 3 * sum(p.nbytes for shape in shapes for p in Llama(shape).parameters())
+    text = Text.whole(work.batch, work.length)
+    gigaflops = sum(training(shape, text, explicit=True).hardware for shape in shapes) / 1e9
+    state = 3 * 4 * sum(map(parameter_count, shapes))  # fp32 weights and both moments
     with processes(names, work) as found:
         check_losses(found)
         for process in found.values():

@@ -129,8 +129,9 @@ def chart(
     rules: Sequence[tuple[float, str]] = (),
     note: str = "",
     height: int = 240,
+    over: str = "step",
 ) -> str:
-    """A figure over steps. `rules` are horizontal lines with the HTML of their labels."""
+    """A figure over steps, or what `over` names. `rules` are horizontal lines with the HTML of their labels."""
     x = step_axis(timeline.steps)
 
     def down(value: float) -> float:
@@ -166,17 +167,19 @@ def chart(
         for tick in y.ticks()
         if 0 <= down(tick) <= height
     ]
-    beside += [f'<span class="x" style="left:{x.at(tick) * 100:.1f}%">{tick:,.0f}</span>' for tick in x.ticks()]
+    mark = "{:,.0f}".format if over == "step" else _label
+    beside += [f'<span class="x" style="left:{x.at(tick) * 100:.1f}%">{mark(tick)}</span>' for tick in x.ticks()]
     legend = "".join(f'<span class="{colour}">{text}</span>' for _, colour, text, _ in labels)
     for top, (_, colour, text, plain) in zip(_spread([label[0] for label in labels], height), labels, strict=True):
         beside.append(f'<span class="end {colour}" style="top:{top:.0f}px" title="{plain}">{text}</span>')
+    kind = f'data-over="{over}"{" data-log" if y.log else ""}'
     scale = f'data-x0="{x.low:g}" data-x1="{x.high:.10g}" data-y0="{y.low:.6g}" data-y1="{y.high:.6g}"'
     return (
         f'<figure><figcaption><h3>{title}</h3><span class="kicker">{unit}</span><div class="about">{note}</div>'
         f'<div class="legend">{legend}</div>'
-        f'</figcaption><div class="plot" style="height:{height}px" {scale}{" data-log" if y.log else ""}>'
-        f'<svg viewBox="0 0 1000 {height}" preserveAspectRatio="none" role="img" aria-label="{title} over steps">'
-        f'{"".join(shapes)}</svg>{"".join(beside)}<span class="x step">step</span>'
+        f'</figcaption><div class="plot" style="height:{height}px" {kind} {scale}>'
+        f'<svg viewBox="0 0 1000 {height}" preserveAspectRatio="none" role="img" aria-label="{title} over {over}s">'
+        f'{"".join(shapes)}</svg>{"".join(beside)}<span class="x step">{over}</span>'
         '<div class="cursor"><div class="readout"></div></div></div></figure>'
     )
 

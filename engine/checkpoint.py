@@ -2,7 +2,7 @@
 
     checkpoints/step-00000200/
         <student>.safetensors     fp32 weights and both Adam moments
-        state.json                step, updates, position in metrics.jsonl, best step, seconds, random state
+        state.json                step, updates, position in metrics.jsonl, best step, ledger, random state
         COMMIT                    sha256 of every other file; written last
 
 A directory is written beside, under a name that is never read, and comes into place by one rename. What is restored is
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine.cohort import Cohort, Record
+from engine.ledger import Ledger
 from engine.runtime import Runtime
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -38,12 +39,11 @@ class State:
     data: str  # hash of the prepared data
     place: str = ""  # ranks and ZeRO stage, for the record: neither matters to what is stored
     step: int = 0  # finished
-    tokens: int = 0  # predicted so far
+    tokens: int = 0  # of the text, so far
     words: int = 0  # begun by them
     updates: int = 0  # optimizer steps applied: steps less those skipped
     skipped_in_a_row: int = 0
-    seconds: float = 0.0  # spent training, over all sittings
-    student_seconds: tuple[float, ...] = ()  # of them, each student's own
+    ledger: Ledger = Ledger()
     metrics_position: int = 0  # bytes of metrics.jsonl
     best_step: int | None = None
     best_loss: float | None = None  # nats per token, mean over students

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from engine.config import OptimizerConfig, StudentConfig, TrainConfig
 from engine.data import Batch
 from engine.models.dropout import draws
-from engine.models.families import Model, model_of, parameter_count, shape_of
+from engine.models.families import Model, model_of, parameter_count, projected, shape_of
 from engine.models.llama import initialise
+from engine.models.roberta import Roberta
 from engine.runtime import Runtime
 from kernels import Projected
 
@@ -92,7 +93,7 @@ class Student:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[f"weight/{name}"])
-        self.parameters = parameter_count(model)
+        self.parameters = parameter_count(self.shape)
         self.clock = Stopwatch(runtime.device)
         self.optimizer = torch.optim.AdamW(
             decay_groups(model, optimizer.weight_decay),
@@ -124,7 +125,7 @@ class Student:
             return self.engine(*inputs)
 
     def project(self, hidden_ND: Tensor) -> Projected:
-        return Projected(hidden_ND, self.model.head, None)
+        return projected(self.model, hidden_ND)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of `loss`; `last` micro-batch of a step: also reduce it over the ranks.
@@ -247,7 +248,8 @@ class Cohort(Sequence[Student]):
 
         Begin after the bodies have run: a body releases the embedding it has used, and with it a tied head.
         """
-        sharded = [student.model.head for student in self if student.zero_stage == 3]
+        models = [student.model for student in self if student.zero_stage == 3]
+        sharded = [model.head for model in models] + [m.head_bias for m in models if isinstance(m, Roberta)]
         with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
             yield
 

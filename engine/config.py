@@ -54,6 +54,8 @@ class TokenizerConfig:
     kind: Literal["sentencepiece", "byte-bpe"] = "sentencepiece"  # BPE with byte fallback | byte-level BPE (Baby Llama)
     pieces: Count | None = None  # vocabulary size; None: 16000 for real text, 1000 for the generated grammar
     normalization: Literal["nfkc", "none"] = "nfkc"
+    lowercase: bool = False
+    mask: bool = False  # a mask token, as RoBERTas need; and the padding token is number 1, as theirs
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,9 @@ class StudentConfig:
     tied: bool = True  # the head shares the embedding's weight
     positions: Count = 256  # longest sequence
     rope_theta: Positive | None = None  # llama; None: 10000
-    norm_eps: Positive | None = None  # None: 1e-6 for llama, 1e-5 for gpt2
-    family: Literal["llama", "gpt2"] = "llama"
-    dropout: Decay = 0.0  # gpt2
+    norm_eps: Positive | None = None  # None: 1e-6 for llama, 1e-5 for the others
+    family: Literal["llama", "gpt2", "roberta"] = "llama"  # roberta predicts masked tokens, as must all students then
+    dropout: Decay = 0.0  # gpt2, roberta
     learning_rate: Positive = 1e-3
     seed: Natural = 0  # of the initial weights and of dropout
     init: str | None = None  # start from the weights of this Hugging Face folder instead
@@ -104,7 +106,7 @@ class TeacherConfig:
     """A frozen model to learn from."""
 
     __pydantic_config__ = _STRICT
-    path: str  # a Hugging Face folder of a LLaMA or a GPT-2, or the folder of a run that has exported one student
+    path: str  # a Hugging Face folder of a known family, or the folder of a run that has exported one student
     weight: Positive = 1.0  # beside the other teachers'; only their ratios matter
 
 
@@ -231,6 +233,8 @@ class RunConfig:
     folder: str = "runs"
     resume: Literal["auto", "never", "always"] = "auto"  # never: an existing run is an error; always: a missing one is
     log_every: Count = 1  # steps between lines of metrics.jsonl
+    profile: tuple[Count, Count] | None = None  # the first and the last step to trace (engine.profiling)
+    memory_snapshot: bool = False  # of a GPU, at the end of those steps
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,11 @@ class Config:
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def masked(self) -> bool:
+        """Whether the students predict masked tokens, rather than the next one; all alike (engine.run)."""
+        return any(student.family == "roberta" for student in self.students)
 
 
 @dataclass(frozen=True)
@@ -276,7 +285,7 @@ class ScoreConfig:
     """What recipes/score.py scores."""
 
     __pydantic_config__ = _STRICT
-    model: str  # a run's folder: its exported students and their ensemble; or a Hugging Face folder of a LLaMA
+    model: str  # a run's folder: its exported students and their ensemble; or a Hugging Face folder of a known family
     data: str  # the folder of the tasks' files
     tasks: tuple[str, ...] = ("blimp", "blimp_supplement", "entity_tracking", "wug_adj_nominalization", "reading")
     folder: str = "scores"  # where results go: <folder>/<name of the model>/

@@ -47,6 +47,7 @@ class Step:
     number: int  # from 1
     epoch: float  # epochs begun and finished before this step ends
     valid_tokens: int  # predicted in this step, over all ranks and micro-batches
+    tokens: int  # of the text that it reads: as many, but where only those that are masked are predicted
     words: int  # begun by them (`WordStarts`); 0 where nobody counts
     micro_batches: list[Batch]
 
@@ -89,8 +90,12 @@ class TokenFile:
         """How many targets a sequence from `start` has: one a position, and fewer near the end."""
         return min(self.length, len(self.tokens) - 1 - start) - self.open_end
 
-    def batch(self, starts: Sequence[int], device: torch.device) -> Batch:
-        """Inputs [B, L] and targets [B·L] of the sequences at `starts`.
+    def targets(self, start: int, sample: int) -> int:
+        """The same; where tokens are masked, how many of the `sample`-th sequence (engine.masking)."""
+        return self.predicted(start)
+
+    def batch(self, starts: Sequence[int], device: torch.device, samples: Sequence[int] = ()) -> Batch:
+        """Inputs [B, L] and targets [B·L] of the sequences at `starts`, whatever their `samples`' numbers.
 
         A sequence near the end is read from so much earlier that it is whole; what stands before its start is context,
         and not predicted again.
@@ -173,12 +178,14 @@ class TrainingData:
         """The steps numbered `first` to `last`, both included, from 1."""
         for number in range(first, last + 1):
             first_sample = (number - 1) * self.batch
-            starts = [self.start_of(sample) for sample in range(first_sample, first_sample + self.batch)]
+            samples = range(first_sample, first_sample + self.batch)
+            starts = list(map(self.start_of, samples))
             mine = range(first_sample + self.rank * self.share, first_sample + (self.rank + 1) * self.share)
             yield Step(
                 number=number,
                 epoch=number * self.batch / self.file.chunks,
-                valid_tokens=sum(map(self.file.predicted, starts)),
+                valid_tokens=max(1, sum(map(self.file.targets, starts, samples))),  # losses are divided by it
+                tokens=sum(map(self.file.predicted, starts)),
                 words=0 if self.word_starts is None else sum(map(self._words, starts)),
                 micro_batches=[
                     self._batch(mine[i : i + self.micro_batch], starts, first_sample)
@@ -187,7 +194,7 @@ class TrainingData:
             )
 
     def _batch(self, samples: range, starts: Sequence[int], first_sample: int) -> Batch:
-        batch = self.file.batch([starts[sample - first_sample] for sample in samples], self.device)
+        batch = self.file.batch([starts[sample - first_sample] for sample in samples], self.device, samples)
         return replace(
             batch,
             samples_B=to_device(torch.tensor(samples), self.device),
@@ -215,7 +222,8 @@ class HeldOutData:
         """As many batches on every rank: where one has no sequences left it gets some that count for nothing."""
         for turn in range(self.rounds):
             chunks = self.mine[turn * self.batch : (turn + 1) * self.batch]
-            batch = self.file.batch([chunk * self.file.length for chunk in chunks or [0]], self.device)
+            read = chunks or [0]
+            batch = self.file.batch([chunk * self.file.length for chunk in read], self.device, read)
             if not chunks:
                 batch.targets_N.fill_(IGNORED)
             yield batch

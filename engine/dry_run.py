@@ -6,13 +6,14 @@ B sequences, L positions, N = B·L tokens, D hidden, V vocabulary.
 import json
 from pathlib import Path
 
-import torch
-
 from engine.config import Config, DataConfig, build, read_yaml
 from engine.export import shape_of_folder
+from engine.flops import training_a_token
 from engine.metrics import format_count
-from engine.models.families import Shape, model_of, parameter_count, shape_of
+from engine.models.families import Shape, parameter_count, shape_of
+from engine.models.gpt2 import GPT2Shape
 from engine.models.llama import LlamaShape
+from engine.models.roberta import RobertaShape
 from engine.run import check, steps_of
 from engine.teachers import folder_of
 
@@ -40,13 +41,13 @@ def report(config: Config, beside: Path) -> str:
     length, chunks = config.train.length, -(-known // config.train.length)
     steps = steps_of(config, chunks)
     tokens = steps * config.train.batch * length
-    learning = sum(shape.training_flops(length) for shape in students.values()) * tokens
+    learning = sum(training_a_token(shape, length) for shape in students.values()) * tokens
     seen = min(known, tokens) if config.cache is not None else tokens
-    teaching = sum(shape.training_flops(length) // 3 for shape in teachers.values()) * seen
+    teaching = sum(training_a_token(shape, length) // 3 for shape in teachers.values()) * seen
     about = "" if exact or config.train.epochs is None else "about "
 
     lines = [
-        f"{kind} {name}: {_count(shape):,} parameters, {_described(shape)}"
+        f"{kind} {name}: {parameter_count(shape):,} parameters, {_described(shape)}"
         for kind, models in (("student", students), ("teacher", teachers))
         for name, shape in models.items()
     ]
@@ -79,7 +80,7 @@ def memory(
     storage = 2 if config.train.precision == "bf16" else 4
     total = float(LOGITS)
     for shape in students.values():
-        parameters = _count(shape)
+        parameters = parameter_count(shape)
         whole = [1 / ranks if stage >= least else 1.0 for least in (3, 2, 1)]  # of weights, gradients, optimizer
         total += parameters * (storage * (whole[0] + whole[1]) + 8 * whole[2])
         if stage > 0:  # fp32 weights of the optimizer, and the bucket that gradients are reduced in
@@ -91,7 +92,7 @@ def memory(
     if config.cache is not None:
         return total
     for shape in teachers.values():
-        total += storage * (_count(shape) + tokens * (activations(shape, config.train.length) + shape.hidden))
+        total += storage * (parameter_count(shape) + tokens * (activations(shape, config.train.length) + shape.hidden))
     if len(teachers) > 1 and config.objective.mix == "logits":
         total += storage * sum(shape.vocabulary * shape.hidden for shape in teachers.values())
     return total
@@ -134,12 +135,7 @@ def teacher_shape(config: Config, number: int, vocabulary: int, beside: Path) ->
     raise ValueError(f"teachers: {teacher.path}: no such folder, and no recipe in {beside} makes it; train it first")
 
 
-def _count(shape: Shape) -> int:
-    with torch.device("meta"):
-        return parameter_count(model_of(shape))
-
-
 def _described(shape: Shape) -> str:
-    family = "LLaMA" if isinstance(shape, LlamaShape) else "GPT-2"
+    family = {LlamaShape: "LLaMA", GPT2Shape: "GPT-2", RobertaShape: "RoBERTa"}[type(shape)]
     sizes = f"{shape.layers} layers × {shape.hidden}, {shape.heads} heads, {shape.ffn} inner"
-    return f"{family}, {sizes}, {shape.vocabulary:,} pieces ({format_count(_count(shape))})"
+    return f"{family}, {sizes}, {shape.vocabulary:,} pieces ({format_count(parameter_count(shape))})"

@@ -1,5 +1,5 @@
-"""Models as Hugging Face folders, and back: `LlamaForCausalLM` or `GPT2LMHeadModel`, safetensors, a fast tokenizer with
-the same ids.
+"""Models as Hugging Face folders, and back: `LlamaForCausalLM`, `GPT2LMHeadModel` or `RobertaForMaskedLM`, safetensors,
+a fast tokenizer with the same ids.
 
 V vocabulary.
 """
@@ -20,22 +20,28 @@ from torch import Tensor, nn
 
 from engine import tokenizer as tokenization
 from engine.config import StudentConfig
+from engine.ledger import NAME as LEDGER
+from engine.ledger import Ledger, as_dict
 from engine.models.families import Model, Shape, model_of
 from engine.models.gpt2 import GPT2Shape
 from engine.models.llama import LlamaShape
+from engine.models.roberta import Roberta, RobertaShape
 from engine.tokenizer import Tokenizer
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
-_HEAD = "lm_head.weight"
-_PREFIX = {LlamaShape: "model.", GPT2Shape: "transformer."}
+_HEAD = "lm_head."
+_TIED = ("lm_head.weight", "lm_head.decoder.weight", "lm_head.decoder.bias")  # what is there twice
+_PREFIX = {LlamaShape: "model.", GPT2Shape: "transformer.", RobertaShape: "roberta."}
 _BUFFERS = re.compile(
-    r"\battn\.(bias|masked_bias)$|rotary_emb\.inv_freq$"
-)  # which old folders store beside the weights
+    r"\battn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|embeddings\.position_ids$|^roberta\.pooler\."
+)  # which older folders store beside the weights that are used
 _TRANSPOSED = re.compile(r"\b(c_attn|c_fc|c_proj)\.weight$")  # GPT-2's projections: [in, out]
 
 
-def export_student(folder: Path, shape: Shape, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
-    """Write `folder` whole: config.json, model.safetensors (fp32), the tokenizer.
+def export_student(
+    folder: Path, shape: Shape, weights: Mapping[str, Tensor], tokenizer: Tokenizer, ledger: Ledger | None = None
+) -> None:
+    """Write `folder` whole: config.json, model.safetensors (fp32), the tokenizer, and what the training has cost.
 
     `weights` are the model's parameters by their own names. The folder is written aside and comes into place by a
     rename. Raises ValueError where the disk refuses.
@@ -47,6 +53,8 @@ def export_student(folder: Path, shape: Shape, weights: Mapping[str, Tensor], to
         (aside / "config.json").write_text(json.dumps(_hf_config(shape, tokenizer), indent=2) + "\n")
         save_file(hf_weights(shape, weights), aside / "model.safetensors", metadata={"format": "pt"})
         tokenizer.export(aside)
+        if ledger is not None:
+            (aside / LEDGER).write_text(json.dumps(as_dict(ledger), indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     except (OSError, SafetensorError) as error:
@@ -58,7 +66,7 @@ def require_folder(folder: Path, key: str) -> Path:
     """`folder`, or ValueError, beginning with `key`, where it is not a whole Hugging Face folder."""
     for name in FILES:
         if not (folder / name).is_file():
-            raise ValueError(f"{key}: no {name}; expected a Hugging Face folder of a LLaMA or a GPT-2 with safetensors")
+            raise ValueError(f"{key}: no {name}; expected a Hugging Face folder of a known family with safetensors")
     return folder
 
 
@@ -98,7 +106,7 @@ def load_model(
     for name in list(tensors):
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, nn.Parameter(tensors.pop(name), requires_grad=False))
-    if shape.tied:
+    if shape.tied and not isinstance(model, Roberta):
         model.lm_head.weight = model.embedding.weight
     return model.eval(), found
 
@@ -127,7 +135,8 @@ def _read(
     tensors = {n.removeprefix(_PREFIX[type(shape)]): t for n, t in stored.items() if not _BUFFERS.search(n)}
     del stored
     if shape.tied:
-        tensors.pop(_HEAD, None)
+        for name in _TIED:
+            tensors.pop(name, None)
     with torch.device("meta"):
         expected = {name: list(p.shape) for name, p in model_of(shape).named_parameters()}
     for name in sorted(expected.keys() | tensors.keys()):
@@ -155,7 +164,7 @@ def shape_of_folder(folder: Path, key: str) -> Shape:
 
 
 def _comparable(shape: Shape) -> Shape:
-    return replace(shape, dropout=0.0) if isinstance(shape, GPT2Shape) else replace(shape, positions=1)
+    return replace(shape, positions=1) if isinstance(shape, LlamaShape) else replace(shape, dropout=0.0)
 
 
 def _transposed(shape: Shape, name: str) -> bool:
@@ -165,7 +174,7 @@ def _transposed(shape: Shape, name: str) -> bool:
 def hf_weights(shape: Shape, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A model's parameters by Hugging Face's names, fp32, laid out as there."""
     return {
-        name if name == _HEAD else _PREFIX[type(shape)] + name: (
+        name if name.startswith(_HEAD) else _PREFIX[type(shape)] + name: (
             (weight.T if _transposed(shape, name) else weight).float().contiguous()
         )
         for name, weight in weights.items()
@@ -194,6 +203,22 @@ def _hf_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout),
             **common,
         }
+    if isinstance(shape, RobertaShape):
+        return {
+            "architectures": ["RobertaForMaskedLM"],
+            "model_type": "roberta",
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.ffn,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "hidden_act": "gelu",
+            "max_position_embeddings": shape.positions + shape.padding + 1,
+            "pad_token_id": shape.padding,
+            "type_vocab_size": 1,
+            "layer_norm_eps": shape.norm_eps,
+            **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), shape.dropout),
+            **common,
+        }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -220,7 +245,9 @@ def _shape_of(config: dict[str, Any], key: str) -> Shape:
         return _llama_shape(config, key)
     if kind == "gpt2":
         return _gpt2_shape(config, key)
-    raise ValueError(f"{key}: model_type={kind!r}: expected 'llama' or 'gpt2'")
+    if kind == "roberta":
+        return _roberta_shape(config, key)
+    raise ValueError(f"{key}: model_type={kind!r}: expected 'llama', 'gpt2' or 'roberta'")
 
 
 def _gpt2_shape(config: dict[str, Any], key: str) -> GPT2Shape:
@@ -242,6 +269,29 @@ def _gpt2_shape(config: dict[str, Any], key: str) -> GPT2Shape:
         positions=config["n_positions"],
         tied=config.get("tie_word_embeddings", True),
         norm_eps=config["layer_norm_epsilon"],
+    )
+
+
+def _roberta_shape(config: dict[str, Any], key: str) -> RobertaShape:
+    """With no dropout: that is a setting of training."""
+    for name, value in (
+        ("hidden_act", "gelu"),
+        ("position_embedding_type", "absolute"),
+        ("type_vocab_size", 1),
+        ("tie_word_embeddings", True),
+        ("is_decoder", False),
+    ):
+        if config.get(name) not in (None, value):
+            raise ValueError(f"{key}: {name}={config[name]!r}: this RoBERTa has {value!r} alone")
+    return RobertaShape(
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        ffn=config["intermediate_size"],
+        vocabulary=config["vocab_size"],
+        positions=config["max_position_embeddings"] - config["pad_token_id"] - 1,
+        norm_eps=config["layer_norm_eps"],
+        padding=config["pad_token_id"],
     )
 
 

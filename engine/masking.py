@@ -7,11 +7,12 @@ B sequences, L positions, N rows to predict, V vocabulary.
 """
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from engine.data import Batch
+from engine.data import Batch, TokenFile, to_device
 
 SHARE = 0.15  # of the tokens are predicted; of those ...
 MASKED, RANDOM = 0.8, 0.1  # ... become the mask, or any token; the rest stay as they are
@@ -33,22 +34,24 @@ class Masking:
         self.ordinary = np.setdiff1d(np.arange(vocabulary), [mask, *special])
         self._may_hide = np.isin(np.arange(vocabulary), self.ordinary)
 
-    def hide(self, tokens_L: np.ndarray, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens with some hidden, and which are to be predicted (bool [L])."""
+    def hide(self, tokens_L: np.ndarray, sample: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens with some hidden, and which are to be predicted (bool [L]); those before `first` stay."""
         draws = np.random.default_rng([self.seed, _MASK, sample])
         chosen_L, fate_L = draws.random((2, len(tokens_L)))
         predicted_L = (chosen_L < SHARE) & self._may_hide[tokens_L]
+        predicted_L[:first] = False
         hidden_L = np.where(predicted_L & (fate_L < MASKED), self.mask, tokens_L)
         replaced_L = predicted_L & (fate_L >= MASKED) & (fate_L < MASKED + RANDOM)
         return np.where(replaced_L, draws.choice(self.ordinary, len(tokens_L)), hidden_L), predicted_L
 
-    def predicted(self, tokens_L: np.ndarray, sample: int) -> int:
+    def predicted(self, tokens_L: np.ndarray, sample: int, first: int = 0) -> int:
         """How many tokens `hide` would have predicted."""
-        return int(self.hide(tokens_L, sample)[1].sum())
+        return int(self.hide(tokens_L, sample, first)[1].sum())
 
-    def batch(self, tokens_BL: np.ndarray, samples: Sequence[int]) -> Batch:
+    def batch(self, tokens_BL: np.ndarray, samples: Sequence[int], firsts: Sequence[int] | None = None) -> Batch:
         """Hidden tokens, and of the rows to predict alone the targets; on the CPU."""
-        hidden, predicted = zip(*map(self.hide, tokens_BL, samples), strict=True)
+        sequences = zip(tokens_BL, samples, firsts or [0] * len(samples), strict=True)
+        hidden, predicted = zip(*(self.hide(*sequence) for sequence in sequences), strict=True)
         rows_N = np.stack(predicted).ravel().nonzero()[0]
         return Batch(
             torch.from_numpy(np.stack(hidden).astype(np.int64)),
@@ -56,3 +59,36 @@ class Masking:
             rows_N=torch.from_numpy(rows_N),
             samples_B=torch.tensor(samples),
         )
+
+
+class MaskedFile(TokenFile):
+    """Token ids in sequences of which some tokens are hidden, and those alone predicted."""
+
+    def __init__(self, path: Path, dtype: str, length: int, masking: Masking) -> None:
+        super().__init__(path, dtype, length)
+        self.masking = masking
+        self.chunks = -(-len(self.tokens) // length)
+
+    def predicted(self, start: int) -> int:
+        """How many tokens of a sequence may be hidden: all, but near the end."""
+        return min(self.length, len(self.tokens) - start)
+
+    def targets(self, start: int, sample: int) -> int:
+        tokens_L, first = self._read(start)
+        return self.masking.predicted(tokens_L, sample, first)
+
+    def batch(self, starts: Sequence[int], device: torch.device, samples: Sequence[int] = ()) -> Batch:
+        """Inputs [B, L] and, of the tokens to predict alone, rows and targets; masked as the samples' numbers say."""
+        read, firsts = zip(*map(self._read, starts), strict=True)
+        batch = self.masking.batch(np.stack(read), samples, firsts)
+        assert batch.rows_N is not None
+        return Batch(
+            to_device(batch.tokens_BL, device),
+            to_device(batch.targets_N, device),
+            rows_N=to_device(batch.rows_N, device),
+        )
+
+    def _read(self, start: int) -> tuple[np.ndarray, int]:
+        """A whole sequence, near the end from so much earlier, and where in it the part begins that may be hidden."""
+        begin = min(start, len(self.tokens) - self.length)
+        return self.tokens[begin : begin + self.length], start - begin

@@ -54,6 +54,11 @@ class StepRecord(TypedDict):
     words: NotRequired[int]  # begun by them (engine.data.WordStarts)
     seconds: float  # of this step
     tokens_per_second: float  # over all ranks, all students trained
+    model_flops: NotRequired[int]  # since the run began: students, teachers and outer loop (engine.flops)
+    hardware_flops: NotRequired[int]
+    mfu: NotRequired[float]  # model FLOPs since the record before, over what all devices could have done (0 to 1)
+    hfu: NotRequired[float]  # hardware FLOPs, likewise; neither where the peak is unknown
+    joules: NotRequired[float]  # since the run began, of all devices; absent where they do not report it
     students: dict[str, StudentStep]  # S, in the order of the streams
     kl: list[list[float]]  # S × R, row i the learner, column j the stream it learns from; [] where there is no KL
 
@@ -134,6 +139,9 @@ class Summary(TypedDict):
     device: str
     data: DataSummary
     students: list[StudentSummary]
+    ledger: NotRequired[dict[str, Any]]  # engine.ledger
+    before: NotRequired[dict[str, int]]  # model and hardware FLOPs of the teachers' own training
+    peak_flops_per_second: NotRequired[float]  # of all ranks' devices
     omega: NotRequired[list[float]]  # S, of the best checkpoint, where they are weighted
     report: NotRequired[str]
 
@@ -281,6 +289,7 @@ def _scalars(record: Record, teachers: Sequence[str]) -> Iterator[tuple[str, flo
         values |= {f"outer/{term}": value for term, value in record["shares"].items()}
     if record["kind"] == "step":
         values |= {f"run/{key}": record[key] for key in ("epoch", "tokens", "seconds", "tokens_per_second")}
+        values |= {f"run/{key}": record.get(key) for key in ("model_flops", "hardware_flops", "mfu", "hfu", "joules")}
         learners = list(record["students"])
         for i, row in enumerate(record["kl"]):
             streams = stream_names(learners, teachers, len(row))
@@ -365,6 +374,7 @@ class Progress:
             parts.append(f"{format_seconds(left)} left")
         if record:
             parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+            parts += [f"MFU {record['mfu']:.0%}"] if "mfu" in record else []
         return ", ".join(parts)
 
     def _cells(self, record: StepRecord, name: str) -> dict[str, str]:
@@ -434,8 +444,8 @@ def final_table(summary: Summary) -> str:
 
 
 def format_count(value: float) -> str:
-    """Four figures and a unit: 58.34M, 1.2k; below 1,000 the number itself."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    """Four figures and a unit: 58.34M, 1.2k, up to E (10¹⁸); below 1,000 the number itself."""
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.4g}{unit}"
     return f"{value:.4g}"

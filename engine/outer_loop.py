@@ -33,6 +33,7 @@ import kernels
 from engine.cohort import Cohort, Student
 from engine.config import OuterConfig
 from engine.data import IGNORED, Batch, Step, TrainingData
+from engine.flops import Text
 from engine.models.dropout import draws
 from engine.objective import Coefficients
 from engine.runtime import Runtime
@@ -410,6 +411,7 @@ class Update:
     shares: dict[str, float]  # theirs in what moved ω
     step_size: float
     seconds: float
+    text: Text  # the held-out text that it read
 
 
 @dataclass(frozen=True)
@@ -495,8 +497,8 @@ class OuterLoop:
         if all(map(math.isfinite, gradient)):
             omega = mirror_descent(omega, gradient, step_size, self._config.floor)
         self.state = OuterState(tuple(omega), self.state.updates + 1)
-        seconds = time.perf_counter() - begin
-        self.last = Update(omega, found.loss, found.terms(), found.shares(), step_size, seconds)
+        seconds, text = time.perf_counter() - begin, Text.of(held_out_step, self._runtime.world)
+        self.last = Update(omega, found.loss, found.terms(), found.shares(), step_size, seconds, text)
         return True
 
 

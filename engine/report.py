@@ -15,6 +15,7 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +73,7 @@ def write_report(run_dir: Path) -> Path:
             weights(history),
             optimisation(history),
             throughput(history),
+            compute(history, summary),
             events(history),
             samples(summary) if summary else "",
             f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>" if config else "",
@@ -93,6 +95,9 @@ class History:
     teachers: list[str] = field(default_factory=list)
     steps: array = field(default_factory=lambda: array("d"))
     tokens_per_second: array = field(default_factory=lambda: array("d"))
+    model_flops: array = field(default_factory=lambda: array("d"))
+    mfu: array = field(default_factory=lambda: array("d"))
+    hfu: array = field(default_factory=lambda: array("d"))
     measures: dict[tuple[str, str], array] = field(default_factory=lambda: defaultdict(lambda: array("d")))
     kl: dict[tuple[int, int], array] = field(default_factory=lambda: defaultdict(lambda: array("d")))
     kl_steps: array = field(default_factory=lambda: array("d"))
@@ -136,6 +141,8 @@ def read_history(path: Path) -> History:
                 history.tokens, history.epoch = record["tokens"], record["epoch"]
                 history.steps.append(record["step"])
                 history.tokens_per_second.append(_number(record["tokens_per_second"]))
+                for measure in ("model_flops", "mfu", "hfu"):
+                    getattr(history, measure).append(_number(record.get(measure)))
                 for name, numbers in record["students"].items():
                     for measure, value in numbers.items():
                         history.measures[name, measure].append(_number(value))
@@ -424,7 +431,70 @@ def throughput(history: History) -> str:
             _axis_from_zero(speeds),
         )
         + chart("Model FLOP/s", "recomputation not counted", flops, history.timeline(), _axis_from_zero(flops))
+        + _utilisation(history)
         + "</div>"
+    )
+
+
+def _utilisation(history: History) -> str:
+    curves = []
+    for name, column, colour in (("MFU", history.mfu, "ink"), ("HFU", history.hfu, "c0")):
+        steps, mean, low, high = downsample(history.steps, np.asarray(column) * 100)
+        curves.append(Curve(name, steps, mean, colour, band=(low, high)))
+    if not any(np.isfinite(curve.values).any() for curve in curves):
+        return ""
+    note = "MFU: model FLOPs of students, teachers and outer loop. HFU: also what is formed again, or masked."
+    unit = "% of what the devices could do"
+    return chart("Utilisation", unit, curves, history.timeline(), _axis_from_zero(curves), note=note)
+
+
+def compute(history: History, summary: Summary | None) -> str:
+    """The ledger, and the loss against it."""
+    flops, before = np.asarray(history.model_flops), 0
+    parts = []
+    if summary and "ledger" in summary:
+        before = summary.get("before", {}).get("model", 0)
+        parts.append(_ledger(summary["ledger"], before))
+    if flops.size and np.isfinite(flops).all():
+        evaluated = history.evaluated("validation_loss") or {
+            name: downsample(history.steps, history.measures[name, "ce"])[:2] for name in history.students
+        }
+        curves = [
+            Curve(name, np.interp(steps, history.steps, flops + before), values, history.colour(name), dots=True)
+            for name, (steps, values) in evaluated.items()
+        ]
+        axis = linear_axis([value for curve in curves for value in curve.values])
+        note = "All of the run’s, its teachers’ own training included where it is known."
+        spans = Timeline((flops + before).tolist())
+        figure = chart("Loss", "nats per token", curves, spans, axis, note=note, over="model FLOP")
+        parts.append(f'<div class="charts one">{figure}</div>')
+    return f"<h2>Compute</h2>{''.join(parts)}" if parts else ""
+
+
+def _ledger(ledger: dict[str, Any], before: int) -> str:
+    accounts = [*ledger["students"].items(), ("teachers, as they taught", ledger["teachers"])]
+    accounts.append(("outer loop", ledger["outer"]))
+    rows = [
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(f"<td>{format_count(one[key])}</td>" for key in ("tokens", "words", "model_flops", "hardware_flops"))
+        + f"<td>{format_seconds(one['seconds'])}</td></tr>"
+        for name, one in accounts
+        if one["model_flops"]
+    ]
+    if before:
+        rest = "<td></td>" * 2
+        rows.append(f'<tr><th scope="row">teachers’ own training</th>{rest}<td>{format_count(before)}</td>{rest}</tr>')
+    head = "".join(
+        f"<th>{title}</th>" for title in ("", "tokens", "words", "model FLOPs", "hardware FLOPs", "own seconds")
+    )
+    notes = [f"{format_seconds(ledger['seconds'])} of training in all; the joint loss is nobody’s own."]
+    if "joules" in ledger:
+        notes.append(f"The devices report {format_count(ledger['joules'] / 3.6e6)} kWh.")
+    if ledger["untold"]:
+        notes.append(f"What these cost to train is not known: {', '.join(ledger['untold'])}.")
+    return (
+        f'<div class="scroll"><table class="results"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        f'</table></div><p class="note">{escape(" ".join(notes))}</p>'
     )
 
 

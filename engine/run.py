@@ -8,6 +8,7 @@
         students/<name>/  Hugging Face folders of the best checkpoint
         milestones/<name>/chck_<n>M/   the same after n million words
         summary.json      the final table
+        profile/          engine.profiling, where asked for
         report.html
         ranks.pid         the ranks' process ids while it trains: where to send SIGTERM or SIGUSR1
 
@@ -19,23 +20,24 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor
 
-from engine import checkpoint, schedule, teacher_cache
+from engine import checkpoint, profiling, schedule, teacher_cache
 from engine import config as settings
+from engine import ledger as ledgers
 from engine.checkpoint import State
 from engine.cohort import Cohort, Outcome, Student
 from engine.cohort import Record as ParametersAndMoments
-from engine.config import Config, ObjectiveConfig, OuterConfig, StudentConfig
+from engine.config import Config, ObjectiveConfig, OuterConfig, RunConfig, StudentConfig
 from engine.corpus.prepare import Prepared, prepare
 from engine.data import HeldOutData, Step, TokenFile, TrainingData, WordStarts, shares
 from engine.evaluation.held_out import validation_losses
@@ -44,12 +46,17 @@ from engine.evaluation.samples import samples
 from engine.evaluation.scoring import cohort_log_probabilities
 from engine.evaluation.tasks import Task, minimal_pairs, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
-from engine.export import export_student, import_student, require_folder
+from engine.export import export_student, import_student, require_folder, shape_of_folder
+from engine.flops import Text
+from engine.hardware import EnergyMeter, peak
+from engine.ledger import Ledger
+from engine.masking import MaskedFile, Masking
 from engine.metrics import (
     EvaluationRecord,
     MetricsLog,
     Progress,
     Record,
+    StepRecord,
     StudentEvaluation,
     StudentSummary,
     Summary,
@@ -61,13 +68,14 @@ from engine.outer_loop import OuterLoop, OuterState, Update
 from engine.outer_loop import check as check_outer
 from engine.report import write_report
 from engine.runtime import Runtime, device_name, git_commit
-from engine.teachers import NO_TEACHERS, Teachers, folder_of, load_teachers
+from engine.teachers import NO_TEACHERS, STORAGE, Teachers, folder_of, load_teachers
 from engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine.train import Tally
 
 STREAMS_AT_MOST = 8  # of one loss
+HELD_OUT_SEED = 0  # of its masks, in every run
 PAIRS = "evaluation.pairs"  # the task of the minimal pairs that every run is watched by
 MILESTONES = [digit * 10**decade for decade in (6, 7, 8) for digit in range(1, 10)] + [10**9]  # words
 
@@ -76,6 +84,8 @@ _FREE_TO_CHANGE = (
     "run.resume",
     "run.log_every",
     "run.folder",
+    "run.profile",
+    "run.memory_snapshot",
     "data.path",  # what it holds is compared by hash
     "data.folder",
     "cache.path",  # of teachers, k and all else that it holds, compared by hash
@@ -109,6 +119,7 @@ def check(config: Config, *, teachers: bool = True) -> None:
             )
     for teacher in config.teachers if teachers else ():
         folder_of(teacher)
+    _check_masked(config)
     _check_objective(config)
     if config.train.epochs is None:
         check_warmup(config, config.train.steps)
@@ -132,6 +143,27 @@ def steps_of(config: Config, chunks: int) -> int:
 def check_warmup(config: Config, steps: int) -> None:
     if config.optimizer.warmup >= steps:
         raise ValueError(f"optimizer.warmup={config.optimizer.warmup} is not less than train.steps={steps}: lower it")
+
+
+def _check_masked(config: Config) -> None:
+    """Refuse what does not go with masked tokens."""
+    if not config.masked:
+        return
+    for student in config.students:
+        if student.family != "roberta":
+            raise ValueError(
+                f"students.{student.name}.family={student.family} predicts the next token, and the roberta beside it "
+                "masked ones: take one kind"
+            )
+    if not config.data.tokenizer.mask:
+        raise ValueError("students of family roberta predict masked tokens: set data.tokenizer.mask=true")
+    if config.cache is not None:
+        raise ValueError("cache: what is masked changes with every epoch, and with it what teachers predict: drop it")
+    if config.objective.kl_everywhere or config.objective.reduction == "sequence":
+        raise ValueError(
+            "objective.kl_everywhere and reduction=sequence are of whole sequences, and students of family roberta "
+            "predict only what is masked: drop them"
+        )
 
 
 def _check_objective(config: Config) -> None:
@@ -170,6 +202,14 @@ def _check_objective(config: Config) -> None:
             )
 
 
+def _check_profile(config: RunConfig, steps: int, runtime: Runtime) -> None:
+    first, last = config.profile or (1, 1)
+    if not first <= last <= steps:
+        raise ValueError(f"run.profile={[first, last]}: expected the first and the last step to trace, of {steps}")
+    if config.memory_snapshot and (config.profile is None or runtime.device.type != "cuda"):
+        raise ValueError("run.memory_snapshot is of a GPU's memory at the end of run.profile's steps: drop it, or both")
+
+
 class Run:
     """Everything the loop works on, made ready to go on from where the run stands."""
 
@@ -183,13 +223,8 @@ class Run:
 
         with runtime.main_first():  # the others find it prepared
             self.prepared = prepare(config.data, say=print if runtime.is_main else lambda _: None)
-        train_file = TokenFile(
-            self.prepared.train,
-            self.prepared.manifest["dtype"],
-            config.train.length,
-            open_end=config.objective.kl_everywhere,
-        )
-        held_out_file = TokenFile(self.prepared.validation, self.prepared.manifest["dtype"], config.train.length)
+        train_file = self._file(self.prepared.train, config.train.seed, open_end=config.objective.kl_everywhere)
+        held_out_file = self._file(self.prepared.validation, HELD_OUT_SEED)
         self.data = TrainingData(
             train_file,
             batch=config.train.batch,
@@ -202,6 +237,7 @@ class Run:
             device=runtime.device,
         )
         self.steps = steps_of(config, train_file.chunks)
+        _check_profile(config.run, self.steps, runtime)
         self.held_out = HeldOutData(
             held_out_file,
             tokens=config.evaluation.tokens,
@@ -213,7 +249,9 @@ class Run:
         if config.evaluation.pairs == "auto":
             tasks.append(minimal_pairs(PAIRS, self.prepared.pairs))
         positions = min(student.positions for student in config.students)
-        self.questions = ZeroShot(tasks, self.prepared.tokenizer, runtime, positions=positions, share=False)
+        self.questions = ZeroShot(
+            tasks, self.prepared.tokenizer, runtime, positions=positions, share=False, masked=config.masked
+        )
 
         self.state = State(self.prepared.identity) if found is None else checkpoint.read_state(found)
         if self.state.data != self.prepared.identity:
@@ -227,9 +265,14 @@ class Run:
         outer_state = OuterState(self.state.omega, self.state.outer_updates) if self.state.omega else None
         self.outer = OuterLoop(config.outer, len(self.cohort), self.steps, self.weigh, runtime, outer_state)
 
+        self._teacher_shapes = [shape_of_folder(folder_of(t), f"teachers: {t.path}") for t in config.teachers]
+        if not self.state.ledger.students:
+            self.state = replace(self.state, ledger=self._new_ledger())
+        self.peak = self._peak()
+
         self._begin_folder(found, stack)
-        self._logged = time.monotonic()  # when, and at which step and token, metrics last went out
-        self._logged_step, self._logged_tokens = self.state.step, self.state.tokens
+        self._meter = EnergyMeter(runtime.device)
+        self._logged, self._logged_state = time.monotonic(), self.state  # when and where metrics last went out
 
     def _found(self) -> Path | None:
         """The checkpoint to go on from. ValueError where the folder is another run's, or not as `resume` wants it."""
@@ -248,6 +291,13 @@ class Run:
         evaluation = self.config.evaluation
         tasks = [] if evaluation.data is None else read_tasks(evaluation.tasks, Path(evaluation.data))
         return tasks if evaluation.pairs in ("auto", "none") else [*tasks, minimal_pairs(PAIRS, Path(evaluation.pairs))]
+
+    def _file(self, path: Path, seed: int, *, open_end: bool = False) -> TokenFile:
+        dtype, length, tokenizer = self.prepared.manifest["dtype"], self.config.train.length, self.prepared.tokenizer
+        if not self.config.masked:
+            return TokenFile(path, dtype, length, open_end=open_end)
+        assert tokenizer.mask is not None, "data.tokenizer.mask"
+        return MaskedFile(path, dtype, length, Masking(tokenizer.size, tokenizer.mask, tokenizer.special, seed))
 
     def _outer_data(self, held_out: TokenFile) -> TrainingData | None:
         """What the outer loop reads; None where ω stays as it is."""
@@ -295,6 +345,23 @@ class Run:
             checkpoint.set_random_state(self.state.random_state)
         return Cohort(students, self.runtime)
 
+    def _new_ledger(self) -> Ledger:
+        length, cached = self.config.train.length, None
+        if self.config.cache is not None:
+            cached = (self._teacher_shapes, Text.whole(self.data.file.chunks, length))
+        folders = [folder_of(teacher) for teacher in self.config.teachers]
+        folders += [Path(student.config.init) for student in self.cohort if student.config.init is not None]
+        run = f"{self.config.run.name}, begun {datetime.now(UTC).isoformat(timespec='seconds')}"
+        return ledgers.begin(run, [student.name for student in self.cohort], folders, cached)
+
+    def _peak(self) -> float | None:
+        """FLOP/s of all ranks' devices at most, where known; a collective call."""
+        self.runtime.barrier()  # ranks that share a CPU are measured side by side
+        own = peak(self.runtime.device, STORAGE[self.config.train.precision])
+        values = torch.tensor([math.nan if own is None else own], dtype=torch.float64, device=self.runtime.device)
+        (total,) = self.runtime.agree(values)
+        return total if math.isfinite(total) else None
+
     def _begin_folder(self, found: Path | None, stack: ExitStack) -> None:
         self._log: MetricsLog | None = None
         pids: list[int | None] = [None] * self.runtime.world
@@ -340,6 +407,10 @@ class Run:
         file.flush()
         stack.callback(path.unlink, missing_ok=True)
 
+    def profiled(self, steps: Iterator[Step]) -> Iterator[Step]:
+        chosen, memory = self.config.run.profile, self.config.run.memory_snapshot
+        return profiling.profiled(steps, chosen, self.folder / "profile", self.runtime, memory=memory)
+
     def weigh(self, omega_S: Tensor) -> Coefficients:
         """The loss's coefficients where ω are the students' weights."""
         return coefficients(
@@ -364,12 +435,13 @@ class Run:
         self.state = replace(
             self.state,
             step=step.number,
-            tokens=self.state.tokens + step.valid_tokens,
+            tokens=self.state.tokens + step.tokens,
             words=words,
             updates=self.state.updates + (not skipped),
             skipped_in_a_row=self.state.skipped_in_a_row + 1 if skipped else 0,
             omega=self.outer.state.omega if self.config.objective.weighted else (),
             outer_updates=self.outer.state.updates,
+            ledger=self._spent(step),
         )
         last = step.number == self.steps
         evaluate = evaluate or last or step.number % self.config.evaluation.every == 0
@@ -388,13 +460,30 @@ class Run:
             for milestone in milestones:
                 self._export_milestone(milestone)
         self._logged += time.monotonic() - begin  # evaluating and saving are not training time
+        if evaluate or save:
+            self._meter.take()
+
+    def _spent(self, step: Step) -> Ledger:
+        """The ledger with what the step has cost."""
+        update = self.outer.last
+        cost = ledgers.step_cost(
+            self.config,
+            [student.shape for student in self.cohort],
+            self._teacher_shapes if self.config.cache is None else [],
+            Text.of(step, self.runtime.world),
+            None if update is None else update.text,
+        )
+        seconds = 0.0 if update is None else update.seconds
+        return self.state.ledger.spend(cost, tokens=step.tokens, words=step.words, outer_seconds=seconds)
 
     def _log_step(self, step: Step, tally: "Tally", outcome: Outcome) -> None:
         students = len(self.cohort)
         sums = (
             [tally.losses_S, tally.ce_S] if tally.kl_SR is None else [tally.losses_S, tally.ce_S, tally.kl_SR.flatten()]
         )
-        summed = self.runtime.agree(torch.cat(sums))
+        joules = self._meter.take()
+        sums.append(sums[0].new_tensor([math.nan if joules is None else joules]))
+        *summed, joules = self.runtime.agree(torch.cat(sums))
         losses = summed[:students]
         ce, kl = (
             [x / step.valid_tokens for x in part] for part in (summed[students : 2 * students], summed[2 * students :])
@@ -402,41 +491,46 @@ class Run:
         now = time.monotonic()
         seconds, self._logged = now - self._logged, now
         own_seconds = [student.clock.take() for student in self.cohort]
-        so_far = self.state.student_seconds or [0.0] * students
-        self.state = replace(
-            self.state,
-            seconds=self.state.seconds + seconds,
-            student_seconds=tuple(a + b for a, b in zip(so_far, own_seconds, strict=True)),
+        ledger = self.state.ledger.clocked(
+            seconds, own_seconds, self.teachers.clock.take(), joules if math.isfinite(joules) else None
         )
-        steps, tokens = step.number - self._logged_step, self.state.tokens - self._logged_tokens
-        self._logged_step, self._logged_tokens = step.number, self.state.tokens
+        self.state = replace(self.state, ledger=ledger)
+        before, self._logged_state = self._logged_state, self.state
+        steps, tokens = self.state.step - before.step, self.state.tokens - before.tokens
+        flops, spent = ledger.flops, ledger.flops - before.ledger.flops
         clip = self.config.optimizer.clip
-        self._write(
-            {
-                "kind": "step",
-                "step": step.number,
-                "epoch": step.epoch,
-                "tokens": self.state.tokens,
-                "words": self.state.words,
-                "seconds": seconds / steps,
-                "tokens_per_second": tokens / seconds,
-                "students": {
-                    student.name: {
-                        "loss": losses[i],
-                        "ce": ce[i],
-                        "grad_norm": outcome.gradient_norms[i],
-                        "lr": self.learning_rates(step)[i],
-                        "tokens_per_second": tokens / own_seconds[i],
-                        "model_flops_per_second": tokens
-                        * student.shape.training_flops(self.config.train.length)
-                        / seconds,
-                        "clipped": 0 < clip < outcome.gradient_norms[i],
-                    }
-                    for i, student in enumerate(self.cohort)
-                },
-                "kl": [kl[i : i + len(kl) // students] for i in range(0, len(kl), len(kl) // students or 1)],
-            }
-        )
+        record: StepRecord = {
+            "kind": "step",
+            "step": step.number,
+            "epoch": step.epoch,
+            "tokens": self.state.tokens,
+            "words": self.state.words,
+            "seconds": seconds / steps,
+            "tokens_per_second": tokens / seconds,
+            "model_flops": flops.model,
+            "hardware_flops": flops.hardware,
+            "students": {
+                student.name: {
+                    "loss": losses[i],
+                    "ce": ce[i],
+                    "grad_norm": outcome.gradient_norms[i],
+                    "lr": self.learning_rates(step)[i],
+                    "tokens_per_second": tokens / own_seconds[i],
+                    "model_flops_per_second": (
+                        ledger.students[student.name].model_flops - before.ledger.students[student.name].model_flops
+                    )
+                    / seconds,
+                    "clipped": 0 < clip < outcome.gradient_norms[i],
+                }
+                for i, student in enumerate(self.cohort)
+            },
+            "kl": [kl[i : i + len(kl) // students] for i in range(0, len(kl), len(kl) // students or 1)],
+        }
+        if self.peak is not None:
+            record["mfu"], record["hfu"] = (x / seconds / self.peak for x in (spent.model, spent.hardware))
+        if ledger.joules is not None:
+            record["joules"] = ledger.joules
+        self._write(record)
 
     def _log_outer(self, update: Update) -> None:
         self._write(
@@ -501,9 +595,9 @@ class Run:
         return improved
 
     def _describe(self, found: list[StudentEvaluation], scores: list[list[TaskScore]]) -> list[dict[str, Any]]:
-        texts = samples(
-            self.cohort, self.prepared.tokenizer, self.config.evaluation.samples, self.config.evaluation.sample_tokens
-        )
+        evaluation = self.config.evaluation
+        count = 0 if self.config.masked else evaluation.samples  # who sees both sides writes no text
+        texts = samples(self.cohort, self.prepared.tokenizer, count, evaluation.sample_tokens)
         return [
             {
                 **found[i],
@@ -517,11 +611,11 @@ class Run:
         """Every student as BabyLM asks for it after so many words; a collective call."""
         folder = self.folder / "milestones"
         records = [student.record() for student in self.cohort]
-        name = f"chck_{words // 10**6}M"
+        name, ledger = f"chck_{words // 10**6}M", self.state.ledger
         with self.runtime.main_first():
             if self.runtime.is_main:
                 for student, record in zip(self.cohort, records, strict=True):
-                    _export(folder / student.name / name, student.config, record, self.prepared.tokenizer)
+                    _export(folder / student.name / name, student.config, record, self.prepared.tokenizer, ledger)
         text = f"{name}: every student exported after {self.state.words:,} words, {self.state.tokens:,} tokens"
         self._write({"kind": "event", "step": self.state.step, "text": text})
 
@@ -571,12 +665,12 @@ class Run:
                 "validation_loss_per_word": best["validation_loss"] * tokens_per_word,
                 "pairs_accuracy": best["pairs_accuracy"],
                 "pairs_by_phenomenon": best["pairs_by_phenomenon"],
-                "tokens_per_second": state.tokens / seconds,
+                "tokens_per_second": state.tokens / account.seconds,
                 "folder": str(self.folder / "students" / student.name),
                 "best_step": best_step,
                 "samples": best["samples"],
             }
-            for student, best, seconds in zip(self.cohort, state.best, state.student_seconds, strict=True)
+            for student, best, account in zip(self.cohort, state.best, state.ledger.students.values(), strict=True)
         ]
         omega = checkpoint.read_state(checkpoint.at_step(self.checkpoints, best_step)).omega
         summary: Summary = {
@@ -585,7 +679,7 @@ class Run:
             "git_commit": git_commit(),
             "steps": state.step,
             "tokens": state.tokens,
-            "seconds": state.seconds,
+            "seconds": state.ledger.seconds,
             "world_size": self.runtime.world,
             "zero_stage": self.config.train.stage(self.runtime.world),
             "device": device_name(self.runtime.device),
@@ -594,11 +688,16 @@ class Run:
                 "train_tokens": manifest["splits"]["train"]["tokens"],
                 "train_words": manifest["splits"]["train"]["words"],
                 "tokens_per_word": tokens_per_word,
-                "entropy_per_word": manifest["entropy_per_word"],
+                # Of the next token; who sees both sides has less left to predict.
+                "entropy_per_word": None if self.config.masked else manifest["entropy_per_word"],
             },
             "students": students,
+            "ledger": ledgers.as_dict(state.ledger),
+            "before": asdict(state.ledger.before),
             "report": str(self.folder / "report.html"),
         }
+        if self.peak is not None:
+            summary["peak_flops_per_second"] = self.peak
         if omega:
             summary["omega"] = list(omega)
         return summary
@@ -613,7 +712,8 @@ def export_run(run: Path, config: Config, prepared: Prepared, step: int | None, 
     source = checkpoint.latest(checkpoints) if step is None else checkpoint.at_step(checkpoints, step)
     if source is None or not source.is_dir():
         raise ValueError(f"{source or checkpoints}: no such checkpoint; train first, or name a step that was kept")
-    trained_on = checkpoint.read_state(source).data
+    state = checkpoint.read_state(source)
+    trained_on = state.data
     if trained_on != prepared.identity:
         raise ValueError(
             f"{source} was trained on data {trained_on[:8]}, but data.path={config.data.path} now gives "
@@ -622,13 +722,15 @@ def export_run(run: Path, config: Config, prepared: Prepared, step: int | None, 
     folders = []
     for student in config.students:
         folders.append((to or run / "students") / student.name)
-        _export(folders[-1], student, checkpoint.read_student(source, student.name), prepared.tokenizer)
+        _export(folders[-1], student, checkpoint.read_student(source, student.name), prepared.tokenizer, state.ledger)
     return folders
 
 
-def _export(folder: Path, student: StudentConfig, record: ParametersAndMoments, tokenizer: Tokenizer) -> None:
+def _export(
+    folder: Path, student: StudentConfig, record: ParametersAndMoments, tokenizer: Tokenizer, ledger: Ledger
+) -> None:
     weights = {name.removeprefix("weight/"): w for name, w in record.items() if name.startswith("weight/")}
-    export_student(folder, shape_of(student, tokenizer.size), weights, tokenizer)
+    export_student(folder, shape_of(student, tokenizer.size), weights, tokenizer, ledger)
 
 
 def _half_ties(one: SetScore) -> float:
@@ -637,7 +739,7 @@ def _half_ties(one: SetScore) -> float:
 
 def _compare(config: Config, path: Path) -> None:
     """Refuse to go on with other settings than the run began with, but for those that change no result."""
-    before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    before = _flat(settings.as_dict(settings.build(Config, settings.read_yaml(path))))
     now = _flat(settings.as_dict(config))
     for key in sorted(before.keys() | now.keys()):
         if key.startswith(_FREE_TO_CHANGE) or before.get(key) == now.get(key):

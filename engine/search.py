@@ -14,20 +14,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pydantic
-import torch
 import yaml
 
 from engine.command import library
 from engine.config import Count, Natural, Positive, StudentConfig, read_yaml
-from engine.models.families import Shape, model_of, parameter_count, shape_of
-from engine.models.roberta import Roberta, RobertaShape
+from engine.flops import training_a_token
+from engine.models.families import Shape, parameter_count, shape_of
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
 ROOT = Path(__file__).parents[1]
@@ -105,28 +104,21 @@ class Space:
     def student(self, candidate: Candidate, number: int) -> StudentConfig:
         return StudentConfig(
             name=f"student-{number}",
-            family=self.config.family,  # pyright: ignore[reportArgumentType]
+            family=self.config.family,
             ffn=self.config.ffn,
             positions=self.config.positions,
             seed=number,
             **vars(candidate),
         )
 
-    def shape(self, candidate: Candidate) -> Shape | RobertaShape:
-        student = self.student(candidate, 1)
-        of = RobertaShape.of if self.config.family == "roberta" else shape_of
-        return of(student, self.config.vocabulary)
+    def shape(self, candidate: Candidate) -> Shape:
+        return shape_of(self.student(candidate, 1), self.config.vocabulary)
 
     @cache  # noqa: B019
     def size(self, candidate: Candidate) -> int:
         """Parameters. All layers have the same number, so models of one and two layers tell."""
-        one, two = (self._count(Candidate(layers, candidate.hidden, candidate.heads)) for layers in (1, 2))
+        one, two = (parameter_count(self.shape(replace(candidate, layers=layers))) for layers in (1, 2))
         return one + (candidate.layers - 1) * (two - one)
-
-    def _count(self, candidate: Candidate) -> int:
-        shape = self.shape(candidate)
-        with torch.device("meta"):
-            return parameter_count(Roberta(shape) if isinstance(shape, RobertaShape) else model_of(shape))
 
 
 def target(config: SearchConfig, number: int) -> float:
@@ -246,7 +238,7 @@ class ShortRun:
 
     def steps(self, cohort: Sequence[Candidate]) -> int:
         """How many the FLOPs pay for."""
-        a_token = sum(self.space.shape(student).training_flops(self.length) for student in cohort)
+        a_token = sum(training_a_token(self.space.shape(student), self.length) for student in cohort)
         return max(self.config.rungs, int(self.config.flops / (a_token * self.batch * self.length)))
 
     def __call__(self, cohort: Sequence[Candidate], report: Callable[[int, float], None]) -> float:

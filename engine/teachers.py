@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.cohort import Stopwatch
 from engine.config import Config, TeacherConfig
 from engine.data import Batch, Step
 from engine.export import load_model, require_folder
-from engine.models.families import Model
+from engine.models.families import Model, projected
+from engine.models.roberta import Roberta
 from engine.tokenizer import Tokenizer
 from kernels import Projected, TopK
 
@@ -47,17 +49,22 @@ class Teachers:
         [h₁|h₂]·[ω₁W₁|ω₂W₂]ᵀ = ω₁h₁W₁ᵀ + ω₂h₂W₂ᵀ."""
         self.names, self.weights = names, weights
         self._models = [model.eval().requires_grad_(False) for model in models]
-        self._heads = [model.head for model in models]
+        self._mean: tuple[Tensor, Tensor | None] | None = None
+        self.clock = Stopwatch(models[0].head.device if models else torch.device("cpu"))
         if len(names) < len(models):
-            self._heads = [torch.cat([w * head for w, head in zip(shares, self._heads, strict=True)], dim=1)]
+            pairs = list(zip(shares, models, strict=True))
+            biases = [w * model.head_bias for w, model in pairs if isinstance(model, Roberta)]
+            weight_VD = torch.cat([w * model.head for w, model in pairs], dim=1)
+            self._mean = weight_VD, torch.stack(biases).sum(0) if biases else None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Sequence[Projected | TopK]:
         """K streams over the batch's rows."""
-        hidden: list[Tensor] = [model(batch.tokens_BL, batch.rows_N) for model in self._models]
-        if len(self._heads) < len(hidden):
-            hidden = [torch.cat(hidden, dim=1)]
-        return [Projected(hidden_ND, head_VD) for hidden_ND, head_VD in zip(hidden, self._heads, strict=True)]
+        with self.clock.running():
+            hidden = [model(batch.tokens_BL, batch.rows_N) for model in self._models]
+        if self._mean is not None:
+            return [Projected(torch.cat(hidden, dim=1), *self._mean)]
+        return [projected(model, hidden_ND) for model, hidden_ND in zip(self._models, hidden, strict=True)]
 
     def ahead(self, steps: Iterator[Step]) -> Iterator[Step]:
         """The steps as they are; who keeps predictions has more to do (engine.teacher_cache)."""
@@ -92,6 +99,12 @@ def load_teachers(config: Config, tokenizer: Tokenizer, device: torch.device) ->
             raise ValueError(
                 f"{key}: its vocabulary has {model.shape.vocabulary} pieces, the data's tokenizer {tokenizer.size}: "
                 "streams of one loss share a vocabulary; take the model that was trained with this tokenizer"
+            )
+        if isinstance(model, Roberta) != config.masked:
+            kinds = ("the next token", "masked tokens")
+            raise ValueError(
+                f"{key} predicts {kinds[not config.masked]}, and the students {kinds[config.masked]}: take a teacher "
+                "that predicts what they do"
             )
         if model.shape.positions < config.train.length:
             raise ValueError(

@@ -7,6 +7,7 @@ What text becomes before it is cut (`normalize`), with `normalization: nfkc`:
   sentencepiece  NFKC; runs of spaces are one space and spaces at the ends of a line or field go; U+2581, which stands
                  for a space inside pieces, becomes one. `none` changes U+2581 alone.
   byte-bpe       NFKC, and one leading space goes. `none` removes that space alone.
+With `lowercase`, every character becomes small after NFKC, by itself: no final sigma.
 
 A newline and a tab are tokens of their own, never part of a piece, and what follows them is cut as a whole text is: a
 line, or what a speaker says after `*MOT:\\t`, begins with the same pieces as a sentence that is scored alone.
@@ -28,7 +29,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from engine.config import TokenizerConfig
 
-PAD, BOUNDARY, UNKNOWN, END = "<pad>", "<s>", "<unk>", "</s>"
+PAD, BOUNDARY, UNKNOWN, END, MASK = "<pad>", "<s>", "<unk>", "</s>", "<mask>"
 SPACE = "\u2581"  # sentencepiece's mark for a space, in front of every word
 FIELD_ENDS = ("\n", "\t")
 CHARACTER_COVERAGE = 0.9999  # characters rarer than all but this share of the text become bytes
@@ -36,7 +37,8 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Tokenizer:
-    """A trained tokenizer: `size` pieces, the `boundary` token's id (None: it has none), a `hash` over its definition.
+    """A trained tokenizer: `size` pieces, the ids of its tokens for the `boundary` of texts, their `end` and the `mask`
+    (None: it has none), all `special` ids, a `hash` over its definition.
 
     Special tokens are never read out of text: the four characters of "<s>" are ordinary characters.
     """
@@ -48,9 +50,10 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self.size = self._backend.get_vocab_size()
         self.hash = hashlib.sha256(definition.encode()).hexdigest()
-        boundary = json.loads(settings).get("bos_token")
-        boundary = boundary["content"] if isinstance(boundary, dict) else boundary  # as transformers 4 wrote it
-        self.boundary = None if boundary is None else self._backend.token_to_id(boundary)
+        self.special = frozenset(i for i, t in self._backend.get_added_tokens_decoder().items() if t.special)
+        found = (json.loads(settings).get(f"{name}_token") for name in ("bos", "eos", "mask"))
+        tokens = [x["content"] if isinstance(x, dict) else x for x in found]  # a dictionary as transformers 4 wrote it
+        self.boundary, self.end, self.mask = (None if x is None else self._backend.token_to_id(x) for x in tokens)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without a boundary token."""
@@ -97,12 +100,12 @@ def train(texts: Iterable[str], config: TokenizerConfig, pieces: int, folder: Pa
     Raises ValueError where the text does not allow so many pieces (or so few), naming the bound.
     """
     if config.kind == "sentencepiece":
-        model = _train_sentencepiece(_fields(texts, config), pieces, boundary)
+        model = _train_sentencepiece(_fields(texts, config), pieces, boundary, mask=config.mask)
         backend = _from_sentencepiece(model, config)
         (folder / "sentencepiece.model").write_bytes(model)
     else:
         backend = _train_byte_bpe(texts, config, pieces)
-    specials = [t for t in (PAD, BOUNDARY, UNKNOWN, END) if backend.token_to_id(t) is not None]
+    specials = [t for t in (PAD, BOUNDARY, UNKNOWN, END, MASK) if backend.token_to_id(t) is not None]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
     if boundary:
         backend.post_processor = processors.TemplateProcessing(
@@ -115,6 +118,7 @@ def train(texts: Iterable[str], config: TokenizerConfig, pieces: int, folder: Pa
         "bos_token": BOUNDARY if boundary else None,
         "eos_token": BOUNDARY if boundary else None,
         "pad_token": PAD,
+        **({"mask_token": MASK} if config.mask else {}),
         "split_special_tokens": True,  # as in Tokenizer: "<s>" in a text is not the boundary
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
@@ -128,6 +132,8 @@ def normalize(text: str, config: TokenizerConfig) -> str:
     """What the tokenizer sees, and what decoding gives back; see the top of this file."""
     if config.normalization == "nfkc":
         text = unicodedata.normalize("NFKC", text)
+    if config.lowercase:
+        text = "".join(map(str.lower, text))
     if config.kind == "byte-bpe":
         return text.removeprefix(" ")
     text = text.replace(SPACE, " ")
@@ -142,7 +148,8 @@ def _fields(texts: Iterable[str], config: TokenizerConfig) -> Iterator[str]:
         yield from (field for field in re.split(r"[\n\t]", normalize(text, config)) if field)
 
 
-def _train_sentencepiece(fields: Iterator[str], pieces: int, boundary: bool) -> bytes:
+def _train_sentencepiece(fields: Iterator[str], pieces: int, boundary: bool, *, mask: bool) -> bytes:
+    pad, bos, unk = (1, 0, 2) if mask and boundary else (1, -1, 0) if mask else (0, 1, 2) if boundary else (0, -1, 1)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -156,9 +163,10 @@ def _train_sentencepiece(fields: Iterator[str], pieces: int, boundary: bool) -> 
             remove_extra_whitespaces=False,
             max_sentence_length=1 << 30,  # bytes; longer ones would be left out without a word
             user_defined_symbols=list(FIELD_ENDS),
-            pad_id=0,
-            bos_id=1 if boundary else -1,
-            unk_id=2 if boundary else 1,  # sentencepiece wants one; with byte fallback it never occurs
+            control_symbols=[MASK] if mask else [],
+            pad_id=pad,
+            bos_id=bos,
+            unk_id=unk,  # sentencepiece wants one; with byte fallback it never occurs
             eos_id=-1,
             minloglevel=2,
         )
@@ -189,9 +197,8 @@ def _from_sentencepiece(model: bytes, config: TokenizerConfig) -> tokenizers.Tok
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token=UNKNOWN, fuse_unk=False)
     )
-    spaces: list[normalizers.Normalizer] = [normalizers.Replace(SPACE, " ")]
+    spaces = [*_characters(config), normalizers.Replace(SPACE, " ")]
     if config.normalization == "nfkc":
-        spaces = [normalizers.NFKC(), *spaces]
         spaces += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
     backend.normalizer = normalizers.Sequence(
         [*spaces, normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]  # pyright: ignore[reportArgumentType]
@@ -211,15 +218,20 @@ def _from_sentencepiece(model: bytes, config: TokenizerConfig) -> tokenizers.Tok
     return backend
 
 
+def _characters(config: TokenizerConfig) -> list[normalizers.Normalizer]:
+    nfkc = [normalizers.NFKC()] if config.normalization == "nfkc" else []
+    return [*nfkc, *([normalizers.Lowercase()] if config.lowercase else [])]
+
+
 def _train_byte_bpe(texts: Iterable[str], config: TokenizerConfig, pieces: int) -> tokenizers.Tokenizer:
     """Baby Llama's tokenizer (its notebook), but with all 256 bytes in the alphabet: there, unseen ones were lost."""
-    specials = [PAD, BOUNDARY, END]
+    specials = [BOUNDARY, PAD, END, MASK] if config.mask else [PAD, BOUNDARY, END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if pieces < len(specials) + len(alphabet):
         raise _too_few(pieces, len(specials) + len(alphabet))
     backend = tokenizers.Tokenizer(models.BPE())
-    if config.normalization == "nfkc":
-        backend.normalizer = normalizers.NFKC()
+    if normalizing := _characters(config):
+        backend.normalizer = normalizing[0] if len(normalizing) == 1 else normalizers.Sequence(normalizing)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(

@@ -29,7 +29,7 @@ def train(config: Config) -> None:
     with ExitStack() as stack:
         run = Run(config, runtime, stack)
         objective = run.weigh(run.outer.weights)
-        for step in run.teachers.ahead(run.data.steps(run.state.step + 1, run.steps)):
+        for step in run.profiled(run.teachers.ahead(run.data.steps(run.state.step + 1, run.steps))):
             run.outer.before_step(step, run.cohort)
             tally = accumulate(run.cohort, step, objective, run.teachers)
             outcome = run.cohort.step(tally.losses_S, tally.ce_S, run.learning_rates(step), stop=bool(stop))

@@ -5,7 +5,7 @@
     deepspeed recipes/distill.py cache.path=cache/nano cache.k=32     teachers predict once, and are read afterwards
     python recipes/distill.py --config recipes/baby_llama_2/student.yaml --dry-run
 
-A teacher is a Hugging Face folder of a LLaMA or a GPT-2, or the folder of a run; its tokenizer must be the data's.
+A teacher is a Hugging Face folder of a known family, or the folder of a run; its tokenizer must be the data's.
 
 Settings: recipes/distill.yaml; every one there is, with what it means, in engine/config.py.
 """

@@ -1,4 +1,5 @@
-"""Scores on BabyLM's evaluation data: of a run's students and their ensemble, or of any Hugging Face folder of a LLaMA.
+"""Scores on BabyLM's evaluation data: of a run's students and their ensemble, or of any Hugging Face folder of a known
+family.
 
     python recipes/score.py --model runs/mutual --data evaluation_data
     python recipes/score.py --model runs/mutual/students/deep --tasks blimp,blimp_supplement --data evaluation_data

@@ -40,6 +40,7 @@ MANIFEST = "manifest.json"
 SIXTEEN_BITS = 1 << 16  # the most pieces whose ids fit
 BATCH_CHARACTERS = 1_000_000  # encoded at once
 PAIRS_PER_PHENOMENON = 100
+LATER = ("tokenizer.lowercase", "tokenizer.mask")  # settings that older folders do not know, and are without
 COUNTS = ("documents", "lines", "words", "characters", "tokens")  # of a source file and of a split
 
 Say = Callable[[str], None]
@@ -145,7 +146,8 @@ def _open(folder: Path) -> Prepared:
 def _open_given(config: DataConfig) -> Prepared:
     """The prepared folder that data.path names; ValueError where a setting asks for something else."""
     prepared = _open(Path(config.path))
-    default, asked, made = (_flat(c) for c in (as_dict(DataConfig()), as_dict(config), prepared.manifest["config"]))
+    before = build(DataConfig, prepared.manifest["config"])
+    default, asked, made = (_flat(as_dict(c)) for c in (DataConfig(), config, before))
     for key in asked.keys() - {"path", "folder"}:
         if asked[key] not in (default[key], made[key]):
             raise ValueError(
@@ -157,7 +159,8 @@ def _open_given(config: DataConfig) -> Prepared:
 
 def _meaning(config: DataConfig, hashes: dict[str, str]) -> dict[str, Any]:
     """All that decides what is in the folder: where the text lies does not."""
-    settings = {f"data.{k}": v for k, v in _flat(as_dict(config)).items() if k not in ("path", "folder")}
+    flat = {k: v for k, v in _flat(as_dict(config)).items() if v or k not in LATER}
+    settings = {f"data.{k}": v for k, v in flat.items() if k not in ("path", "folder")}
     return {"format": FORMAT, **settings, **{f"file {name}": digest for name, digest in hashes.items()}}
 
 

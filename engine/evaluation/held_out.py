@@ -24,8 +24,8 @@ def validation_losses(
             hidden = [student.body(batch) for student in cohort]
             valid_N = (batch.targets_N != IGNORED).nonzero().squeeze(1)
             with cohort.heads():
-                heads = [student.model.head for student in cohort]
-                log_prob_SN = project(hidden, heads, valid_N, batch.targets_N[valid_N], omega)
+                streams = [student.project(hidden_ND) for student, hidden_ND in zip(cohort, hidden, strict=True)]
+                log_prob_SN = project(streams, valid_N, batch.targets_N[valid_N], omega)
             totals[:-1] -= log_prob_SN.sum(dim=1, dtype=torch.float64)
             totals[-1] += len(valid_N)
     *sums, tokens = runtime.agree(totals)

@@ -19,6 +19,7 @@ from engine.evaluation.zero_shot import ZeroShot
 from engine.export import load_model
 from engine.models.families import Model
 from engine.models.llama import Llama
+from engine.models.roberta import Roberta
 from engine.runtime import git_commit, start
 from engine.tokenizer import Tokenizer
 
@@ -35,6 +36,9 @@ def score_model(config: ScoreConfig) -> dict[str, list[results.TaskScore]]:
     tasks = read_tasks([name for name in config.tasks if name in ZERO_SHOT], Path(config.data))
     learnt = [read_classification(name, Path(config.data)) for name in config.tasks if name in CLASSIFICATION]
     models, tokenizer = load_models(Path(config.model))
+    masked = any(isinstance(model, Roberta) for model in models.values())
+    if masked and learnt:
+        raise ValueError(f"tasks: {learnt[0][0].task} is fine-tuned, which masked models are not yet: leave it out")
     runtime = start()
     for model in models.values():
         model.to(runtime.device)
@@ -43,7 +47,7 @@ def score_model(config: ScoreConfig) -> dict[str, list[results.TaskScore]]:
     if tasks:
         positions = min(model.shape.positions for model in models.values())
         share = all(isinstance(model, Llama) for model in models.values())
-        questions = ZeroShot(tasks, tokenizer, runtime, positions=positions, share=share)
+        questions = ZeroShot(tasks, tokenizer, runtime, positions=positions, share=share, masked=masked)
         with torch.inference_mode():
             log_probabilities = model_log_probabilities(list(models.values()), omega_of(Path(config.model)))
             for name, found in zip(names, questions.scores(log_probabilities), strict=True):

@@ -19,9 +19,10 @@ from torch import Tensor
 import kernels
 from engine.cohort import Cohort
 from engine.data import Batch
-from engine.models.families import Model
+from engine.models.families import Model, projected
 from engine.models.llama import Block, Llama, rotary_table
 from engine.runtime import Runtime
+from kernels import Projected
 
 TOKENS_A_BATCH = 4096
 TOKENS_A_STRAND = 64  # longer ones share more and attend to more
@@ -180,7 +181,8 @@ def model_log_probabilities(models: Sequence[Model], omega: Sequence[float] | No
 
     def log_probabilities(batch: StrandBatch) -> Tensor:
         hidden = [hidden_states(model, batch) for model in models]
-        return project(hidden, [model.head for model in models], batch.sources_N, batch.targets_N, omega)
+        streams = [projected(model, hidden_UD) for model, hidden_UD in zip(models, hidden, strict=True)]
+        return project(streams, batch.sources_N, batch.targets_N, omega)
 
     return log_probabilities
 
@@ -194,36 +196,37 @@ def cohort_log_probabilities(cohort: Cohort, omega: Sequence[float] | None = Non
     def log_probabilities(batch: StrandBatch) -> Tensor:
         hidden = [student.body(Batch(batch.tokens_BL, batch.targets_N, batch.rows_U)) for student in cohort]
         with cohort.heads():
-            heads = [student.model.head for student in cohort]
-            return project(hidden, heads, batch.sources_N, batch.targets_N, omega)
+            streams = [student.project(hidden_UD) for student, hidden_UD in zip(cohort, hidden, strict=True)]
+            return project(streams, batch.sources_N, batch.targets_N, omega)
 
     return log_probabilities
 
 
 def project(
-    hidden: Sequence[Tensor],
-    heads: Sequence[Tensor],
+    streams: Sequence[Projected],
     sources_N: Tensor,
     targets_N: Tensor,
     omega: Sequence[float] | None = None,
 ) -> Tensor:
     """[S, N] log-probabilities of the targets, each predicted by row `source` of every model's hidden states [U, D]
-    through its head [V, D]; logits in fp32.
+    through its head [V, D], with its bias [V] where it has one; logits in fp32.
 
     With several models the last row is the ensemble's: the softmax of their logits' mean, weighted by ω [S], sum 1.
     """
-    heads = [head.float() for head in heads]
-    streams = len(heads) + (len(heads) > 1)
-    omega = omega or [1 / len(heads)] * len(heads)
-    chunk = max(1, LOGITS_AT_ONCE // len(heads[0]))
-    found_SN = torch.empty(streams, len(targets_N), device=targets_N.device)
-    for start in range(0, len(hidden[0]), chunk):
+    heads = [(weight.float(), None if bias is None else bias.float()) for _, weight, bias in streams]
+    scored = len(streams) + (len(streams) > 1)
+    omega = omega or [1 / len(streams)] * len(streams)
+    chunk = max(1, LOGITS_AT_ONCE // len(streams[0].weight))
+    found_SN = torch.empty(scored, len(targets_N), device=targets_N.device)
+    for start in range(0, len(streams[0].hidden), chunk):
         chosen_n = ((sources_N >= start) & (sources_N < start + chunk)).nonzero().squeeze(1)
         at = sources_N[chosen_n] - start, targets_N[chosen_n]
         mean_uV: Tensor | None = None
-        for i, (hidden_UD, head_VD) in enumerate(zip(hidden, heads, strict=True)):
-            logits_uV = hidden_UD[start : start + chunk].float() @ head_VD.T
-            if streams > 1:
+        for i, (stream, (weight_VD, bias_V)) in enumerate(zip(streams, heads, strict=True)):
+            logits_uV = stream.hidden[start : start + chunk].float() @ weight_VD.T
+            if bias_V is not None:
+                logits_uV += bias_V
+            if scored > 1:
                 mean_uV = omega[i] * logits_uV if mean_uV is None else mean_uV.add_(logits_uV, alpha=omega[i])
             found_SN[i, chosen_n] = _log_softmax_at(logits_uV, *at)
         if mean_uV is not None:

@@ -4,26 +4,37 @@ S models, I texts.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 from engine.evaluation.results import TaskScore
-from engine.evaluation.scoring import LogProbabilities, causal_strands, in_common, score
+from engine.evaluation.scoring import LogProbabilities, causal_strands, in_common, masked_strands, score
 from engine.evaluation.tasks import Task
 from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
 
 
 class ZeroShot:
-    """The questions of some tasks, for models that share a tokenizer and read from left to right.
+    """The questions of some tasks, for models that share a tokenizer, and all read from left to right or are masked.
 
     A text's score is the sum of its tokens' log-probabilities, after the boundary token, as BabyLM 2025 has it. Without
-    a trained boundary token the first token goes unscored: nothing trained could stand in front of it.
+    a trained boundary token the first token goes unscored: nothing trained could stand in front of it. Of masked models
+    it is the pseudo-log-likelihood, between the tokens that begin and end a text, where there are such.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], tokenizer: Tokenizer, runtime: Runtime, *, positions: int, share: bool
+        self,
+        tasks: Sequence[Task],
+        tokenizer: Tokenizer,
+        runtime: Runtime,
+        *,
+        positions: int,
+        share: bool,
+        masked: bool = False,
     ) -> None:
-        """`share`: as `causal_strands` has it. Raises ValueError for a text longer than the models' positions."""
-        self.tasks, self.runtime = tasks, runtime
+        """`share`: as `causal_strands` has it. Raises ValueError for a text longer than the models' positions, or a
+        tokenizer without a mask for masked models."""
+        self.tasks, self.runtime, self.masked = tasks, runtime, masked
+        back = [tokenizer.end] if masked and tokenizer.end is not None else []
         front = [] if tokenizer.boundary is None else [tokenizer.boundary]
         answers = [answer for task in tasks for question in task.questions for answer in question.answers]
         contexts = sorted({question.context for task in tasks for question in task.questions if question.context})
@@ -37,23 +48,34 @@ class ZeroShot:
                 before = fronts.get(question.context, front)
                 ids = [before + next(encoded) for _ in question.answers]
                 for text, own in zip(question.answers, ids, strict=True):
-                    if len(own) > positions + 1:
+                    size = len(own) + len(back)
+                    if size > positions + (not masked):  # what comes last needs no position where it only is predicted
                         raise ValueError(
-                            f"{task.name}: {question.context + text!r}: {len(own)} tokens, more than the models' "
+                            f"{task.name}: {question.context + text!r}: {size} tokens, more than the models' "
                             f"{positions} positions: take a model that has them, or leave the task out"
                         )
                 self.lengths.append([len(own) - len(before) for own in ids])
                 firsts += [len(before) if len(ids) == 1 else in_common(ids)] * len(ids)
                 texts += ids
         self.texts = len(texts)
-        self.strands = causal_strands(texts, firsts, share=share)
+        if not masked:
+            self.strands = causal_strands(texts, firsts, share=share)
+            return
+        if tokenizer.mask is None:
+            raise ValueError("the model predicts masked tokens, and its tokenizer has no mask token: fetch it again")
+        self.strands = [
+            strand
+            for owner, (ids, own) in enumerate(zip(texts, chain.from_iterable(self.lengths), strict=True))
+            for strand in masked_strands(ids + back, range(len(ids) - own, len(ids)), tokenizer.mask, owner)
+        ]
 
     def answers(self, log_probabilities: LogProbabilities) -> list[list[list[float]]]:
-        """Per model and question, each answer's log-probability in nats, from where the answers part; collective.
+        """Per model and question, each answer's log-probability in nats, from where the answers part (of a masked
+        model: of the whole answer); collective.
 
         Raises ValueError where one is not finite.
         """
-        scores_SI = score(self.strands, self.texts, log_probabilities, self.runtime, padding=True)
+        scores_SI = score(self.strands, self.texts, log_probabilities, self.runtime, padding=not self.masked)
         found = []
         for row in scores_SI.tolist():
             scores = iter(row)

@@ -1,24 +1,40 @@
-"""The architectures by name: from a student's settings to its shape, from a shape to a model."""
+"""The architectures by name: from a student's settings to its shape, from a shape to a model.
 
-from torch import nn
+N rows to predict, D hidden.
+"""
+
+import torch
+from torch import Tensor
 
 from engine.config import StudentConfig
 from engine.models.gpt2 import GPT2, GPT2Shape
 from engine.models.llama import Llama, LlamaShape
+from engine.models.roberta import Roberta, RobertaShape
+from kernels import Projected
 
-Shape = LlamaShape | GPT2Shape
-Model = Llama | GPT2
+Shape = LlamaShape | GPT2Shape | RobertaShape
+Model = Llama | GPT2 | Roberta
+
+_SHAPES = {"llama": LlamaShape, "gpt2": GPT2Shape, "roberta": RobertaShape}
+_MODELS = {LlamaShape: Llama, GPT2Shape: GPT2, RobertaShape: Roberta}
 
 
 def shape_of(student: StudentConfig, vocabulary: int) -> Shape:
     """Raises ValueError where the settings do not fit one another or the family."""
-    return (GPT2Shape if student.family == "gpt2" else LlamaShape).of(student, vocabulary)
+    return _SHAPES[student.family].of(student, vocabulary)
 
 
 def model_of(shape: Shape, *, recompute: bool = False) -> Model:
     """The model, with torch's own initial weights."""
-    return GPT2(shape, recompute=recompute) if isinstance(shape, GPT2Shape) else Llama(shape, recompute=recompute)
+    return _MODELS[type(shape)](shape, recompute=recompute)
 
 
-def parameter_count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def projected(model: Model, hidden_ND: Tensor) -> Projected:
+    """The model's stream of logits, from its hidden states."""
+    return Projected(hidden_ND, model.head, model.head_bias if isinstance(model, Roberta) else None)
+
+
+def parameter_count(shape: Shape) -> int:
+    """Of the model, which is not made; what is tied counts once."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in model_of(shape).parameters())

@@ -6,7 +6,6 @@ projections transposed (engine.export).
 B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import kernels
 from engine.config import StudentConfig
-from engine.models.dropout import dropped
+from engine.models.dropout import attention, dropped
+from engine.models.inputs import draws_in_use, length_of
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,6 @@ class GPT2Shape:
     def head_width(self) -> int:
         return self.hidden // self.heads
 
-    def training_flops(self, length: int) -> int:
-        """As `LlamaShape.training_flops`."""
-        projections = 4 * self.hidden * self.hidden + 2 * self.hidden * self.ffn
-        attention = self.hidden * (length + 1)
-        return 3 * 2 * (self.layers * (projections + attention) + self.hidden * self.vocabulary)
-
 
 class Attention(nn.Module):
     def __init__(self, shape: GPT2Shape, site: int) -> None:
@@ -74,14 +67,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, draws_B: Tensor | None) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.width)) for part in self.c_attn(x_BLD).chunk(3, -1))
-        if draws_B is None:
-            mixed_BLHd = kernels.attention(q, k, v, causal=True)
-        else:  # whoever fuses it draws from a generator, and not per sample
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            scores_BHLL = q @ k.mT / math.sqrt(self.width)
-            later_LL = torch.ones(scores_BHLL.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-            weights_BHLL = scores_BHLL.masked_fill(later_LL, -torch.inf).softmax(-1)
-            mixed_BLHd = (dropped(weights_BHLL, self.dropout, draws_B, self.site) @ v).transpose(1, 2)
+        mixed_BLHd = attention(q, k, v, self.dropout, draws_B, self.site, causal=True)
         return self.c_proj(mixed_BLHd.flatten(-2))
 
 
@@ -139,15 +125,8 @@ class GPT2(nn.Module):
             rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
             draws_B: [B] int64, what each sequence's dropout is drawn from (engine.models.dropout); only in training.
         """
-        length = tokens_BL.shape[1]
-        if length > self.shape.positions:
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than the model's {self.shape.positions} positions"
-            )
-        if not self.training or self.shape.dropout == 0:
-            draws_B = None
-        elif draws_B is None:
-            raise ValueError(f"dropout={self.shape.dropout} in training needs draws_B, a number for every sequence")
+        length = length_of(tokens_BL, self.shape.positions)
+        draws_B = draws_in_use(draws_B, self.shape.dropout, training=self.training)
         x_BLD = self.wte(tokens_BL) + self.wpe(torch.arange(length, device=tokens_BL.device))
         x_BLD = dropped(x_BLD, self.shape.dropout, draws_B, site=0)
         for block in self.h:

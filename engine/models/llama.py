@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from engine.config import StudentConfig
+from engine.models.inputs import length_of
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,6 @@ class LlamaShape:
     @property
     def head_width(self) -> int:
         return self.hidden // self.heads
-
-    def training_flops(self, length: int) -> int:
-        """Model FLOPs that one token of a sequence of `length` costs, forward and backward (twice the forward).
-
-        Counts every matrix product at 2 FLOPs a multiply-add, the head's included, the embedding's look-up not, and
-        attention causally: a position attends to (length + 1) / 2 others on average.
-        """
-        kv_hidden = self.kv_heads * self.head_width
-        projections = 2 * self.hidden * self.hidden + 2 * self.hidden * kv_hidden + 3 * self.hidden * self.ffn
-        attention = self.hidden * (length + 1)  # scores and mix: 2 products of D multiply-adds, halved by causality
-        forward = 2 * (self.layers * (projections + attention) + self.hidden * self.vocabulary)
-        return 3 * forward
 
 
 class RMSNorm(nn.Module):
@@ -164,11 +153,7 @@ class Llama(nn.Module):
             tokens_BL: [B, L] int64.
             rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
         """
-        length = tokens_BL.shape[1]
-        if length > self.shape.positions:
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than the model's {self.shape.positions} positions"
-            )
+        length = length_of(tokens_BL, self.shape.positions)
         cos, sin = rotary_table(length, self.shape.head_width, self.shape.rope_theta, tokens_BL.device)
         branch_BLD, residual_BLD = self.embed_tokens(tokens_BL), None
         for layer in self.layers:

@@ -1,6 +1,7 @@
-"""Published shapes by name, as settings of a student (parameter counts at 16,000 pieces).
+"""Published shapes by name, as settings of a student (parameter counts at 16,000 pieces; of RoBERTas at 50,265).
 
-Sources: Baby Llama (Timiryasov & Tastet 2023) and BabyLlama-2 (Tastet & Timiryasov 2024).
+Sources: Baby Llama (Timiryasov & Tastet 2023), BabyLlama-2 (Tastet & Timiryasov 2024), When Babies Teach Babies (Iyer
+2024).
 """
 
 from typing import Any
@@ -14,4 +15,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-705m": dict(family="gpt2", layers=24, hidden=1536, heads=16, ffn=6144, positions=128, dropout=0.1),
     # BabyLlama-2's teachers and student alike, 345.4M
     "smol-llama-345m": dict(layers=32, hidden=960, heads=15, kv_heads=5, ffn=2560, tied=False, positions=256),
+    # What the search of When Babies Teach Babies found for N/2 to N/5, N RoBERTa-base; it leaves the heads open.
+    **{
+        name: dict(family="roberta", layers=layers, hidden=hidden, heads=8, ffn=3072, positions=512, dropout=0.1)
+        for name, layers, hidden in (
+            ("babies-60m", 8, 512),  # 59.9M
+            ("babies-43m", 16, 256),  # 42.6M
+            ("babies-28m", 8, 256),  # 27.8M
+            ("babies-24m", 6, 256),  # 24.2M
+        )
+    },
 }

@@ -7,19 +7,16 @@ but the head a state dictionary is theirs.
 B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import kernels
 from engine.config import StudentConfig
-from engine.masking import SHARE
-from engine.models.dropout import dropped
+from engine.models.dropout import attention, dropped
+from engine.models.inputs import draws_in_use, length_of
 
 
 @dataclass(frozen=True)
@@ -59,16 +56,12 @@ class RobertaShape:
         )
 
     @property
+    def tied(self) -> bool:
+        return True
+
+    @property
     def head_width(self) -> int:
         return self.hidden // self.heads
-
-    def training_flops(self, length: int) -> int:
-        """As `LlamaShape.training_flops`, a token of the text: attention looks both ways, and the head sees the rows to
-        predict alone."""
-        projections = 4 * self.hidden * self.hidden + 2 * self.hidden * self.ffn
-        attention = 2 * self.hidden * length
-        head = SHARE * self.hidden * (self.hidden + self.vocabulary)
-        return round(3 * 2 * (self.layers * (projections + attention) + head))
 
 
 class Output(nn.Module):
@@ -93,12 +86,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, draws_B: Tensor | None) -> Tensor:
         q, k, v = (projection(x_BLD).unflatten(-1, (-1, self.width)) for projection in self.self.values())
-        if draws_B is None:
-            mixed_BLHd = kernels.attention(q, k, v, causal=False)
-        else:  # whoever fuses it draws from a generator, and not per sample
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            weights_BHLL = (q @ k.mT / math.sqrt(self.width)).softmax(-1)
-            mixed_BLHd = (dropped(weights_BHLL, self.dropout, draws_B, self.site) @ v).transpose(1, 2)
+        mixed_BLHd = attention(q, k, v, self.dropout, draws_B, self.site, causal=False)
         return self.output(mixed_BLHd.flatten(-2), x_BLD, draws_B)
 
 
@@ -167,15 +155,8 @@ class Roberta(nn.Module):
             rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
             draws_B: [B] int64, what each sequence's dropout is drawn from (engine.models.dropout); only in training.
         """
-        length = tokens_BL.shape[1]
-        if length > self.shape.positions:
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than the model's {self.shape.positions} positions"
-            )
-        if not self.training or self.shape.dropout == 0:
-            draws_B = None
-        elif draws_B is None:
-            raise ValueError(f"dropout={self.shape.dropout} in training needs draws_B, a number for every sequence")
+        length = length_of(tokens_BL, self.shape.positions)
+        draws_B = draws_in_use(draws_B, self.shape.dropout, training=self.training)
         word, position, token_type, norm = self.embeddings.values()
         positions_L = self.shape.padding + 1 + torch.arange(length, device=tokens_BL.device)
         x_BLD = norm(word(tokens_BL) + position(positions_L) + token_type(torch.zeros_like(positions_L)))
@@ -187,16 +168,3 @@ class Roberta(nn.Module):
                 x_BLD = block(x_BLD, draws_B)
         x_ND = x_BLD.flatten(0, 1)
         return self.lm_head(x_ND if rows_N is None else x_ND[rows_N])
-
-
-# When Babies Teach Babies (Iyer 2024): what its search found for N/2 to N/5, N RoBERTa-base. As settings of a student;
-# parameter counts at 50,265 pieces. The search leaves the number of heads open.
-PRESETS: dict[str, dict[str, Any]] = {
-    name: dict(family="roberta", layers=layers, hidden=hidden, heads=8, ffn=3072, positions=512, dropout=0.1)
-    for name, layers, hidden in (
-        ("babies-60m", 8, 512),  # 59.9M
-        ("babies-43m", 16, 256),  # 42.6M
-        ("babies-28m", 8, 256),  # 27.8M
-        ("babies-24m", 6, 256),  # 24.2M
-    )
-}

@@ -103,7 +103,7 @@ def history(folder: Path, name: str) -> list[dict[str, Any]]:
         record = json.loads(line)
         if record["kind"] == "event":  # of another number of ranks or ZeRO stage
             continue
-        for key in ("seconds", "tokens_per_second"):
+        for key in ("seconds", "tokens_per_second", "mfu", "hfu"):
             record.pop(key, None)
         for student in record["students"].values() if isinstance(record.get("students"), dict) else ():
             student.pop("tokens_per_second", None)

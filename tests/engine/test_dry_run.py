@@ -20,10 +20,9 @@ PUBLISHED = {
     "teacher-1": (345_355_200, 8, 128),
     "teacher-2": (345_355_200, 8, 128),
     "student": (345_355_200, 8, 128),
+    "published": (59_930_201, 100, 180),
 }
-YAMLS = sorted(
-    [*RECIPES.glob("baby_llama*/*.yaml"), *(RECIPES / f"{n}.yaml" for n in ("pretrain", "distill", "mutual"))]
-)
+YAMLS = sorted([*RECIPES.glob("bab*/*.yaml"), *(RECIPES / f"{n}.yaml" for n in ("pretrain", "distill", "mutual"))])
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)

@@ -8,18 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from engine import export
 from engine import tokenizer as tokenization
 from engine.config import StudentConfig, TokenizerConfig
 from engine.corpus.grammar import generate
 from engine.export import export_student, import_student, load_model
-from engine.models.families import Model, Shape, model_of
+from engine.models.families import Model, Shape, model_of, projected
 from engine.models.gpt2 import GPT2Shape
 from engine.models.llama import LlamaShape
+from engine.models.roberta import RobertaShape
 from engine.tokenizer import Tokenizer
 
 PIECES = 360
@@ -120,6 +122,33 @@ def test_a_gpt2_is_the_same_in_transformers_and_comes_back_bit_for_bit(
         found = dict(model.named_parameters())
         assert found.keys() == weights.keys()
         assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+def test_a_roberta_is_the_same_in_transformers_and_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    config = TokenizerConfig(mask=True)
+    tokenizer = tokenization.train(generate(0, 3000), config, PIECES, tmp_path, boundary=True)
+    shape = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocabulary=PIECES, positions=64, dropout=0.2)
+    ours, weights = weights_of(shape)
+    export_student(tmp_path / "student", shape, weights, tokenizer)
+    loaded: Any = AutoModelForMaskedLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    theirs, report = loaded
+    assert not any(report.values()), report
+    assert theirs.config.hidden_dropout_prob == theirs.config.attention_probs_dropout_prob == 0.2
+    ids = AutoTokenizer.from_pretrained(tmp_path / "student")("the dog <mask> a cat").input_ids
+    tokens_BL = torch.tensor([[*ids, *tokenizer.encode(next(generate(1, 10))), tokenizer.mask][:64]])
+    with torch.no_grad():
+        difference = F.linear(*projected(ours.eval(), ours(tokens_BL))) - theirs.eval()(tokens_BL).logits[0]
+    assert difference.abs().max() <= 1e-4
+    theirs.save_pretrained(tmp_path / "elsewhere")  # as transformers writes it
+    tokenizer.export(tmp_path / "elsewhere")
+    for folder in ("student", "elsewhere"):
+        model, _ = load_model(tmp_path / folder)
+        assert model.shape == replace(shape, dropout=0.0), "dropout is a setting of training"
+        found = dict(model.named_parameters())
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    start = StudentConfig("a", 2, 32, 4, 48, positions=64, family="roberta", init=str(tmp_path / "student"))
+    assert len(import_student(start, shape, tokenizer)) == len(weights)
 
 
 def test_bf16_weights_are_exported_as_the_fp32_that_the_config_promises(tokenizer: Tokenizer, tmp_path: Path) -> None:

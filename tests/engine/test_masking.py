@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from engine.masking import Masking
+from engine.data import TrainingData
+from engine.masking import MaskedFile, Masking
 
 V, SPECIAL, MASK = 50, (0, 1, 2), 49
 TEXT = np.random.default_rng(0).integers(V - 1, size=(64, 512)).astype(np.uint16)
@@ -48,3 +51,54 @@ def test_a_sequence_is_masked_alike_in_any_company_and_anew_in_every_epoch() -> 
 def test_ids_outside_the_vocabulary_are_refused() -> None:
     with pytest.raises(ValueError, match="token 50 is not among the 50 of the vocabulary"):
         Masking(50, 50, (), seed=0)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> MaskedFile:
+    """Five chunks of 16 tokens, of the last one 6."""
+    TEXT.ravel()[: 4 * 16 + 6].astype("<u2").tofile(tmp_path / "train.bin")
+    return MaskedFile(tmp_path / "train.bin", "<u2", 16, MASKING)
+
+
+def test_a_step_is_the_same_for_any_ranks_and_micro_batches(file: MaskedFile) -> None:
+    def rows(rank: int, world: int, micro_batch: int) -> list[tuple[int, list[list[int]]]]:
+        data = TrainingData(
+            file,
+            batch=4,
+            micro_batch=micro_batch,
+            seed=1,
+            random_offsets=False,
+            rank=rank,
+            world=world,
+            device=torch.device("cpu"),
+        )
+        found = []
+        for step in data.steps(3, 6):
+            sequences = []
+            for batch in step.micro_batches:
+                assert batch.rows_N is not None
+                sequences += [
+                    [*tokens.tolist(), *batch.targets_N[batch.rows_N // 16 == i].tolist()]
+                    for i, tokens in enumerate(batch.tokens_BL)
+                ]
+            found.append((step.valid_tokens, sequences))
+        return found
+
+    whole, shares = rows(0, 1, 4), [rows(rank, 2, 1) for rank in range(2)]
+    for (valid, sequences), (other, first), (same, second) in zip(whole, *shares, strict=True):
+        assert valid == other == same == sum(map(len, sequences)) - 4 * 16
+        assert sequences == first + second
+
+
+def test_every_token_may_be_hidden_once_an_epoch_and_the_last_chunks_context_never(file: MaskedFile) -> None:
+    starts = [chunk * file.length for chunk in range(file.chunks)]
+    assert [file.predicted(start) for start in starts] == [16, 16, 16, 16, 6]
+    hidden = set()
+    for sample in range(200):
+        batch = file.batch([64], torch.device("cpu"), [sample])
+        assert batch.rows_N is not None
+        assert len(batch.targets_N) == file.targets(64, sample)
+        assert batch.targets_N.tolist() == file.tokens[64 + 6 - 16 + batch.rows_N.numpy()].tolist()
+        hidden |= set(batch.rows_N.tolist())
+    ordinary = {10 + place for place in range(6) if file.tokens[64 + place] not in SPECIAL}
+    assert hidden == ordinary

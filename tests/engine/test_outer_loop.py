@@ -69,7 +69,8 @@ def step_of(seed: int, micro_batches: int) -> Step:
     targets_BL[0, :5] = targets_BL[3, 2] = IGNORED
     parts = zip(tokens_BL[:, :-1].chunk(micro_batches), targets_BL.chunk(micro_batches), strict=True)
     batches = [Batch(tokens, targets.flatten()) for tokens, targets in parts]
-    return Step(1, 0.0, int((targets_BL != IGNORED).sum()), 0, batches)
+    valid = int((targets_BL != IGNORED).sum())
+    return Step(1, 0.0, valid, valid, 0, batches)
 
 
 def weigh(omega_S: Tensor, temperature: float = 1.5, divergence: str = "forward") -> Coefficients:

@@ -53,6 +53,10 @@ def synthetic_run(run_dir: Path, steps: int = 5000, *, every: int = 250, skipped
             "tokens": step * 2048,
             "seconds": 0.2,
             "tokens_per_second": (5_200 if step > 3 else 900) * random.gauss(1, 0.04),
+            "model_flops": step * 10**12,
+            "hardware_flops": step * 12 * 10**11,
+            "mfu": random.gauss(0.4, 0.01),
+            "hfu": random.gauss(0.45, 0.01),
             "students": {name: student_step(name, step) for name in names},
             "kl": [[kl(i, j) for j in range(len(names) + 1)] for i in range(len(names))],
         }
@@ -115,6 +119,25 @@ def synthetic_run(run_dir: Path, steps: int = 5000, *, every: int = 250, skipped
             }
             for index, name in enumerate(names)
         ],
+        "ledger": {
+            "students": {
+                name: {
+                    "tokens": 2048,
+                    "words": 1638,
+                    "model_flops": 10**15,
+                    "hardware_flops": 2 * 10**15,
+                    "seconds": 61.0,
+                }
+                for name in names
+            },
+            "teachers": {"tokens": 0, "words": 0, "model_flops": 0, "hardware_flops": 0, "seconds": 0.0},
+            "outer": {"tokens": 512, "words": 0, "model_flops": 10**13, "hardware_flops": 10**13, "seconds": 1.0},
+            "seconds": 130.0,
+            "joules": 7.2e6,
+            "trained": [],
+            "untold": ["runs/<unknown>"],
+        },
+        "before": {"model": 5 * 10**14, "hardware": 6 * 10**14},
         "report": str(run_dir / "report.html"),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary))
@@ -186,6 +209,12 @@ def test_report_of_a_finished_run(run_dir: Path):
         "The dog that sees the cats is not <happy>.",
         "path: <grammar> & co",
         "2.1200",  # the entropy, in nats per token
+        "1P 2P 1:01",  # a student's FLOPs and seconds
+        "teachers’ own training 500T",
+        "The devices report 2 kWh.",
+        "not known: runs/<unknown>.",
+        "Loss nats per token All of the run’s",
+        "MFU",
     ):
         assert page.says(text), text
     assert "b" in page.tags, "the test below would hold on an empty page"

@@ -10,6 +10,7 @@ import yaml
 
 from engine import search as module
 from engine.config import Config, build
+from engine.flops import training_a_token
 from engine.models.families import model_of
 from engine.models.llama import LlamaShape
 from engine.search import Candidate, ProxyConfig, SearchConfig, ShortRun, Space, proxy, random_cohort, search, target
@@ -145,7 +146,7 @@ def test_a_short_run_spends_its_flops_and_is_scored_by_its_ensemble(
     settings = yaml.safe_load(next((tmp_path / "runs").glob("*/config.yaml")).read_text())
     config = build(Config, settings)
     assert [s.learning_rate for s in config.students] == [0.5, 0.5]
-    spent = config.train.steps * 32 * sum(run.space.shape(s).training_flops(8) for s in cohort)
+    spent = config.train.steps * 32 * sum(training_a_token(run.space.shape(s), 8) for s in cohort)
     assert spent == pytest.approx(1e10, rel=0.05)
 
 

@@ -172,7 +172,7 @@ def widen_vocabulary(folder: Path) -> None:
         (lambda f: (f / "runs/llama/students/one/tokenizer.json").unlink(), [], "llama: no tokenizer.json; expected"),
         (lambda f: shutil.rmtree(f / "runs/llama"), [], "llama: no config.json; expected a Hugging Face folder"),
         (spoil_weights, [], "llama: layers.0.mlp.up_proj.weight is not finite (NaN or infinite)"),
-        (spoil_config(model_type="mamba"), [], "llama: model_type='mamba': expected 'llama' or 'gpt2'"),
+        (spoil_config(model_type="mamba"), [], "llama: model_type='mamba': expected 'llama', 'gpt2' or 'roberta'"),
         (spoil_config(max_position_embeddings=16), [], "llama has 16 positions, fewer than train.length=32"),
         (widen_vocabulary, [], "llama: its vocabulary has 408 pieces, the data's tokenizer 400"),
         (lambda f: None, ["data.tokenizer.pieces=420"], "is not the data's"),

@@ -44,6 +44,32 @@ def small(folder: Path, boundary: bool = True, **settings) -> Tokenizer:
     return train(["the dog sees the cat\nit is fine"] * 9, TokenizerConfig(**settings), 275, folder, boundary=boundary)
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-bpe"])
+@pytest.mark.parametrize("boundary", [True, False])
+def test_a_mask_token_and_roberta_s_padding(kind, boundary: bool, tmp_path: Path):
+    tokenizer = small(tmp_path, boundary, kind=kind, mask=True)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.pad_token_id == 1, "Hugging Face counts RoBERTa's positions from it"
+    assert theirs.mask_token_id == tokenizer.mask
+    assert tokenizer.size == len(theirs) == 275
+    assert {tokenizer.mask, 1} <= tokenizer.special
+    assert {theirs.convert_ids_to_tokens(i) for i in tokenizer.special} <= {"<s>", "<pad>", "</s>", "<unk>", "<mask>"}
+    assert tokenizer.mask not in tokenizer.encode("a <mask> is ordinary text")
+    assert tokenizer.decode(tokenizer.encode("a <mask>")) == "a <mask>"
+    assert [tokenizer.surfaces()[i] for i in sorted(tokenizer.special)] == [""] * len(tokenizer.special)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-bpe"])
+@pytest.mark.parametrize("normalization", ["nfkc", "none"])
+def test_lowercase(kind, normalization, tmp_path: Path):
+    config = TokenizerConfig(kind=kind, normalization=normalization, lowercase=True)
+    tokenizer = small(tmp_path, **vars(config))
+    for text in [*ODD, "The DOG", "İstanbul", "ΟΔΟΣ", "Ⅷ", "ẞ"]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == normalize(text, config), text
+    assert tokenizer.encode("The DOG") == tokenizer.encode("the dog")
+
+
 def test_the_exported_tokenizer_gives_the_same_ids(trained, lines: list[str], tmp_path: Path):
     config, folder = trained
     tokenizer = load(folder)

@@ -24,6 +24,7 @@ from engine.evaluation.scoring import (
 )
 from engine.models.llama import Llama
 from engine.runtime import Runtime
+from kernels import Projected
 
 # Answers to five questions: a common beginning, none at all, one text, equal texts, and one text that goes on further.
 QUESTIONS = [
@@ -173,7 +174,7 @@ def test_logits_of_any_size(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.rand(5, 4, generator=generator), torch.rand(9, 4, generator=generator)
     sources, targets = torch.tensor([0, 0, 3, 4]), torch.tensor([1, 8, 2, 0])
-    found = project([hidden * scale], [head], sources, targets)
+    found = project([Projected(hidden * scale, head)], sources, targets)
     expected = (hidden.double() * scale @ head.double().T).log_softmax(-1)[sources, targets]
     torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-5)
 

@@ -5,14 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+from engine import tokenizer as tokenization
 from engine.cohort import Cohort
-from engine.corpus.grammar import minimal_pairs
+from engine.config import TokenizerConfig
+from engine.corpus.grammar import generate, minimal_pairs
 from engine.evaluation.scoring import model_log_probabilities
 from engine.evaluation.tasks import Question, Task, _accuracies, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
-from engine.export import load_model
+from engine.export import export_student, load_model
+from engine.models.roberta import Roberta, RobertaShape
 from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
 
@@ -118,3 +121,47 @@ def test_a_text_may_fill_the_positions_and_no_more(
         zero_shot.answers(model_log_probabilities([cohort[0].model]))
     with pytest.raises(ValueError, match=rf"^test: 'the dog sleeps\.': .* {inputs - 1} positions"):
         ZeroShot([question], tokenizer, place, positions=inputs - 1, share=True)
+
+
+@torch.no_grad()
+def test_masked_models_are_scored_by_pseudo_log_likelihood(tmp_path: Path, place: Runtime) -> None:
+    """Against one forward pass by transformers for every token, with it alone masked (Salazar et al. 2020)."""
+    tokenizer = tokenization.train(generate(0, 3000), TokenizerConfig(mask=True), 360, tmp_path, boundary=True)
+    boundary, mask = tokenizer.boundary, tokenizer.mask
+    assert boundary is not None
+    assert mask is not None
+    shape = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocabulary=360, positions=POSITIONS)
+    model = Roberta(shape)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.2, generator=generator)
+    export_student(tmp_path / "student", shape, dict(model.named_parameters()), tokenizer)
+    theirs: Any = AutoModelForMaskedLM.from_pretrained(tmp_path / "student").eval()
+    pairs = [Question(p.phenomenon, (p.good, p.bad)) for p in minimal_pairs(5, 1)][:4]
+    after = Question("after", (" a cat", " the dogs sleep"), context="the dog sees")
+
+    def expected(text: str, context: str = "") -> float:
+        before = [boundary, *(tokenizer.encode(context) if context else [])]
+        ids = torch.tensor([*before, *tokenizer.encode(text), boundary])
+        total = 0.0
+        for at in range(len(before), len(ids) - 1):
+            masked = ids.clone()
+            masked[at] = mask
+            total += theirs(masked[None]).logits[0, at].log_softmax(-1)[ids[at]].item()
+        return total
+
+    loaded, found_tokenizer = load_model(tmp_path / "student")
+    asked = {"positions": POSITIONS, "share": False, "masked": True}
+    zero_shot = ZeroShot([task(*pairs, after)], found_tokenizer, place, **asked)
+    [found] = zero_shot.answers(model_log_probabilities([loaded]))
+    wanted = [[expected(answer) for answer in pair.answers] for pair in pairs]
+    wanted.append([expected(answer, after.context) for answer in after.answers])
+    for ours, naive in zip(found, wanted, strict=True):
+        assert ours == pytest.approx(naive, rel=1e-5)
+    with pytest.raises(ValueError, match="positions"):
+        ZeroShot([task(*pairs)], found_tokenizer, place, **{**asked, "positions": 5})
+
+
+def test_masked_models_need_a_mask_token(tokenizer: Tokenizer, place: Runtime) -> None:
+    with pytest.raises(ValueError, match="no mask token"):
+        ZeroShot([task(Question("a", ("a", "b")))], tokenizer, place, positions=9, share=False, masked=True)

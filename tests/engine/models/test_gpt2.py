@@ -10,11 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import kernels
 from engine.config import StudentConfig
 from engine.export import hf_weights
 from engine.models.dropout import draws, dropped
@@ -51,11 +48,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize(("changes", "parameters"), [({}, 704_732_160), ({"positions": 256}, 704_928_768)])
 def test_the_published_shape_has_the_published_size(changes: dict[str, int], parameters: int) -> None:
     settings: dict[str, Any] = PRESETS["gpt2-705m"] | changes
-    student = StudentConfig(name="a", **settings)
-    with torch.device("meta"):
-        shape = shape_of(student, 16_000)
-        assert isinstance(shape, GPT2Shape)
-        assert parameter_count(GPT2(shape)) == parameters
+    assert parameter_count(shape_of(StudentConfig(name="a", **settings), 16_000)) == parameters
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -172,12 +165,3 @@ def test_initial_weights_are_gpt2s() -> None:
         else:
             expected = 0.02 / (2 if name.endswith("c_proj.weight") else 1)  # √(2·2 layers) = 2
             assert weight.std().item() == pytest.approx(expected, rel=0.1), name
-
-
-def test_training_flops_are_those_torch_counts() -> None:
-    model, (sequences, length) = model_of(), TOKENS.shape
-    # The counter knows torch's products, and not those of the native kernels.
-    with kernels.backend("reference"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        (model(TOKENS) @ model.head.T).sum().backward()
-    above_the_diagonal = 3 * 2 * SHAPE.layers * SHAPE.hidden * (length - 1)
-    assert counter.get_total_flops() == sequences * length * (SHAPE.training_flops(length) + above_the_diagonal)

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernels
@@ -183,15 +181,3 @@ def test_tables_made_in_inference_mode_serve_training_afterwards() -> None:
     with torch.inference_mode():
         model(TOKENS[:, :-1])
     assert gradients(model).keys() == dict(model.named_parameters()).keys()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_training_flops_are_those_torch_counts(tied: bool) -> None:
-    """Torch counts attention's whole squares, 2·2·D·L a token and layer; causality needs 2·2·D·(L+1)/2 of them."""
-    shape = replace(SHAPE, tied=tied)
-    model, (sequences, length) = model_of(shape), TOKENS.shape
-    # The counter knows torch's products, and not those of the native kernels.
-    with kernels.backend("reference"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        logits(model, TOKENS).sum().backward()
-    above_the_diagonal = 3 * 2 * shape.layers * shape.hidden * (length - 1)
-    assert counter.get_total_flops() == sequences * length * (shape.training_flops(length) + above_the_diagonal)

@@ -1,0 +1,63 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from engine.config import Config, build
+from engine.profiling import top_operations
+from engine.train import train
+
+
+def config(folder: Path, *overrides: str) -> Config:
+    settings = {
+        "students": [{"name": "one", "layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "positions": 32}],
+        "run": {"name": "traced", "folder": str(folder / "runs")},
+        "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"pieces": 400}},
+        "optimizer": {"warmup": 1},
+        "train": {"steps": 4, "batch": 2, "length": 32},
+        "evaluation": {"every": 100, "tokens": 100, "samples": 0, "pairs": "none"},
+    }
+    return build(Config, settings, overrides)
+
+
+def test_chosen_steps_are_traced_and_learn_the_same(tmp_path: Path) -> None:
+    train(config(tmp_path, "run.profile=[2,3]"))
+    folder = tmp_path / "runs" / "traced" / "profile"
+    assert sorted(path.name for path in folder.iterdir()) == ["rank-0.json.gz", "rank-0.txt"]
+    trace = json.loads(gzip.decompress((folder / "rank-0.json.gz").read_bytes()))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"step 2", "step 3"} <= names
+    assert not {"step 1", "step 4"} & names
+    assert "calls" in (folder / "rank-0.txt").read_text()
+
+    train(config(tmp_path, "run.name=plain"))
+    losses = [
+        [json.loads(line).get("students") for line in (tmp_path / "runs" / name / "metrics.jsonl").open()]
+        for name in ("traced", "plain")
+    ]
+    assert [one["one"]["loss"] for one in losses[0][1:5]] == [one["one"]["loss"] for one in losses[1][1:5]]
+
+
+def test_what_cannot_be_traced_is_refused(tmp_path: Path) -> None:
+    for overrides, message in (
+        (("run.profile=[3,9]",), r"run.profile=\[3, 9\]: expected the first and the last step to trace, of 4"),
+        (("run.profile=[3,2]",), r"run.profile=\[3, 2\]"),
+        (("run.memory_snapshot=true",), "run.memory_snapshot is of a GPU's memory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config(tmp_path, *overrides))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_top_operations_know_flops_and_bytes() -> None:
+    left, right = torch.ones(8, 16), torch.ones(16, 4)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as finished:
+        _ = left @ right
+        (left @ right).bfloat16().sum()
+    rows = {line.split()[0]: line.split()[1:] for line in top_operations(finished).splitlines()}
+    calls, _, _, flops, given = rows["aten::mm"]
+    assert (calls, flops, given) == ("2", "2.048k", "1.536k"), "2 · 2·8·16·4, and 2 · 4·(8·16 + 16·4) bytes"
+    assert rows["aten::sum"][-1] == f"{2 * 32 * 2}", "its own call and the one it makes, of bf16"
