@@ -11,11 +11,13 @@ import kernels
 from engine.models.families import Shape, model_of
 from engine.models.gpt2 import GPT2Shape
 from engine.models.llama import LlamaShape, initialise
+from engine.models.roberta import RobertaShape
 
 SIZE: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "ffn": 48, "vocabulary": 50, "positions": 12}
 SHAPES = {
     "llama": LlamaShape(**SIZE, kv_heads=1, tied=True),
     "gpt2": GPT2Shape(**SIZE),
+    "roberta": RobertaShape(**SIZE),
 }
 TRITON = pytest.param(
     "triton", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
