@@ -116,7 +116,7 @@ def top_k_kernel(
         e = mass * tl.exp(below)
         sum_e = tl.sum(e, axis=0)
         q = e / sum_e
-        log_q = tl.maximum(below + tl.log(mass / sum_e), FLOOR)
+        log_q = tl.maximum(below + tl.log(mass / sum_e), FLOOR, propagate_nan=tl.PropagateNan.ALL)
         u = log_q - log_p
 
         # Where it is small, p·e^u stands for q, or q·e^{−u} for p: an error of u that the row shares drops out.
