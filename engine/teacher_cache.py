@@ -106,11 +106,12 @@ def teachers(config: Config, prepared: Prepared, data: TrainingData, runtime: Ru
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for turn, part in enumerate(missing[runtime.rank :: runtime.world]):
-            if runtime.is_main:
-                print(f"teachers' predictions: part {turn * runtime.world + 1} of {len(missing)}", flush=True)
             first = parts.index(part) * CHUNKS_A_PART
             wanted = range(first, min(first + CHUNKS_A_PART, chunks))
-            _write(part, data.file, wanted, live, config.cache.k, config.objective.temperature, runtime.device)
+            kept = _write(part, data.file, wanted, live, config.cache.k, config.objective.temperature, runtime.device)
+            if runtime.is_main:
+                number = turn * runtime.world + 1
+                print(f"teachers' predictions: part {number} of {len(missing)}, {kept:.0%} of their mass", flush=True)
         runtime.barrier()
     return CachedTeachers(*streams_of(config), parts, manifest)
 
@@ -168,12 +169,15 @@ def ends_of(part: Path) -> np.ndarray:
 
 def _write(
     part: Path, file: TokenFile, chunks: range, live: Teachers, k: int, temperature: float, device: torch.device
-) -> None:
+) -> float:
+    """The share of the teachers' probability that was kept: where it is small, the cache teaches little."""
     records: list[bytes] = []
+    tails: list[Tensor] = []
     batch = max(1, TOKENS_AT_ONCE // file.length)
     for first in range(chunks.start, chunks.stop, batch):
         some = range(first, min(first + batch, chunks.stop))
         streams = [top_of(s, k, temperature) for s in live(file.batch([c * file.length for c in some], device))]
+        tails += [stream.tail for stream in streams]
         records += [
             pack([[x[i * file.length : (i + 1) * file.length] for x in stream] for stream in streams])
             for i in range(len(some))
@@ -182,6 +186,7 @@ def _write(
     aside = part.with_suffix(".partial")
     aside.write_bytes(np.array([len(records), *ends], "<u8").tobytes() + b"".join(records))
     aside.rename(part)
+    return 1 - torch.cat(tails).mean().item()
 
 
 @torch.no_grad()

@@ -151,7 +151,11 @@ inline Vec<float> exponential(Vec<float> x) {
 #else
   const V lowest(-87.33654f);  // below it e^x is subnormal, and taken as 0
 #endif
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   const V clamped = at::vec::clamp_min(x, lowest);
+#else  // lanes that nobody reads may hold more than 88, and integers of plain C++ must not wrap
+  const V clamped = at::vec::clamp(x, lowest, V(88.0f));
+#endif
   // Adding 1.5·2^23 rounds x / ln 2 to an integer n, which then stands in the low bits of the sum.
   const V magic(12582912.0f);
   const V shifted = fmadd(clamped, V(1.44269504f), magic);

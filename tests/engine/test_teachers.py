@@ -195,10 +195,13 @@ def cached(folder: Path, name: str, *overrides: str) -> Config:
     return distilled(folder, name, f"cache.path={folder / 'cache'}", "cache.k=16", *overrides)
 
 
-def test_a_cache_stands_in_for_the_teachers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_stands_in_for_the_teachers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(teacher_cache, "CHUNKS_A_PART", 50)
     train(distilled(folder, "live"))
     train(cached(folder, "first", "cache.k=399"))
+    assert ", 100% of their mass" in capsys.readouterr().out
     assert losses(folder, "first") == pytest.approx(losses(folder, "live"), rel=1e-4)
     parts = sorted((folder / "cache").glob("part-*.bin"))
     assert len(parts) > 2
