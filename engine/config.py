@@ -256,7 +256,7 @@ class Config:
 
     @property
     def masked(self) -> bool:
-        """Whether the students predict masked tokens, rather than the next one; all alike (engine.run)."""
+        """Whether the students predict masked tokens, rather than the next one; all alike (engine.checks)."""
         return any(student.family == "roberta" for student in self.students)
 
 

@@ -6,6 +6,7 @@ B sequences, L positions, N = B·L tokens, D hidden, V vocabulary.
 import json
 from pathlib import Path
 
+from engine.checks import check, steps_of
 from engine.config import Config, DataConfig, build, read_yaml
 from engine.export import shape_of_folder
 from engine.flops import training_a_token
@@ -14,7 +15,6 @@ from engine.models.families import Shape, parameter_count, shape_of
 from engine.models.gpt2 import GPT2Shape
 from engine.models.llama import LlamaShape
 from engine.models.roberta import RobertaShape
-from engine.run import check, steps_of
 from engine.teachers import folder_of
 
 TOKENS_A_WORD = 1.4  # of English at 16,000 pieces; only where the text is not prepared
@@ -68,7 +68,7 @@ def report(config: Config, beside: Path) -> str:
             f"{memory(config, students, teachers, micro * length, ranks, stage) / 2**30:8.2f}" for stage in range(4)
         ]
         if config.train.precision == "bf16":
-            cells[0] = "–".rjust(8)  # refused (engine.run)
+            cells[0] = "–".rjust(8)  # refused (engine.checks)
         lines.append("  ".join([str(ranks).rjust(8), str(micro).rjust(6), *cells]))
     return "\n".join(lines)
 

@@ -35,9 +35,10 @@ from engine import checkpoint, profiling, schedule, teacher_cache
 from engine import config as settings
 from engine import ledger as ledgers
 from engine.checkpoint import State
+from engine.checks import check_profile, check_same, steps_of
 from engine.cohort import Cohort, Outcome, Student
 from engine.cohort import Record as ParametersAndMoments
-from engine.config import Config, ObjectiveConfig, OuterConfig, RunConfig, StudentConfig
+from engine.config import Config, StudentConfig
 from engine.corpus.prepare import Prepared, prepare
 from engine.data import HeldOutData, Step, TokenFile, TrainingData, WordStarts, shares
 from engine.evaluation.held_out import validation_losses
@@ -46,7 +47,7 @@ from engine.evaluation.samples import samples
 from engine.evaluation.scoring import cohort_log_probabilities
 from engine.evaluation.tasks import Task, minimal_pairs, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
-from engine.export import export_student, import_student, require_folder, shape_of_folder
+from engine.export import export_student, import_student, shape_of_folder
 from engine.flops import Text
 from engine.hardware import EnergyMeter, peak
 from engine.ledger import Ledger
@@ -65,7 +66,6 @@ from engine.metrics import (
 from engine.models.families import shape_of
 from engine.objective import Coefficients, coefficients
 from engine.outer_loop import OuterLoop, OuterState, Update
-from engine.outer_loop import check as check_outer
 from engine.report import write_report
 from engine.runtime import Runtime, device_name, git_commit
 from engine.teachers import NO_TEACHERS, STORAGE, Teachers, folder_of, load_teachers
@@ -74,140 +74,9 @@ from engine.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from engine.train import Tally
 
-STREAMS_AT_MOST = 8  # of one loss
 HELD_OUT_SEED = 0  # of its masks, in every run
 PAIRS = "evaluation.pairs"  # the task of the minimal pairs that every run is watched by
 MILESTONES = [digit * 10**decade for decade in (6, 7, 8) for digit in range(1, 10)] + [10**9]  # words
-
-# A run may go on with other values of these: they change what it costs or shows, not what it learns.
-_FREE_TO_CHANGE = (
-    "run.resume",
-    "run.log_every",
-    "run.folder",
-    "run.profile",
-    "run.memory_snapshot",
-    "data.path",  # what it holds is compared by hash
-    "data.folder",
-    "cache.path",  # of teachers, k and all else that it holds, compared by hash
-    "train.micro_batch",
-    "train.zero_stage",
-    "train.recompute",
-    "train.skip_limit",
-    "checkpoint",
-)
-
-
-def check(config: Config, *, teachers: bool = True) -> None:
-    """What can be known to be wrong before anything starts; `teachers`: also in their folders. Raises ValueError."""
-    names = [student.name for student in config.students]
-    if not 1 <= len(names) <= STREAMS_AT_MOST:
-        raise ValueError(f"students: {len(names)} of them; expected 1 to {STREAMS_AT_MOST}")
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"students: {name!r} stands {names.count(name)} times; give each a name of its own")
-    for student in config.students:
-        try:
-            shape_of(student, vocabulary=1)
-        except ValueError as error:
-            raise ValueError(f"students.{student.name}: {error}") from None
-        if student.init is not None:
-            require_folder(Path(student.init), f"students.{student.name}.init={student.init}")
-        if student.positions < config.train.length:
-            raise ValueError(
-                f"students.{student.name}.positions={student.positions} is less than train.length="
-                f"{config.train.length}: raise it"
-            )
-    for teacher in config.teachers if teachers else ():
-        folder_of(teacher)
-    _check_masked(config)
-    _check_objective(config)
-    if config.train.epochs is None:
-        check_warmup(config, config.train.steps)
-    if config.evaluation.tasks and config.evaluation.data is None:
-        raise ValueError("evaluation.tasks needs evaluation.data, the folder of the tasks' files: name it")
-    if config.train.precision == "bf16" and config.train.zero_stage == 0:
-        raise ValueError(
-            "train.zero_stage=0 with train.precision=bf16: DeepSpeed keeps no fp32 weights that can be read there; "
-            "take train.zero_stage=1"
-        )
-
-
-def steps_of(config: Config, chunks: int) -> int:
-    """The steps of a run over a text of so many sequences; ValueError where they are fewer than its warmup."""
-    epochs, batch = config.train.epochs, config.train.batch
-    steps = config.train.steps if epochs is None else max(1, round(epochs * chunks / batch))
-    check_warmup(config, steps)
-    return steps
-
-
-def check_warmup(config: Config, steps: int) -> None:
-    if config.optimizer.warmup >= steps:
-        raise ValueError(f"optimizer.warmup={config.optimizer.warmup} is not less than train.steps={steps}: lower it")
-
-
-def _check_masked(config: Config) -> None:
-    """Refuse what does not go with masked tokens."""
-    if not config.masked:
-        return
-    for student in config.students:
-        if student.family != "roberta":
-            raise ValueError(
-                f"students.{student.name}.family={student.family} predicts the next token, and the roberta beside it "
-                "masked ones: take one kind"
-            )
-    if not config.data.tokenizer.mask:
-        raise ValueError("students of family roberta predict masked tokens: set data.tokenizer.mask=true")
-    if config.cache is not None:
-        raise ValueError("cache: what is masked changes with every epoch, and with it what teachers predict: drop it")
-    if config.objective.kl_everywhere or config.objective.reduction == "sequence":
-        raise ValueError(
-            "objective.kl_everywhere and reduction=sequence are of whole sequences, and students of family roberta "
-            "predict only what is masked: drop them"
-        )
-
-
-def _check_objective(config: Config) -> None:
-    """Refuse what would have no effect, and what the loss cannot do."""
-    objective, teachers = config.objective, len(config.teachers)
-    streams = len(config.students) + (teachers if objective.mix == "each" else min(teachers, 1))
-    if streams > STREAMS_AT_MOST:
-        raise ValueError(
-            f"{streams} students and teachers: expected at most {STREAMS_AT_MOST}; take mix=logits or fewer"
-        )
-    if teachers and objective.teachers == 0:
-        raise ValueError("objective.teachers=0 with teachers: nobody would learn from them; raise it, or drop them")
-    if teachers < 2 and objective.mix != "logits":
-        raise ValueError(f"objective.mix={objective.mix} with {teachers} teacher(s): drop it, or name more teachers")
-    if config.cache is not None and not teachers:
-        raise ValueError("cache without teachers: name those whose predictions it holds, or drop it")
-    if config.cache is not None and config.train.chunks != "fixed":
-        raise ValueError(
-            f"cache with train.chunks={config.train.chunks}: it holds fixed chunks; take train.chunks=fixed"
-        )
-    if objective.weighted and (len(config.students) == 1 or objective.peers == 0):
-        raise ValueError(
-            "objective.weighted says how much each student counts for the others, and here none learns from another: "
-            "drop it, or raise objective.peers and the number of students"
-        )
-    if not objective.weighted and config.outer != OuterConfig():
-        raise ValueError("outer says how the students' weights are learnt, and they have none: objective.weighted=true")
-    check_outer(config.outer, len(config.students))
-    alone = not teachers and (len(config.students) == 1 or objective.peers == 0)
-    plain = ObjectiveConfig()
-    for name in ("temperature", "divergence", "reduction", "kl_everywhere"):
-        if alone and getattr(objective, name) != getattr(plain, name):
-            raise ValueError(
-                f"objective.{name} says how students learn from others, and here none does: drop it, name teachers, or "
-                "raise objective.peers and the number of students"
-            )
-
-
-def _check_profile(config: RunConfig, steps: int, runtime: Runtime) -> None:
-    first, last = config.profile or (1, 1)
-    if not first <= last <= steps:
-        raise ValueError(f"run.profile={[first, last]}: expected the first and the last step to trace, of {steps}")
-    if config.memory_snapshot and (config.profile is None or runtime.device.type != "cuda"):
-        raise ValueError("run.memory_snapshot is of a GPU's memory at the end of run.profile's steps: drop it, or both")
 
 
 class Run:
@@ -237,7 +106,7 @@ class Run:
             device=runtime.device,
         )
         self.steps = steps_of(config, train_file.chunks)
-        _check_profile(config.run, self.steps, runtime)
+        check_profile(config.run, self.steps, runtime)
         self.held_out = HeldOutData(
             held_out_file,
             tokens=config.evaluation.tokens,
@@ -280,7 +149,7 @@ class Run:
         if exists and resume == "never":
             raise ValueError(f"{self.folder} exists and run.resume=never: choose another run.name, or run.resume=auto")
         if exists:
-            _compare(self.config, self.folder / "config.yaml")
+            check_same(self.config, self.folder / "config.yaml")
         found = checkpoint.latest(self.checkpoints)
         if found is None and resume == "always":
             raise ValueError(f"{self.checkpoints} holds no checkpoint and run.resume=always: take run.resume=auto")
@@ -735,26 +604,3 @@ def _export(
 
 def _half_ties(one: SetScore) -> float:
     return (one.score + one.strict) / 2
-
-
-def _compare(config: Config, path: Path) -> None:
-    """Refuse to go on with other settings than the run began with, but for those that change no result."""
-    before = _flat(settings.as_dict(settings.build(Config, settings.read_yaml(path))))
-    now = _flat(settings.as_dict(config))
-    for key in sorted(before.keys() | now.keys()):
-        if key.startswith(_FREE_TO_CHANGE) or before.get(key) == now.get(key):
-            continue
-        raise ValueError(
-            f"{path.parent} is a run of another configuration: {key} was {before.get(key)!r} and is now "
-            f"{now.get(key)!r}; choose another run.name, or set it back"
-        )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    else:
-        return {prefix: value}
-    return {key: leaf for name, item in items for key, leaf in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}

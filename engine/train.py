@@ -8,11 +8,12 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from engine.checks import check
 from engine.cohort import Cohort
 from engine.config import Config
 from engine.data import IGNORED, Step
 from engine.objective import Coefficients
-from engine.run import Run, check
+from engine.run import Run
 from engine.runtime import StopSignal, start
 from engine.teachers import NO_TEACHERS, Teachers
 from kernels import LinearEnsembleKL, linear_ensemble_kl
