@@ -31,17 +31,18 @@ def nodes() -> Iterator[list[str]]:
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the `ip` command")
     names = [f"creche-{os.getpid()}-{i}" for i in range(2)]
+    cable = ["link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1]]
     try:
         try:
             for name in names:
                 ip("netns", "add", name)
+            ip(*cable)
+            for name, address in zip(names, ADDRESSES, strict=True):
+                ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
+                for device in ("lo", "cable"):
+                    ip("-n", name, "link", "set", device, "up")
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"this machine makes no network namespaces: {error.stderr.strip()}")
-        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
-        for name, address in zip(names, ADDRESSES, strict=True):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
-            for device in ("lo", "cable"):
-                ip("-n", name, "link", "set", device, "up")
+            pytest.skip(f"no network namespaces on this machine: {error.stderr.strip()}")
         yield names
     finally:
         for name in names:
