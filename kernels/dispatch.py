@@ -32,7 +32,6 @@ _REMEDY = {
     "native": "install a C++ compiler and reinstall creche with `pip install --no-build-isolation --no-deps .`",
 }
 
-_modules: dict[tuple[str, str], ModuleType] = {}  # by op and backend: those in use
 _process_default: str | None = None  # None: not chosen by this process, so the environment decides
 
 
