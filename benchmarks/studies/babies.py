@@ -18,13 +18,12 @@ and a run that was killed goes on. FLOPs are the whole run's, outer loop and tea
 teacher's own training not; the students were not searched for, so that no search is to be counted.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.runs import append, rows, settings_of, train_to_the_end
+from benchmarks.studies.runs import append, argument_parser, is_done, rows, settings_of, train_to_the_end
 from engine.config import user_errors
 
 COLUMNS = ("arm", "seed", "model", "validation_loss", "omega", "tokens", "model_flops", "seconds", "git_commit")
@@ -44,14 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True, help="a folder of *.txt; every file is sampled in proportion")
-    parser.add_argument("--words", type=int, default=700_000, help="of the corpus")
-    parser.add_argument("--tokens", type=int, default=400_000, help="that each student reads")
-    parser.add_argument("--teacher-tokens", type=int, default=800_000)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("runs/study-babies"), help="of the runs")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"))
+    parser = argument_parser(__file__, __doc__, tokens=400_000, teacher_tokens=800_000)
     arguments = parser.parse_args()
 
     def run(arm: str, seed: int, students: list[dict[str, Any]], tokens: int, **changes: Any) -> None:
@@ -71,7 +63,7 @@ def main() -> None:
 
 def finish(path: Path, arm: str, seed: int, settings: dict[str, Any]) -> None:
     """Train, or go on, or find the lines there already."""
-    if any(row["arm"] == arm and int(row["seed"]) == seed for row in rows(path)):
+    if is_done(path, arm, seed):
         return
     folder = train_to_the_end(settings)
     summary = json.loads((folder / "summary.json").read_text())

@@ -10,13 +10,12 @@ arms begin with the same weights and read the same text in the same order, so th
 A finished run is a line of the CSV; what stands there is not done again, and a run that was killed goes on.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.runs import append, rows, settings_of, train_to_the_end
+from benchmarks.studies.runs import append, argument_parser, is_done, rows, settings_of, train_to_the_end
 from engine.config import user_errors
 
 COLUMNS = ("arm", "seed", "validation_loss", "parameters", "tokens", "seconds", "git_commit")
@@ -35,14 +34,7 @@ ARMS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True, help="a folder of *.txt; every file is sampled in proportion")
-    parser.add_argument("--words", type=int, default=700_000, help="of the corpus")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="that each student reads")
-    parser.add_argument("--teacher-tokens", type=int, default=2_000_000)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("runs/study-baby-llama"), help="of the runs and the cache")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"))
+    parser = argument_parser(__file__, __doc__, tokens=1_000_000, teacher_tokens=2_000_000)
     arguments = parser.parse_args()
 
     for seed, (name, shape) in enumerate(TEACHERS.items(), start=101):
@@ -67,7 +59,7 @@ def student(seed: int, shape: dict[str, Any]) -> dict[str, Any]:
 
 def finish(path: Path, arm: str, seed: int, settings: dict[str, Any]) -> None:
     """Train, or go on, or find the line there already."""
-    if any(row["arm"] == arm and int(row["seed"]) == seed for row in rows(path)):
+    if is_done(path, arm, seed):
         return
     summary = json.loads((train_to_the_end(settings) / "summary.json").read_text())
     (student,) = summary["students"]

@@ -9,6 +9,23 @@ from typing import Any
 from engine.config import Config, build
 
 
+def argument_parser(
+    script: str, description: str | None, *, tokens: int, teacher_tokens: int
+) -> argparse.ArgumentParser:
+    """Of a study, with the tokens that its students and its teachers read by default."""
+    path = Path(script)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", required=True, help="a folder of *.txt; every file is sampled in proportion")
+    parser.add_argument("--words", type=int, default=700_000, help="of the corpus")
+    parser.add_argument("--tokens", type=int, default=tokens, help="that each student reads")
+    parser.add_argument("--teacher-tokens", type=int, default=teacher_tokens)
+    parser.add_argument("--seeds", type=int, default=3)
+    folder = Path("runs") / f"study-{path.stem.replace('_', '-')}"
+    parser.add_argument("--folder", type=Path, default=folder, help="of the runs")
+    parser.add_argument("--csv", type=Path, default=path.with_suffix(".csv"))
+    return parser
+
+
 def settings_of(
     arguments: argparse.Namespace, name: str, students: Sequence[Mapping[str, Any]], seed: int, tokens: int
 ) -> dict[str, Any]:
@@ -42,6 +59,10 @@ def rows(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def is_done(path: Path, arm: str, seed: int) -> bool:
+    return any(row["arm"] == arm and int(row["seed"]) == seed for row in rows(path))
 
 
 def append(path: Path, columns: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:
