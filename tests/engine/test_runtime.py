@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,26 @@ def test_a_rank_without_a_launcher_outlives_the_shell_that_started_it() -> None:
         process.stdout.readline()
         process.kill()
         assert process.stdout.readline() == "", "it goes on to its end, and never stops"
+
+
+LEAVING = """
+import os, sys, time, torch
+import torch.distributed as dist
+from engine import runtime
+place = runtime.start()
+others = [torch.zeros(1000) for _ in range(2)]
+group = dist.new_group([0, 1])  # as DeepSpeed makes: destroying the process group waits for the first one alone
+if place.rank == 1:
+    time.sleep(2)
+begun = dist.all_gather(others, torch.ones(1000), group=group, async_op=True)
+runtime.leave()
+assert all(other.min() == 1 for other in others), "a collective was left in flight"
+assert begun.is_success()
+assert not dist.is_initialized()
+"""
+
+
+def test_nobody_leaves_while_a_collective_is_in_flight(spawn_ranks: Callable[..., None], tmp_path: Path) -> None:
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    spawn_ranks(script, 2)
