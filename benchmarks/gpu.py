@@ -30,6 +30,8 @@ from engine.runtime import git_commit
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "liger-kernel", "transformers")
 SECONDS = 590  # for all jobs together
+TESTS = ("tests/kernels/ops/triton", "tests/engine/models/test_compile.py")
+WORK = ("--batch", "64", "--length", "256", "--rounds", "7")  # throughput.py's own default would leave a GPU idle
 COMPARED = ("ours", "transformers", "compile", "products")  # the variants of throughput.py
 TAIL = 4000  # characters of a job's output that are kept
 
@@ -46,15 +48,15 @@ def jobs(folder: Path) -> list[Job]:
     python = sys.executable
     ops, throughput = folder / "ops.csv", folder / "throughput.csv"
     return [
-        Job("tests", [python, "-m", "pytest", "tests/kernels/ops/triton"], 90, last_line),
-        Job("ops", [python, "benchmarks/ops.py", "--csv", str(ops)], 230, lambda _: rows(ops)),
+        Job("tests", [python, "-m", "pytest", "-n", "logical", *TESTS], 105, last_line),
+        Job("ops", [python, "benchmarks/ops.py", "--rounds", "5", "--csv", str(ops)], 195, lambda _: rows(ops)),
         Job(
             "throughput",
-            [python, "benchmarks/throughput.py", "--csv", str(throughput), "--variants", *COMPARED],
-            100,
+            [python, "benchmarks/throughput.py", *WORK, "--csv", str(throughput), "--variants", *COMPARED],
+            125,
             lambda _: rows(throughput),
         ),
-        Job("compile", [python, "benchmarks/gpu.py", "--compile"], 50, lambda output: json.loads(last_line(output))),
+        Job("compile", [python, "benchmarks/gpu.py", "--compile"], 70, lambda output: json.loads(last_line(output))),
         *(mutual(folder, stage) for stage in (1, 3)),
     ]
 
@@ -64,9 +66,10 @@ def mutual(folder: Path, stage: int) -> Job:
     name = f"mutual-zero{stage}"
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     settings = ["train.precision=bf16", f"train.zero_stage={stage}", f"run.name={name}"]
+    settings += ["train.steps=40", "optimizer.warmup=4", "evaluation.every=40"]
     settings += [f"run.folder={folder / 'runs'}", f"data.folder={folder / 'prepared'}"]
     command = [launcher, "--num_accelerators", "1", "recipes/mutual.py", *settings]
-    return Job(name, command, 55, lambda _: json.loads((folder / "runs" / name / "summary.json").read_text()))
+    return Job(name, command, 47, lambda _: json.loads((folder / "runs" / name / "summary.json").read_text()))
 
 
 def last_line(output: str) -> str:

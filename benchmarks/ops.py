@@ -19,7 +19,8 @@ into tensors that exist already: logits, and each student's gradients of hidden 
 With --keep-freed-memory the process keeps what it frees, as the engine's does, and as a user's own does not: on a CPU
 large new tensors otherwise cost more than what is computed in them. Peers gain by it most.
 
-Memory is the peak of one call beyond what it was given, less the size of its results.
+Memory is the peak of one call beyond what it was given, less the size of its results. On a GPU times are the device's
+alone, and `host ms` is what the host needs to launch a call: where it is the longer, eager training waits for the host.
 
 B sequences, L positions, N tokens, D hidden, H heads, V vocabulary, S students, K teachers, R = S + K streams.
 """
@@ -47,6 +48,7 @@ from kernels import dispatch
 BACKENDS = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MEBIBYTE = 2**20
+SAMPLE_SECONDS = {"cpu": 0.005, "cuda": 0.0002}  # of a GPU's own time: around it come the launches and a cold cache
 BUDGETS = (16, 32, 64, 128, 256)  # MiB
 
 Tensors = Sequence[Tensor]
@@ -100,6 +102,7 @@ class Row:
     share_of_copy: float | None  # bytes over time, as a share of the copy's
     faster_than_eager: float | None
     faster_than_compile: float | None
+    host_milliseconds: float | None  # a GPU's: how long the host took to launch it, which `milliseconds` leaves out
     peak_mebibytes: float
     control_spread: float
     void: bool
@@ -554,15 +557,25 @@ def measure(case: Case, found: dict[str, Way], device: torch.device, rounds: int
         else:
             run = case.products(first)
             variants["products"] = Variant(lambda _, run=run: run(), lambda number: None)
-        compared = timing.compare(variants, case.baseline, timing.clock_of(device), rounds=rounds)
+        clock = timing.clock_of(device)
+        compared = timing.compare(
+            variants, case.baseline, clock, rounds=rounds, sample_seconds=SAMPLE_SECONDS[device.type]
+        )
         rows += [
-            row(case, phase, name, compared, beyond_results(way.run, way.prepare(0), device))
+            row(
+                case,
+                phase,
+                name,
+                compared,
+                timing.host_seconds(clock, way.run),
+                beyond_results(way.run, way.prepare(0), device),
+            )
             for name, way in variants.items()
         ]
     return rows, refused
 
 
-def row(case: Case, phase: str, name: str, compared: timing.Comparison, peak: int) -> Row:
+def row(case: Case, phase: str, name: str, compared: timing.Comparison, host_seconds: float | None, peak: int) -> Row:
     seconds, over = compared.time(name), compared.ratio(name, case.baseline)
 
     def faster_than(peer: str) -> float | None:
@@ -584,6 +597,7 @@ def row(case: Case, phase: str, name: str, compared: timing.Comparison, peak: in
         share_of_copy=1 / over.median if case.baseline == "copy" else None,
         faster_than_eager=faster_than("eager"),
         faster_than_compile=faster_than("compile"),
+        host_milliseconds=None if host_seconds is None else 1000 * host_seconds,
         peak_mebibytes=peak / MEBIBYTE,
         control_spread=compared.spread,
         void=compared.void,
@@ -596,15 +610,15 @@ def table(rows: Sequence[Row]) -> str:
     state = f"{'VOID: ' if first.void else ''}control spreads over {first.control_spread:.1%}"
     lines = [f"{first.op}  {first.case}  {first.phase}  ({first.bytes / 1e6:.1f} MB; {state})"]
     heading = f"  {'':26}{'ms':>10}  {'20% to 80%':>19}  {'× ' + first.baseline:>10}  {'20% to 80%':>15}"
-    lines.append(f"{heading}  {'eager ÷':>8}  {'compile ÷':>9}  {'MiB':>8}")
+    lines.append(f"{heading}  {'eager ÷':>8}  {'compile ÷':>9}  {'MiB':>8}  {'host ms':>8}".rstrip())
     for r in sorted(rows, key=lambda r: r.milliseconds):
-        eager_ratio, compile_ratio = (
-            "" if ratio is None else f"{ratio:.2f}" for ratio in (r.faster_than_eager, r.faster_than_compile)
+        eager_ratio, compile_ratio, host = (
+            "" if x is None else f"{x:.2f}" for x in (r.faster_than_eager, r.faster_than_compile, r.host_milliseconds)
         )
         lines.append(
             f"  {r.variant:26}{r.milliseconds:10.3f}  {r.milliseconds_low:9.3f} {r.milliseconds_high:9.3f}"
             f"  {r.over_baseline:10.2f}  {r.over_baseline_low:7.2f} {r.over_baseline_high:7.2f}"
-            f"  {eager_ratio:>8}  {compile_ratio:>9}  {r.peak_mebibytes:8.1f}"
+            f"  {eager_ratio:>8}  {compile_ratio:>9}  {r.peak_mebibytes:8.1f}  {host:>8}".rstrip()
         )
     return "\n".join(lines) + "\n"
 

@@ -114,6 +114,7 @@ class Student:
         # At stage 0 it would copy all gradients together and back, even for one rank.
         self.engine.enable_backward_allreduce = runtime.world > 1 or self.zero_stage > 0
         self.model: Model = self.engine.module
+        self._parameters = list(self.model.parameters())
         self._make_moments()
 
     def body(self, batch: Batch) -> Tensor:
@@ -139,13 +140,14 @@ class Student:
     def squared_gradient_norm(self) -> Tensor:
         """This rank's share of the squared gradient norm, 0-d fp32, after the last micro-batch's reduction."""
         if self.zero_stage == 0:  # every rank holds the whole gradient
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
             share = 1 / self.runtime.world
         else:
             gradients = [g for group in self.engine.optimizer.averaged_gradients.values() for g in group]
             share = 1.0
-        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
-        return norms.square().sum() * share
+        # On a GPU one launch for many gradients; what torch.nn.utils has would round bf16's norms to bf16.
+        norms = torch._foreach_norm(gradients, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+        return torch.stack(norms).square().sum() * share
 
     def step(self, learning_rate: float, gradient_norm: float) -> None:
         """One update, the gradient scaled down to the norm `clip` where its own is larger (0: never)."""

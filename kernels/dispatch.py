@@ -89,8 +89,14 @@ def implementation(op: str, tensor: Tensor) -> ModuleType:
     Raises:
         ValueError: the backend in force was chosen by name and `op` does not have it.
     """
-    name = _chosen(op, _process_default, tensor.device.type, torch.compiler.is_compiling())
-    return getattr(getattr(ops, op), name)
+    if torch.compiler.is_compiling():
+        return getattr(getattr(ops, op), _chosen(op, _process_default, tensor.device.type, True))
+    return _module(op, _process_default, os.environ.get(ENVIRONMENT), tensor.device.type)
+
+
+@functools.cache  # every call of every op asks; `environment` is there to be told apart by
+def _module(op: str, process_default: str | None, environment: str | None, device: str) -> ModuleType:
+    return getattr(getattr(ops, op), _chosen(op, process_default, device, False))
 
 
 # A tracer follows neither the environment nor imports and searches for modules: it takes the two below as constants.

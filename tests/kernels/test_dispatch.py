@@ -18,10 +18,10 @@ def fresh(monkeypatch):
     """No choice made, no answer remembered."""
     monkeypatch.setattr(dispatch, "_process_default", None)
     monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
-    for cached in (dispatch._check, dispatch._offers):
+    for cached in (dispatch._check, dispatch._offers, dispatch._module):
         cached.cache_clear()
     yield
-    for cached in (dispatch._check, dispatch._offers):
+    for cached in (dispatch._check, dispatch._offers, dispatch._module):
         cached.cache_clear()
 
 

@@ -34,7 +34,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> 
     )
 
 
-@torch.compiler.assume_constant_result  # a tracer does not follow the search for a module
 @functools.cache
+@torch.compiler.assume_constant_result  # a tracer does not follow the search for a module, but looks through a cache
 def _runs_on(device: torch.device) -> bool:
     return find_spec("flash_attn") is not None and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -39,6 +39,7 @@ from kernels import launch
 from kernels.ops.ensemble_kl.reference import EDGE as _EDGE
 from kernels.ops.ensemble_kl.reference import FLOOR as _FLOOR
 from kernels.ops.ensemble_kl.reference import INFINITE as _INFINITE
+from kernels.registration import op
 
 EDGE = tl.constexpr(_EDGE)
 FLOOR = tl.constexpr(_FLOOR)
@@ -353,7 +354,8 @@ def _weighted_means(means, c, S: tl.constexpr, R: tl.constexpr):
         for j in tl.static_range(R):
             if j != i:
                 mean = tl.where(means[i * R + j] > INFINITE, float("inf"), means[i * R + j])
-                total += tl.where(c[i * R + j] == 0, 0.0, c[i * R + j] * mean)
+                # a fused multiply-add, as in `_gradients`: rounded otherwise, the two would not cancel in a sure row
+                total += c[i * R + j] * tl.where(c[i * R + j] == 0, 0.0, mean)
         sums = sums + (total,)
     return sums
 
@@ -821,7 +823,7 @@ def ensemble_kl(
     return ce, kl
 
 
-@torch.library.custom_op("creche_triton::ensemble_kl", mutates_args=())
+@op("ensemble_kl")
 def _forward(
     streams: Sequence[Tensor],
     targets: Tensor | None,
@@ -871,7 +873,7 @@ def _(
     return _allocate(streams, students, divergence)
 
 
-@torch.library.custom_op("creche_triton::ensemble_kl_backward", mutates_args=())
+@op("ensemble_kl_backward")
 def _backward(
     d_ce: Tensor | None,
     d_kl: Tensor | None,
@@ -922,24 +924,17 @@ def _(d_ce: Tensor | None, d_kl: Tensor | None, streams: Sequence[Tensor], *rest
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    streams, targets, ctx.students, *ctx.options = inputs
+    streams, targets, students, *ctx.options = inputs
+    ctx.wanted = [logits.requires_grad for logits in streams[:students]]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*streams, targets, *output[2:])
 
 
 def _differentiate(ctx: Any, d_ce: Tensor | None, d_kl: Tensor | None, *_: None) -> tuple:
     *streams, targets, statistics, mean_ratios = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[0][: ctx.students])
-    made = iter(_backward(d_ce, d_kl, streams, targets, statistics, mean_ratios, wanted, *ctx.options))
-    gradients = [next(made) if want else None for want in wanted]
-    return gradients + [None] * (len(streams) - ctx.students), None, None, None, None, None
-
-
-def _refuse(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "ensemble_kl's Triton backend is differentiable once: for second derivatives choose kernels.backend('reference')"
-    )
+    made = iter(_backward(d_ce, d_kl, streams, targets, statistics, mean_ratios, ctx.wanted, *ctx.options))
+    gradients = [next(made) if want else None for want in ctx.wanted]
+    return gradients + [None] * (len(streams) - len(ctx.wanted)), None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)

@@ -20,6 +20,7 @@ from kernels.ops.ensemble_kl.triton import loss_and_grad
 from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
 from kernels.ops.linear_ensemble_kl.reference import weighted_losses
 from kernels.ops.linear_ensemble_kl.triton_top_k import add_divergence
+from kernels.registration import op
 
 CHUNK_BYTES = 2**30  # of logits and their gradients at a time
 CHUNK_ROWS = 1024  # at least: fewer leave the products' last tiles idle (pytorch issue 124480)
@@ -86,7 +87,7 @@ def losses_and_gradients(
     return losses, ce, kl, gradients
 
 
-@torch.library.custom_op("creche_triton::linear_ensemble_kl", mutates_args=())
+@op("linear_ensemble_kl")
 def _sweep(
     hidden: Sequence[Tensor],
     weight: Sequence[Tensor],

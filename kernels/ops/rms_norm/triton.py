@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
+from kernels.registration import op
 
 WIDEST = 16384  # of D: a row's share of the registers; no launch configuration keeps longer rows on chip
 
@@ -37,17 +38,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     return _normed(x, weight, eps) if residual is None else _normed_sum(x, weight, eps, residual)
 
 
-@torch.library.custom_op("creche_triton::rms_norm", mutates_args=())
+@op("rms_norm")
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return run_forward(x, weight, eps, None)[0]
 
 
-@torch.library.custom_op("creche_triton::rms_norm_residual", mutates_args=())
+@op("rms_norm_residual")
 def _normed_sum(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
     return run_forward(x, weight, eps, residual)
 
 
-@torch.library.custom_op("creche_triton::rms_norm_backward", mutates_args=())
+@op("rms_norm_backward")
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, total_grad: Tensor | None, weight_wanted: bool
 ) -> tuple[Tensor, Tensor]:
@@ -126,8 +127,10 @@ def run_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) 
 def run_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, total_grad: Tensor | None, weight_wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    x_grad, weight_grad = _empty(x, x.dtype), weight.new_zeros(weight.shape if weight_wanted else 0)
-    if x.numel():
+    x_grad = _empty(x, x.dtype)
+    if not x.numel():
+        weight_grad = weight.new_zeros(weight.shape if weight_wanted else 0)
+    else:
         grad_ND, x_ND, total_grad_ND = _rows(grad), _rows(x), None if total_grad is None else _rows(total_grad)
         N, D = x_ND.shape
         constants = _constants(D, eps)
@@ -148,8 +151,7 @@ def run_backward(
                 0 if total_grad_ND is None else total_grad_ND.stride(0),
                 **constants,
             )
-        if partial_PD is not None:
-            weight_grad = partial_PD.sum(0).to(weight.dtype)
+        weight_grad = weight.new_empty(0) if partial_PD is None else partial_PD.sum(0).to(weight.dtype)
     return x_grad, weight_grad
 
 

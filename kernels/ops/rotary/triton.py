@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
+from kernels.registration import op
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return _rotate(q, k, cos, sin, False)
 
 
-@torch.library.custom_op("creche_triton::rotary", mutates_args=())
+@op("rotary")
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
     return run(q, k, cos, sin, back)
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
+from kernels.registration import op
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -21,12 +22,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _swiglu(gate, up)
 
 
-@torch.library.custom_op("creche_triton::swiglu", mutates_args=())
+@op("swiglu")
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return run_forward(gate, up)
 
 
-@torch.library.custom_op("creche_triton::swiglu_backward", mutates_args=())
+@op("swiglu_backward")
 def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up."""
     return run_backward(grad, gate, up)

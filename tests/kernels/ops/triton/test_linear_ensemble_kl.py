@@ -94,7 +94,7 @@ def check(students: int, streams: Sequence[Projected | TopK], storage: torch.dty
         assert (a.shape, a.dtype) == (b.shape, FP32)
         error, allowed = ((x - c).abs().max().item() for x in (a, b))
         rounding = torch.finfo(FP32 if k < 3 else storage).eps * c.abs().max().item()
-        assert error <= 3 * allowed + rounding, f"result {k}: {error:.3g}, plain torch {allowed:.3g}"
+        assert error <= 3 * max(allowed, rounding / 2) + rounding, f"result {k}: {error:.3g}, plain torch {allowed:.3g}"
     return ours
 
 
