@@ -204,6 +204,7 @@ def _launch_ensemble(
         temperature=2.0,
         divergence=divergence,
         lanes=chip.target.warp_size,
+        paired=chip.target.backend == "cuda" and int(chip.target.arch) >= 100,
     )
     ensemble_kl.ensemble_kl_kernel[(N,)](*positional, **constants)
 

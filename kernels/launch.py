@@ -24,27 +24,42 @@ STUDENTS_AT_ONCE = 4  # whose losses and gradients come from one launch: with mo
 
 
 def ensemble_kl(
-    width: int, students: int, streams: int, itemsize: int, lanes: int, *, divergence: str, mixed: bool
+    width: int,
+    students: int,
+    streams: int,
+    itemsize: int,
+    lanes: int,
+    *,
+    divergence: str,
+    mixed: bool,
+    paired: bool = False,
 ) -> Launch:
-    """128 threads with 16 bytes of each stream at a time, or more threads and all of a row: then `block` >= width.
+    """128 threads with 16 bytes of each stream at a time, 256 where there is little to hold; or, where 128 threads can
+    hold all of a row, `block` >= width.
 
-    Without `parts` and `sweeps` registers spill: with S students a thread holds S·(R − 1) sums. AMD has twice the
-    registers for a thread and needs no sweeps.
+    More threads could hold longer rows: fewer bytes, but on an H100 1.2 to 1.3 times the time of reading the row again,
+    for want of other programs beside them (LOG.md, 2026-11-22). There a tile in one part is fastest too, but without
+    `parts` and `sweeps` registers spill: with S students a thread holds S·(R − 1) sums. AMD has twice the registers for
+    a thread and needs no sweeps.
 
     Args:
         width: columns, padding included. itemsize: bytes of a logit.
         lanes: threads of a warp: 64 on AMD, else 32.
         mixed: whether streams differ in dtype: then, as for divergences other than "forward", no row is kept on chip.
+        paired: whether fp32 is computed on pairs of registers, as on NVIDIA from sm_100 on, which takes more of them.
     """
     vector = 16 // itemsize
-    if divergence == "forward" and not mixed and students <= 2 and streams <= 3:
-        for threads in (128, 256, 512):
-            tile = threads * vector
-            if width <= 4 * tile:  # 64 bytes per stream and thread
-                return Launch(-(-width // tile) * tile, threads // lanes)
+    plain = divergence == "forward" and not mixed
+    if plain and students <= 2 and streams <= 3:
+        tile = 128 * vector
+        if width <= 4 * tile:  # 64 bytes per stream and thread
+            return Launch(-(-width // tile) * tile, 128 // lanes)
+        return Launch(256 * vector, 256 // lanes)
     if students > STUDENTS_AT_ONCE:  # one element at a time, and half of the sums
         return Launch(128 * vector, 128 // lanes, parts=vector, sweeps=2 if lanes == 32 else 1)
     parts = 1 if itemsize == 4 or streams < 4 else 2 if students == 1 else 4
+    if plain and streams <= 5 and students * (streams - 1) <= (6 if paired or lanes == 64 else 12):
+        parts = 1
     return Launch(128 * vector, 128 // lanes, parts=parts)
 
 

@@ -25,7 +25,8 @@ ENSEMBLE = {
 }
 SAMPLE = [
     ("ensemble_kl single forward S=1 K=1 V=32000 bf16", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]),
-    ("ensemble_kl single forward S=1 K=2 V=16000 bf16", ["cuda:90"]),
+    ("ensemble_kl single forward S=1 K=4 V=16000 bf16", ["cuda:100"]),
+    ("ensemble_kl single forward S=4 K=0 V=16000 bf16", ["cuda:90", "cuda:100"]),
     ("ensemble_kl single forward S=2 K=2 V=32000 bf16", ["cuda:90"]),
     ("ensemble_kl losses forward S=4 K=0 V=32000 bf16", ["cuda:80"]),
     ("ensemble_kl gradients forward S=4 K=0 V=32000 bf16", ["cuda:80"]),
@@ -55,6 +56,13 @@ def test_elementwise_kernels(case, key):
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in SAMPLE for key in keys])
 def test_ensemble_kernels(name, key):
     assert_sound(audit.audit(ENSEMBLE[name], key))
+
+
+@pytest.mark.parametrize(("S", "K"), [(1, 1), (1, 2), (2, 0)])
+def test_rows_of_16000_kept_on_chip(S, K, monkeypatch):
+    """As `launch` would not: it is sound, but slower on an H100."""
+    monkeypatch.setattr(launch, "ensemble_kl", lambda *_, **__: Launch(16384, warps=16))
+    assert_sound(audit.audit(ENSEMBLE[f"ensemble_kl single forward S={S} K={K} V=16000 bf16"], "cuda:90"))
 
 
 def test_every_launch_asked_for_is_in_the_grid():

@@ -26,6 +26,7 @@ and where it stays on chip (`Launch.block` >= V): 2R, 2(R + S), 2(R + S). Later 
 that they begin with what the caches still hold.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -658,6 +659,7 @@ def arguments(
     temperature: float,
     divergence: str,
     lanes: int,
+    paired: bool = False,
 ) -> tuple[list[Any], dict[str, Any]]:
     """What `ensemble_kl_kernel` is called with: its arguments in order, and its constants and launch options.
 
@@ -668,7 +670,7 @@ def arguments(
         gradients: S tensors [N, W] or None; None: losses alone.
         weights: d/d ce [S, N] and d/d kl [S, R, N], expanded as they may be; a kl weight of None leaves streams apart.
         vocabulary: V; None: W.
-        lanes: as in `launch.ensemble_kl`.
+        lanes, paired: as in `launch.ensemble_kl`.
     """
     (tokens, width), streams = logits[0].shape, len(logits)
     vocabulary = width if vocabulary is None else vocabulary
@@ -677,7 +679,14 @@ def arguments(
         temperature = 1.0  # as there is nothing to temper
     sizes = [x.element_size() for x in logits]
     tile = launch.ensemble_kl(
-        width, students, streams, min(sizes), lanes, divergence=divergence, mixed=len({*sizes}) > 1
+        width,
+        students,
+        streams,
+        min(sizes),
+        lanes,
+        divergence=divergence,
+        mixed=len({*sizes}) > 1,
+        paired=paired,
     )
     vector = 16 // min(sizes)
     written = [] if gradients is None else [g for g in gradients if g is not None]
@@ -729,12 +738,20 @@ def _strides(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride())
 
 
+@functools.cache
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """What `launch` wants to know of a device."""
+    if device.type != "cuda":
+        return {"lanes": 32}
+    found = torch.cuda.get_device_properties(device)
+    return {"lanes": found.warp_size, "paired": torch.version.hip is None and found.major >= 10}
+
+
 def _launch(logits: Sequence[Tensor], **options: Any) -> None:
     """`arguments` to the kernel, a program per token."""
     if not len(logits[0]):
         return
-    lanes = torch.cuda.get_device_properties(logits[0].device).warp_size if logits[0].is_cuda else 32
-    positional, constants = arguments(logits, lanes=lanes, **options)
+    positional, constants = arguments(logits, **_gpu(logits[0].device), **options)
     with torch.cuda.device_of(logits[0]):
         ensemble_kl_kernel[(len(logits[0]),)](*positional, **constants)
 
