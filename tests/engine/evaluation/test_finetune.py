@@ -61,7 +61,7 @@ def test_a_masked_model_learns_too_and_sees_no_padding(
         torch.manual_seed(1)
         model = model_of(RobertaShape(1, 32, 4, 64, tokenizer.size, 48, dropout=0.1))
     with torch.no_grad():
-        for parameter in model.encoder.parameters():  # large enough to have opinions
+        for parameter in model.get_submodule("encoder").parameters():  # large enough to have opinions
             parameter.mul_(3 if parameter.ndim == 2 else 1)
     lengths: list[set[int]] = []
     batch_of = module.batch_of
