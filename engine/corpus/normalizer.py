@@ -1,7 +1,7 @@
 """The text normalisation of When Babies Teach Babies (Iyer 2024), by the name of the corpus.
 
-Its pipeline is that of ELC-BERT (Charpentier & Samuel 2023, `preprocess/` of its repository): characters repaired as by
-ftfy, punctuation as by Moses, what people say in quotes, a line that repeats the one before gone. In lines of our own:
+By its description that of ELC-BERT (Charpentier & Samuel 2023, `preprocess/` of its repository): characters repaired as
+by ftfy, punctuation as by Moses, what people say in quotes, a line that repeats the one before gone. In our own lines:
 
   aochildes, bnc_spoken   spacing, contractions, quotes and punctuation; each line an utterance: "Like this."; speakers'
                           labels (*MOT:, A:) go, here and in switchboard, as in its own preprocess.py
