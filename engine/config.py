@@ -69,8 +69,8 @@ class DataConfig:
     words: Count | None = (
         None  # grammar: words to generate (None: 1,000,000); other text: use at most so many (None: all)
     )
-    cleaner: Literal["none", "baby-llama"] = "none"  # per-corpus cleaners of Baby Llama, chosen by file name
-    quirks: bool = False  # with the cleaner: also reproduce the quirks of the published notebook
+    cleaner: Literal["none", "baby-llama", "babies"] = "none"  # per-corpus, by file name: cleaners | normalizer
+    quirks: bool = False  # with baby-llama: also reproduce the quirks of the published notebook
     boundary: bool = True  # a boundary token before every document; False: none at all, as Baby Llama did
     validation: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.05  # share of documents held out
     seed: Natural = 0  # of the grammar and of the split

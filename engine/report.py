@@ -47,6 +47,7 @@ SPARK_BUCKETS = 60
 COLOURS = 8
 LISTED_EVENTS = 200
 SPARK_HEIGHT = 34
+NEGLIGIBLE = 0.01  # share of the hypergradient's terms beside the first
 
 
 def write_report(run_dir: Path) -> Path:
@@ -387,11 +388,11 @@ def weights(history: History) -> str:
         for name in history.students
     ]
     terms = {"direct": "the ensemble itself", "own": "their own cross-entropy", "peers": "what they teach the others"}
-    shares = [
-        f"{np.mean([_number(record['shares'][term]) for record in history.outer]):.1%} {text}"
-        for term, text in terms.items()
-    ]
-    note = f"Moved by {', '.join(shares)} (the hypergradient’s terms; means over {len(history.outer):,} updates)."
+    shares = {term: np.mean([_number(record["shares"][term]) for record in history.outer]) for term in terms}
+    listed = ", ".join(f"{shares[term]:.1%} {text}" for term, text in terms.items())
+    note = f"Moved by {listed} (the hypergradient’s terms; means over {len(history.outer):,} updates)."
+    if shares["own"] + shares["peers"] < NEGLIGIBLE:
+        note += " How ω changes what the students learn is negligible here: outer.terms=first would do without it."
     figure = chart("Weights of the students", "", curves, history.timeline(), _axis_from_zero(curves), note=note)
     return f'<h2>Whom the ensemble trusts</h2><div class="charts one">{figure}</div>'
 

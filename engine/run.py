@@ -20,7 +20,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -572,8 +572,16 @@ class Run:
         return summary
 
 
-def export_run(run: Path, config: Config, prepared: Prepared, step: int | None, to: Path | None = None) -> list[Path]:
-    """Write every student of a run's checkpoint (None: the last) as a Hugging Face folder under `to` (run/students).
+def export_run(
+    run: Path,
+    config: Config,
+    prepared: Prepared,
+    step: int | None,
+    to: Path | None = None,
+    students: Collection[str] | None = None,
+) -> list[Path]:
+    """Write the students of a run's checkpoint (None: the last), or the named ones, as Hugging Face folders under `to`
+    (run/students).
 
     Raises ValueError where the checkpoint is missing or damaged, or was trained on other data: its tokenizer is gone.
     """
@@ -590,6 +598,8 @@ def export_run(run: Path, config: Config, prepared: Prepared, step: int | None, 
         )
     folders = []
     for student in config.students:
+        if students is not None and student.name not in students:
+            continue
         folders.append((to or run / "students") / student.name)
         _export(folders[-1], student, checkpoint.read_student(source, student.name), prepared.tokenizer, state.ledger)
     return folders

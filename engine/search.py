@@ -202,11 +202,19 @@ def proxy(space: Space, score: Score, journal: Path, *, trials: int, seed: int) 
 
 
 def random_cohort(space: Space, like: Sequence[Candidate], seed: int) -> tuple[Candidate, ...]:
-    """A control for `like`: as many random students, of all draws the one nearest it in parameters altogether."""
+    """A control for `like`: as many random students, together nearest it in parameters, of 200 draws; of 20,000 more
+    where that is more than 5% off, as it is at the ends of the space."""
     draws, shapes = np.random.default_rng(seed), list(space.all())
     goal = sum(map(space.size, like))
-    cohorts = [tuple(shapes[i] for i in draws.integers(len(shapes), size=len(like))) for _ in range(200)]
-    return min(cohorts, key=lambda cohort: abs(sum(map(space.size, cohort)) - goal))
+
+    def drawn(count: int) -> list[tuple[Candidate, ...]]:
+        return [tuple(shapes[i] for i in draws.integers(len(shapes), size=len(like))) for _ in range(count)]
+
+    def off(cohort: Sequence[Candidate]) -> int:
+        return abs(sum(map(space.size, cohort)) - goal)
+
+    found = min(drawn(200), key=off)
+    return found if off(found) <= 0.05 * goal else min([found, *drawn(20_000)], key=off)
 
 
 def _proposed(space: Space, suggest: Callable[[str, int, int], int]) -> list[Candidate]:

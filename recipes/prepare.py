@@ -4,6 +4,7 @@ does it beforehand, and shows what came of it.
     python recipes/prepare.py
     python recipes/prepare.py data.path=wikipedia-leads data.tokenizer.pieces=8000
     python recipes/prepare.py data.path=babylm_10M data.cleaner=baby-llama data.boundary=false
+    python recipes/prepare.py --config recipes/babies/prepare.yaml data.path=my_texts
 
 Settings: recipes/prepare.yaml; every one there is, with what it means, in engine/config.py.
 """

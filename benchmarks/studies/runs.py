@@ -10,15 +10,17 @@ from engine.config import Config, build
 
 
 def argument_parser(
-    script: str, description: str | None, *, tokens: int, teacher_tokens: int
+    script: str, description: str | None, *, tokens: int | None = None, teacher_tokens: int | None = None
 ) -> argparse.ArgumentParser:
-    """Of a study, with the tokens that its students and its teachers read by default."""
+    """Of a study, with the tokens that its students and its teachers read by default, where it is by tokens."""
     path = Path(script)
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True, help="a folder of *.txt; every file is sampled in proportion")
     parser.add_argument("--words", type=int, default=700_000, help="of the corpus")
-    parser.add_argument("--tokens", type=int, default=tokens, help="that each student reads")
-    parser.add_argument("--teacher-tokens", type=int, default=teacher_tokens)
+    if tokens is not None:
+        parser.add_argument("--tokens", type=int, default=tokens, help="that each student reads")
+    if teacher_tokens is not None:
+        parser.add_argument("--teacher-tokens", type=int, default=teacher_tokens)
     parser.add_argument("--seeds", type=int, default=3)
     folder = Path("runs") / f"study-{path.stem.replace('_', '-')}"
     parser.add_argument("--folder", type=Path, default=folder, help="of the runs")

@@ -32,6 +32,7 @@ from engine import tokenizer as tokenization
 from engine.config import DataConfig, as_dict, build
 from engine.corpus import grammar, sources
 from engine.corpus.cleaners import CLEANERS, clean, cleaner_for
+from engine.corpus.normalizer import normalize
 from engine.corpus.split import Document, split
 from engine.tokenizer import Tokenizer
 
@@ -80,8 +81,10 @@ def prepare(config: DataConfig, *, say: Say = print) -> Prepared:
     """
     if (Path(config.path) / MANIFEST).is_file() and (Path(config.path) / "tokenizer").is_dir():
         return _open_given(config)
-    if config.quirks and config.cleaner == "none":
-        raise ValueError("data.quirks=true: there is no cleaner to have quirks; add data.cleaner=baby-llama")
+    if config.quirks and config.cleaner != "baby-llama":
+        raise ValueError(
+            f"data.quirks=true: cleaner={config.cleaner} has none; drop it, or add data.cleaner=baby-llama"
+        )
     source = sources.find(config)
     pieces = config.tokenizer.pieces or source.pieces
     config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, pieces=pieces))
@@ -199,10 +202,12 @@ def _read(
     for file in source.files:
         text = file.read()
         entry = {"name": file.name, "sha256": file.sha256, "cleaner": None, "words_in_source": len(text.split())}
-        if config.cleaner == "baby-llama":
+        if config.cleaner != "none":
             entry["cleaner"] = cleaner = cleaner_for(Path(file.name).stem)
             if cleaner is None:
                 unmatched.append(file.name)
+            elif config.cleaner == "babies":
+                text = normalize(text, cleaner)
             else:
                 text = clean(text, cleaner, quirks=config.quirks)
         texts[file.name] = text

@@ -3,7 +3,8 @@
     <data>/glue_filtered/<task>.train.jsonl, <task>.valid.jsonl            `label` and the texts of TEXTS
     <data>/msgs_filtered/<set>.train.json, <set>.validation.json           `sentence` and `label` (Warstadt et al. 2020)
 
-A head on the last token's hidden state, the token that has read everything, trains with the whole model. The recipes:
+A head on the hidden state of the last token, which has read everything (of a masked model on the first one's, before
+the layer that predicts), trains with the whole model. The recipes:
 
     babylm-2025   the head, optimizer, schedule and settings of BabyLM 2025's own code, epochs chosen by the validation
                   set as there: `score` is the best epoch's, `strict` the last one's
@@ -38,6 +39,7 @@ from engine.evaluation.tasks import folder_of, json_lines
 from engine.models.dropout import draws
 from engine.models.families import Model, model_of
 from engine.models.llama import Llama
+from engine.models.roberta import Roberta
 from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
 
@@ -217,8 +219,10 @@ class _Job:
         say: Callable[[str], None],
     ) -> None:
         self.one, self.settings, self.say, self.device = one, settings, say, device
-        longest = min(LONGEST, model.shape.positions)
-        self.train, self.valid = (_strands(part, tokenizer, longest, say, one.name) for part in (one.train, one.valid))
+        longest, self.masked = min(LONGEST, model.shape.positions), isinstance(model, Roberta)
+        self.train, self.valid = (
+            _strands(part, tokenizer, longest, say, one.name, first=self.masked) for part in (one.train, one.valid)
+        )
         steps = settings.epochs * -(-len(self.train) // settings.batch)
         warmup = int(0.06 * steps) if optimizer.schedule == "cosine" else 0
         self.schedule, self.steps = replace(optimizer, warmup=warmup), steps
@@ -271,7 +275,7 @@ class _Job:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.settings.learning_rate * factor
                 self.optimizer.zero_grad()
-                for indices in plan(chosen, 1, padding=True):  # a batch in pieces of like length
+                for indices in plan(chosen, 1, padding=not self.masked):  # a batch in pieces of like length
                     logits_BC, labels_B, _ = self._logits([chosen[i] for i in indices], epoch)
                     loss = F.cross_entropy(logits_BC, labels_B, reduction="sum") / len(chosen)
                     loss.backward()
@@ -287,7 +291,7 @@ class _Job:
     def _predict(self) -> list[int]:
         self.model.eval()
         guesses = torch.empty(len(self.valid), dtype=torch.long)
-        for indices in plan(self.valid, 1, padding=True):
+        for indices in plan(self.valid, 1, padding=not self.masked):
             logits_BC, _, owners_B = self._logits([self.valid[i] for i in indices], epoch=0)
             guesses[owners_B.cpu()] = logits_BC.argmax(-1).cpu()
         return guesses.tolist()
@@ -298,7 +302,8 @@ class _Job:
         body = self.model["body"]
         numbers_B = batch.owners_N + epoch * len(self.train)
         dropout = () if isinstance(body, Llama) else (draws(self.settings.seed, numbers_B),)
-        hidden_BD = body(batch.tokens_BL, batch.rows_U, *dropout)
+        states = body.states if isinstance(body, Roberta) else body
+        hidden_BD = states(batch.tokens_BL, batch.rows_U, *dropout)
         return self.model["head"](hidden_BD), batch.targets_N, batch.owners_N
 
 
@@ -313,8 +318,11 @@ def _head(hidden: int, classes: int) -> nn.Sequential:
     )
 
 
-def _strands(part: Examples, tokenizer: Tokenizer, longest: int, say: Callable[[str], None], name: str) -> list[Strand]:
-    """A boundary token, where the tokenizer has one, before each text of an example, as its own template puts it."""
+def _strands(
+    part: Examples, tokenizer: Tokenizer, longest: int, say: Callable[[str], None], name: str, *, first: bool = False
+) -> list[Strand]:
+    """A boundary token, where the tokenizer has one, before each text of an example, as its own template puts it. The
+    label belongs to the last token, or to the `first`."""
     front = [] if tokenizer.boundary is None else [tokenizer.boundary]
     encoded = iter(tokenizer.encode_batch([text for texts in part.texts for text in texts]))
     strands, cut = [], 0
@@ -325,7 +333,7 @@ def _strands(part: Examples, tokenizer: Tokenizer, longest: int, say: Callable[[
             max(pieces, key=len).pop()
         ids = [token for piece in pieces for token in piece]
         places, ends = list(range(len(ids))), [len(ids)] * len(ids)
-        strands.append(Strand(ids, places, ends, [len(ids) - 1], [0], [label], [number]))
+        strands.append(Strand(ids, places, ends, [0 if first else len(ids) - 1], [0], [label], [number]))
     if cut:
         say(f"{name}: {cut} of {len(strands)} examples are longer than {longest} tokens and were cut")
     return strands

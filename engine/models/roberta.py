@@ -155,6 +155,10 @@ class Roberta(nn.Module):
             rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
             draws_B: [B] int64, what each sequence's dropout is drawn from (engine.models.dropout); only in training.
         """
+        return self.lm_head(self.states(tokens_BL, rows_N, draws_B))
+
+    def states(self, tokens_BL: Tensor, rows_N: Tensor | None = None, draws_B: Tensor | None = None) -> Tensor:
+        """As `forward`, before the head transforms them: what another head than the language model's begins with."""
         length = length_of(tokens_BL, self.shape.positions)
         draws_B = draws_in_use(draws_B, self.shape.dropout, training=self.training)
         word, position, token_type, norm = self.embeddings.values()
@@ -167,4 +171,4 @@ class Roberta(nn.Module):
             else:
                 x_BLD = block(x_BLD, draws_B)
         x_ND = x_BLD.flatten(0, 1)
-        return self.lm_head(x_ND if rows_N is None else x_ND[rows_N])
+        return x_ND if rows_N is None else x_ND[rows_N]

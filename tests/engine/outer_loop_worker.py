@@ -19,7 +19,7 @@ from engine.config import OptimizerConfig, StudentConfig, TrainConfig
 from engine.data import TokenFile, TrainingData
 from engine.models.llama import Llama
 from engine.objective import Coefficients
-from engine.outer_loop import OuterConfig, OuterLoop, OuterState
+from engine.outer_loop import OuterConfig, OuterLoop, OuterState, inner_step_scale, parameters_of
 from engine.train import accumulate
 
 V, LENGTH, BATCH, ALPHA = 31, 16, 8, 0.5
@@ -50,12 +50,12 @@ class Trial:
 
     def __init__(
         self, folder: Path, place: runtime.Runtime, configs: list[StudentConfig], stage: int, outer: OuterConfig,
-        state: OuterState | None = None, records: Any = None,
+        state: OuterState | None = None, records: Any = None, optimizer: OptimizerConfig = OPTIMIZER,
     ) -> None:  # fmt: skip
         train = TrainConfig(zero_stage=stage)  # pyright: ignore[reportArgumentType]
         records = records or [None] * len(configs)
         self.cohort = Cohort(
-            [Student(c, V, train, OPTIMIZER, place, record) for c, record in zip(configs, records, strict=True)], place
+            [Student(c, V, train, optimizer, place, record) for c, record in zip(configs, records, strict=True)], place
         )
         share: Any = dict(random_offsets=False, rank=place.rank, world=place.world, device=place.device)
         self.data, self.held_out = (
@@ -95,6 +95,31 @@ def planted(folder: Path, place: runtime.Runtime, fault: str) -> list[float]:
         trial.cohort[2].model.__class__ = Shuffled
     trial.run(1, 30)
     return list(trial.outer.state.omega)
+
+
+def preconditioned(folder: Path, place: runtime.Runtime) -> float:
+    """A clipped step of AdamW without first moment and decay is its gradient times `inner_step_scale`: how far off, at
+    worst, in a tensor's norm."""
+    bare = OptimizerConfig(betas=(0.0, 0.95), weight_decay=0.0, clip=0.05)
+    trial = Trial(folder, place, STUDENTS, 0, OuterConfig(), optimizer=bare)
+    trial.run(1, 2)
+    (step,) = trial.data.steps(3, 3)
+    tally = accumulate(trial.cohort, step, weigh(trial.outer.weights))
+    before = [{n: p.clone() for n, p in parameters_of(student).items()} for student in trial.cohort]
+    gradients: list[dict[str, Any]] = [
+        {n: p.grad.clone() for n, p in student.model.named_parameters() if p.grad is not None}
+        for student in trial.cohort
+    ]
+    rates = [student.config.learning_rate for student in trial.cohort]
+    trial.cohort.step(tally.losses_S, tally.ce_S, rates, stop=False)
+    worst = 0.0
+    for student, old, gradient in zip(trial.cohort, before, gradients, strict=True):
+        assert student.divisor > 1, "clipping acts, and is part of the scale"
+        scale: Any = inner_step_scale(student, precondition=True)
+        for name, new in parameters_of(student).items():
+            expected = -scale[name] * gradient[name]
+            worst = max(worst, ((new - old[name] - expected).norm() / expected.norm()).item())
+    return worst
 
 
 def main(folder: Path) -> None:
@@ -137,6 +162,8 @@ def main(folder: Path) -> None:
             "state_of_whole": vars(whole.outer.state),
             "differing": differing(resumed.cohort, whole.cohort),
         }
+        found["zero0-lagged"] = Trial(folder, place, STUDENTS, 0, OuterConfig(every=1, inner="lagged")).run(1, 2)
+        found["preconditioned"] = preconditioned(folder, place)
         for fault in ("idle", "shuffled"):
             found[f"planted-{fault}"] = planted(folder, place, fault)
     if place.is_main:

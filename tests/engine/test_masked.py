@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import checkpoint
-from engine.config import Config, ScoreConfig, build
+from engine.config import Config, FinetuneConfig, ScoreConfig, build
 from engine.corpus.grammar import minimal_pairs
 from engine.evaluation.report import score_model
 from engine.run import Run
@@ -130,10 +130,20 @@ def test_a_run_is_scored_by_pseudo_log_likelihood_and_teaches_its_own_kind(tmp_p
     glue = tmp_path / "data" / "glue_filtered"
     glue.mkdir(parents=True)
     for part in ("train", "valid"):
-        (glue / f"mnli.{part}.jsonl").write_text('{"premise": "a", "hypothesis": "b", "label": 0}\n')
-    wanted = ScoreConfig(model=str(teacher), data=str(tmp_path / "data"), tasks=("mnli",))
-    with pytest.raises(ValueError, match="tasks: mnli is fine-tuned, which masked models are not yet: leave it out"):
-        score_model(wanted)
+        lines = [
+            json.dumps({"premise": p.good, "hypothesis": p.bad, "label": i % 2})
+            for i, p in enumerate(list(minimal_pairs(5, 1))[:4])
+        ]
+        (glue / f"mnli.{part}.jsonl").write_text("\n".join(lines) + "\n")
+    wanted = ScoreConfig(
+        model=str(teacher),
+        data=str(tmp_path / "data"),
+        tasks=("mnli",),
+        folder=str(tmp_path / "scores"),
+        finetune=FinetuneConfig(epochs=1),
+    )
+    [[score]] = score_model(wanted).values()
+    assert (score.task, score.sets[0].items) == ("mnli", 4)
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,23 @@ def test_a_run_resumed_from_its_state_ends_with_the_same_weights(folder: Path) -
 
 
 @pytest.mark.slow
+def test_lagged_terms_are_those_of_the_parameters_after_the_step(folder: Path) -> None:
+    exact, lagged = (findings(folder, 1)[f"zero0-{inner}"] for inner in ("forward", "lagged"))
+    difference = {
+        term: error(torch.tensor(lagged[term][0]).double(), torch.tensor(exact[term][0]).double())
+        for term in ("direct", "own", "peers")
+    }
+    assert difference["direct"] == 0
+    assert 0.01 < difference["own"] < 0.5
+    assert difference["peers"] > 0.01
+
+
+@pytest.mark.slow
+def test_the_preconditioned_inner_step_is_adamws(folder: Path) -> None:
+    assert findings(folder, 1)["preconditioned"] <= 1e-4
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["idle", "shuffled"])
 def test_a_student_that_cannot_learn_loses_its_weight_and_twins_keep_equal_ones(folder: Path, fault: str) -> None:
     first, second, bad = findings(folder, 1)[f"planted-{fault}"]

@@ -74,6 +74,21 @@ def synthetic_run(run_dir: Path, steps: int = 5000, *, every: int = 250, skipped
                 log.write({"kind": "skipped", "step": step, "students": [names[1]], "reason": "the loss is nan"})
             if step == steps // 2:
                 log.write({"kind": "event", "step": step, "text": "resumed from checkpoints/step-2500 <ok>"})
+            if step % 20 == 0:
+                share = 0.3 * 0.999**step
+                omega = dict(zip(names, (share, 0.5 - share / 2, 0.5 - share / 2), strict=True))
+                terms = {"direct": 0.995, "own": 0.004, "peers": 0.001}
+                log.write(
+                    {
+                        "kind": "outer",
+                        "step": step,
+                        "omega": omega,
+                        "held_out_loss": 2.5,
+                        "shares": terms,
+                        "step_size": 0.1,
+                        "seconds": 0.2,
+                    }
+                )
             if step % every == 0:
                 evaluated = {name: scores(name, step) for name in names}
                 evaluation: Record = {
@@ -215,6 +230,10 @@ def test_report_of_a_finished_run(run_dir: Path):
         "not known: runs/<unknown>.",
         "Loss nats per token All of the run’s",
         "MFU",
+        "Whom the ensemble trusts Weights of the students",
+        "Moved by 99.5% the ensemble itself, 0.4% their own cross-entropy, 0.1% what they teach the others",
+        "is negligible here: outer.terms=first would do",
+        "KL divergence",
     ):
         assert page.says(text), text
     assert "b" in page.tags, "the test below would hold on an empty page"

@@ -105,13 +105,15 @@ def test_a_proxy_search_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_pa
     assert parts.students == whole.students
 
 
-def test_a_random_control_has_the_size_of_what_it_is_compared_with() -> None:
-    space, like = Space(NANO), (Candidate(2, 64, 4), Candidate(3, 32, 4))
-    control = random_cohort(space, like, seed=1)
-    sizes = [sum(map(space.size, cohort)) for cohort in (control, like)]
-    assert len(control) == 2
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
-    assert random_cohort(space, like, seed=2) != control
+@pytest.mark.parametrize("like", [(Candidate(2, 64, 4), Candidate(3, 32, 4)), (Candidate(2, 32, 4),) * 3])
+def test_a_random_control_has_the_size_of_what_it_is_compared_with(like: tuple[Candidate, ...]) -> None:
+    space = Space(replace(NANO, hidden=(32, 48, 64, 80, 96), layers=(1, 2, 3, 4, 5, 6, 7)))
+    controls = [random_cohort(space, like, seed=seed) for seed in (1, 2)]
+    size = sum(map(space.size, like))
+    for control in controls:
+        assert len(control) == len(like)
+        assert sum(map(space.size, control)) == pytest.approx(size, rel=0.05)
+    assert controls[0] != controls[1]
 
 
 RECIPE = """

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.config import DataConfig, TokenizerConfig
+from engine.config import DataConfig, PrepareConfig, TokenizerConfig, build, read_yaml
 from engine.corpus import prepare as preparation
 from engine.corpus.grammar import generate
 from engine.corpus.prepare import Prepared, prepare
@@ -175,12 +175,31 @@ def test_files_without_a_cleaner_stay_and_are_named(made: tuple[DataConfig, Prep
     assert manifest["files"][1]["words"] < manifest["files"][1]["words_in_source"]  # glued paragraphs
 
 
+def test_what_babies_are_taught_from_is_normalised_and_lowercase(tmp_path: Path):
+    recipes = Path(__file__).parents[3] / "recipes" / "babies"
+    settings = build(PrepareConfig, read_yaml(recipes / "prepare.yaml")).data
+    for name in ("published", "effective", "guided", "teacher"):
+        assert build(DataConfig, read_yaml(recipes / f"{name}.yaml")["data"]) == settings, name
+    assert (settings.tokenizer.pieces, settings.tokenizer.lowercase) == (50265, True)
+    (tmp_path / "texts").mkdir()
+    talk = "".join(f"*MOT:\tlook , {line}\n" for document in generate(0, 3000) for line in document.split("\n"))
+    (tmp_path / "texts" / "childes.txt").write_text(talk)
+    small = dataclasses.replace(settings.tokenizer, pieces=400)
+    config = dataclasses.replace(settings, path=str(tmp_path / "texts"), folder=str(tmp_path / "p"), tokenizer=small)
+    prepared = prepare(config, say=lambda _: None)
+    text = prepared.tokenizer.decode(ids(prepared, prepared.train).tolist())
+    assert prepared.manifest["files"][0]["cleaner"] == "aochildes"
+    assert text.startswith('"look, ')
+    assert text == text.lower()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"tokenizer": TokenizerConfig(pieces=50_000)}, r"pieces=50000: the training text allows \d+ at most"),
         ({"tokenizer": TokenizerConfig(pieces=100)}, r"pieces=100: .* need \d+"),
         ({"tokenizer": TokenizerConfig("byte-bpe", 50_000)}, r"pieces=50000: the training text allows \d+ at most"),
+        ({"quirks": True, "cleaner": "babies"}, r"data\.quirks=true: cleaner=babies has none; drop it"),
         ({"quirks": True}, r"data\.quirks=true: .* add data\.cleaner=baby-llama"),
         (
             {"path": "grammar", "words": 500, "cleaner": "baby-llama"},

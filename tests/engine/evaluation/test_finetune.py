@@ -12,7 +12,10 @@ from engine.config import FinetuneConfig
 from engine.evaluation import finetune as module
 from engine.evaluation.finetune import Classification, Examples, finetune, read_classification
 from engine.evaluation.results import TaskScore
+from engine.evaluation.scoring import Strand, StrandBatch
+from engine.models.families import Model, model_of
 from engine.models.llama import Llama
+from engine.models.roberta import RobertaShape
 from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
 
@@ -35,7 +38,7 @@ def questions(count: int, begin: int) -> Examples:
 SET = Classification("rte", "rte", questions(40, 0), questions(18, 40))
 
 
-def run(model: Llama, tokenizer: Tokenizer, place: Runtime, folder: Path, config: FinetuneConfig = QUICK) -> TaskScore:
+def run(model: Model, tokenizer: Tokenizer, place: Runtime, folder: Path, config: FinetuneConfig = QUICK) -> TaskScore:
     return finetune([SET], model, tokenizer, config, folder, place, say=lambda _: None)
 
 
@@ -49,6 +52,37 @@ def test_a_model_learns_and_stays_as_it_was(model: Llama, tokenizer: Tokenizer, 
     assert (score.mean.chance, score.mean.baseline) == (0.5, 0.5)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert torch.equal(torch.get_rng_state(), state), "training draws what it would have drawn without"
+
+
+def test_a_masked_model_learns_too_and_sees_no_padding(
+    tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = model_of(RobertaShape(1, 32, 4, 64, tokenizer.size, 48, dropout=0.1))
+    with torch.no_grad():
+        for parameter in model.get_submodule("encoder").parameters():  # large enough to have opinions
+            parameter.mul_(3 if parameter.ndim == 2 else 1)
+    lengths: list[set[int]] = []
+    batch_of = module.batch_of
+
+    def watched(strands: list[Strand], device: torch.device) -> StrandBatch:
+        lengths.append({len(strand.tokens) for strand in strands})
+        assert {strand.rows[0] for strand in strands} == {0}, "the first token's state, which has seen both texts"
+        return batch_of(strands, device)
+
+    monkeypatch.setattr(module, "batch_of", watched)
+    dogs = [
+        Examples(
+            [(f"look at the {a} " + "now " * (i % 4), "a bird") for i in range(n) for a in ("dog", "cat")], [1, 0] * n
+        )
+        for n in (20, 9)
+    ]
+    config = replace(QUICK, epochs=6, learning_rate=1e-2)
+    score = finetune([Classification("rte", "rte", *dogs)], model, tokenizer, config, tmp_path, place, lambda _: None)
+    assert score.mean.score >= 0.9
+    assert {len(found) for found in lengths} == {1}
+    assert len(set.union(*lengths)) > 1
 
 
 def test_a_stopped_job_ends_where_it_would_have_ended(
