@@ -233,11 +233,11 @@ def read_measured(paths: Iterable[Path]) -> list[Measured]:
 
 def _measured(row: Mapping[str, str]) -> Measured:
     vocabulary, length, ranks = (int(row[key]) for key in ("vocabulary", "length", "ranks"))
-    settings = dict(part.partition("=")[::2] for part in row["overrides"].split())
+    settings = {key: value for key, _, value in (part.partition("=") for part in row["overrides"].split())}
     micro = settings.get("train.micro_batch")
     job = Job(
-        tuple(parse(text, vocabulary, length, settings) for text in row["student_shapes"].split()),
-        tuple(parse(text, vocabulary, length, {}) for text in row["teacher_shapes"].split()),
+        tuple(parse(text, vocabulary, length) for text in row["student_shapes"].split()),
+        tuple(parse(text, vocabulary, length) for text in row["teacher_shapes"].split()),
         int(row["batch"]),
         length,
         row["precision"],
@@ -253,12 +253,12 @@ def _measured(row: Mapping[str, str]) -> Measured:
     return Measured(name, job, cluster, int(row["zero_stage"]), float(row["milliseconds"]) / 1000, own)
 
 
-def parse(text: str, vocabulary: int, length: int, settings: Mapping[str, str]) -> Shape:
-    """A shape as throughput.py describes it, such as llama-8x256x8x768."""
-    family, _, sizes = text.partition("-")
-    layers, hidden, heads, ffn = map(int, sizes.split("x"))
-    student = {"name": "s", "family": family, "layers": layers, "hidden": hidden, "heads": heads, "ffn": ffn}
-    student |= {"positions": length, "tied": settings.get("students.0.tied", "true") == "true"}
+def parse(text: str, vocabulary: int, length: int) -> Shape:
+    """A shape as throughput.py describes it, such as llama-8x256x8x768 or llama-32x960x15x2560x5-untied."""
+    family, sizes, *untied = text.split("-")
+    names = ("layers", "hidden", "heads", "ffn", "kv_heads")
+    settings = dict(zip(names, map(int, sizes.split("x")), strict=False))
+    student = {"name": "s", "family": family, **settings, "positions": length, "tied": not untied}
     (config,) = build(Config, {"students": [student]}).students
     return shape_of(config, vocabulary)
 
@@ -294,7 +294,7 @@ def errors(cases: Sequence[Measured]) -> list[float]:
     found = []
     for i, case in enumerate(cases):
         rates = fit([*cases[:i], *cases[i + 1 :]])
-        found.append(quantities(case.job, case.cluster, case.stage) @ rates / case.seconds - 1)
+        found.append(float(quantities(case.job, case.cluster, case.stage) @ rates) / case.seconds - 1)
     return found
 
 
@@ -404,17 +404,21 @@ def report(cases: Sequence[Measured]) -> None:
     """The rates, and each case's error."""
     if len(cases) <= len(RATES):
         raise ValueError(f"{len(cases)} measured cases for {len(RATES)} rates: give more of them")
-    rates = fit(cases)
+    rates, needed = fit(cases), [memory(case.job, case.cluster, case.stage) for case in cases]
     print(", ".join(f"{name} {rate:.3g} s" for name, rate in zip(RATES, rates, strict=True)))
+    beside = median(case.memory - found for case, found in zip(cases, needed, strict=True))
+    print(f"{'':52}  measured  predicted   error    memory  predicted   error")
     found = errors(cases)
-    print(f"{'':52}  measured  predicted   error    memory  predicted")
-    for case, error in zip(cases, found, strict=True):
-        needed = memory(case.job, case.cluster, case.stage)
+    for case, error, least in zip(cases, found, needed, strict=True):
+        predicted = least + beside
         print(
             f"{case.name:52}{1000 * case.seconds:7.0f} ms {1000 * case.seconds * (1 + error):7.0f} ms {error:+7.1%} "
-            f"{case.memory / 2**20:5.0f} MiB  {needed / 2**20:5.0f} MiB"
+            f"{case.memory / 2**20:5.0f} MiB  {predicted / 2**20:5.0f} MiB {predicted / case.memory - 1:+7.1%}"
         )
-    print(f"median error of {len(found)} cases, each predicted from the others: {median(map(abs, found)):.1%}")
+    print(
+        f"median error of {len(found)} cases, each predicted from the others: {median(map(abs, found)):.1%}; to memory "
+        f"{beside / 2**20:.0f} MiB are added, the median of what libraries take at first use"
+    )
 
 
 def predict(chosen: argparse.Namespace, cases: Sequence[Measured]) -> None:
@@ -425,7 +429,8 @@ def predict(chosen: argparse.Namespace, cases: Sequence[Measured]) -> None:
         if not cases:
             raise ValueError("--device measured: name what was measured with --measured")
         cluster, fitted = of_machine(cases, cluster)
-        rates, about = dict.fromkeys(("fp32", "bf16"), fitted), f"rates fitted to {len(cases)} measured cases"
+        rates: dict[str, np.ndarray] = {"fp32": fitted, "bf16": fitted}
+        about = f"rates fitted to {len(cases)} measured cases"
     else:
         rates = {precision: assumed(chosen.device, precision) for precision in ("fp32", "bf16")}
         of_peak, of_bandwidth, a_pass, a_collective = ASSUMED

@@ -61,6 +61,7 @@ from engine.models.llama import LlamaShape
 from engine.runtime import device_name, git_commit, leave
 from engine.teachers import STORAGE, folder_of
 
+CPU = torch.device("cpu")
 MEBIBYTE = 2**20
 CHECKED_STEPS = 3
 AGREEMENT = {"fp32": 1e-5, "bf16": 2e-2}  # of losses, relative
@@ -69,7 +70,8 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTE
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Of this rank."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
 
 
 # --- Variants: each takes a step whenever its gate lets it, until that raises Over -----------------------------------
@@ -192,6 +194,8 @@ def serve(connection: Connection, name: str, case: Case) -> None:
     """A variant's process: builds it, then does what it is told, until it is told nothing more."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # what a run says of its progress
         try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(device())
             for module in VARIANTS[name].imports:
                 importlib.import_module(module)
             imported = 0 if torch.cuda.is_available() else timing.resident_bytes("VmRSS")
@@ -451,7 +455,9 @@ def state_bytes(case: Case) -> float:
 
 def described(shape: Shape) -> str:
     family = type(shape).__name__.removesuffix("Shape").lower()
-    return f"{family}-{shape.layers}x{shape.hidden}x{shape.heads}x{shape.ffn}"
+    narrow = f"x{shape.kv_heads}" if isinstance(shape, LlamaShape) and shape.kv_heads < shape.heads else ""
+    untied = "" if shape.tied else "-untied"
+    return f"{family}-{shape.layers}x{shape.hidden}x{shape.heads}x{shape.ffn}{narrow}{untied}"
 
 
 def table(case: Case, rows: Sequence[Row]) -> str:

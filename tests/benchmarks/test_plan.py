@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import plan
+from benchmarks import plan, throughput
 from benchmarks.plan import Cluster, Job, Measured
 from engine.flops import Text, inference, training
 from engine.models.llama import LlamaShape
@@ -48,7 +48,7 @@ def test_gradients_are_accumulated_in_passes_of_their_own():
 
 def measured(seconds: float | None = None, **changes: object) -> Measured:
     job = replace(JOB, **changes)  # pyright: ignore[reportArgumentType]
-    own = plan.quantities(job, Cluster(), 0) @ RATES if seconds is None else seconds
+    own = float(plan.quantities(job, Cluster(), 0) @ RATES) if seconds is None else seconds
     return Measured("case", job, Cluster(), 0, own, 0)
 
 
@@ -78,6 +78,11 @@ def test_the_stage_that_is_fastest_of_those_that_fit():
     hopeless = plan.best(plan.plans(job, replace(cluster, memory=1), RATES))
     assert (hopeless.fits, hopeless.micro_batch) == (False, 1)
     assert [p.stage for p in plan.plans(replace(job, precision="bf16"), cluster, RATES)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("shape", [SMALL, replace(SMALL, kv_heads=2, tied=False)])
+def test_shapes_are_read_as_they_are_written(shape: LlamaShape):
+    assert plan.parse(throughput.described(shape), shape.vocabulary, shape.positions) == shape
 
 
 def write(path: Path, **changes: object) -> Path:

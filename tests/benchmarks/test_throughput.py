@@ -96,3 +96,18 @@ def test_what_must_be_held_between_steps(make_case: Make, monkeypatch: pytest.Mo
     assert one == 12 * sum(throughput.parameter_count(shape) for shape in case.student_shapes)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert throughput.state_bytes(case) == one / 2
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path, spawn_ranks: Callable[..., None]):
+    path = tmp_path / "rows.csv"
+    small = ("--vocabulary", "61", "--shape", "1x32x2x40", "--set", "train.length=16", "train.batch=4")
+    stage = ("train.zero_stage=1", "--task", "plain", "--rounds", "1", "--variants", "ours", "--csv", path)
+    spawn_ranks(Path(throughput.__file__), 2, *small, *stage)
+    (row,) = csv.DictReader(path.open())
+    assert (row["ranks"], row["zero_stage"]) == ("2", "1")
+    parameters = 61 * 32 + 4 * 32**2 + 3 * 32 * 40 + 3 * 32
+    moved = float(row["communicated_mebibytes"]) * 2**20 / parameters / 4
+    assert moved == pytest.approx(2, abs=0.05), "all gradients once, all weights once, and a few numbers"
+    assert float(row["communication"]) > 0
+    assert float(row["waiting"]) > 0
