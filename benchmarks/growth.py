@@ -3,9 +3,11 @@
     python benchmarks/throughput.py --variants ours --students 1 2 4 8 --shape 4x256x8x768 --csv students.csv
     python benchmarks/growth.py students.csv vocabulary.csv length.csv teachers.csv --png growth.png
 
-Reads what benchmarks/throughput.py wrote. A file is a series: of S, V, L or K, whichever takes several values in it,
-the rest equal. y ∝ xᵖ, p by least squares of logarithms; of teachers, where x begins at 0, what a teacher costs in
-steps without any.
+    python benchmarks/growth.py one-rank.csv,two-ranks.csv
+
+Reads what benchmarks/throughput.py wrote. A file, or several joined by commas, is a series: of S, V, L, K or ranks,
+whichever takes several values in it, the rest equal (with ranks the batch may grow and the ZeRO stage change). y ∝ xᵖ,
+p by least squares of logarithms; of teachers, where x begins at 0, what a teacher costs in steps without any.
 """
 
 import argparse
@@ -17,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-AXES = {"students": "S", "vocabulary": "V", "length": "L", "teachers": "K"}
-SAME = ("task", "precision", "ranks", "zero_stage", "backend", "batch", "divergence", "device")
+AXES = {"students": "S", "vocabulary": "V", "length": "L", "teachers": "K", "ranks": "W"}
+SAME = ("task", "precision", "backend", "divergence", "device")
+WITH_RANKS = ("batch", "zero_stage")  # what may change with them
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,22 @@ class Series:
     low: np.ndarray
     high: np.ndarray
     mebibytes: np.ndarray  # at the peak, beyond state and imports
+    tokens_per_second: np.ndarray
+    batch: np.ndarray
     void: bool
 
 
-def read(path: Path) -> Series:
+def read(paths: str) -> Series:
     """The rows of `ours` in their order along the axis. ValueError where no axis varies, or several things do."""
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["variant"] == "ours"]
-    varying = [key for key in (*AXES, *SAME) if len({row[key] for row in rows}) > 1]
+    rows: list[dict[str, str]] = []
+    for path in paths.split(","):
+        with Path(path).open(newline="") as file:
+            rows += [row for row in csv.DictReader(file) if row["variant"] == "ours"]
+    varying = [key for key in (*AXES, *SAME, *WITH_RANKS) if len({row[key] for row in rows}) > 1]
+    if "ranks" in varying:
+        varying = [key for key in varying if key not in WITH_RANKS]
     if len(varying) != 1 or varying[0] not in AXES:
-        raise ValueError(f"{path}: {', '.join(varying) or 'nothing'} varies; expected one of {', '.join(AXES)} alone")
+        raise ValueError(f"{paths}: {', '.join(varying) or 'nothing'} varies; expected one of {', '.join(AXES)} alone")
     (axis,) = varying
     rows.sort(key=lambda row: int(row[axis]))
 
@@ -52,6 +61,8 @@ def read(path: Path) -> Series:
         column("milliseconds_low"),
         column("milliseconds_high"),
         column("beyond_state_mebibytes"),
+        column("tokens_per_second"),
+        column("batch"),
         any(row["void"] == "True" for row in rows),
     )
 
@@ -78,6 +89,11 @@ def describe(series: Series) -> str:
         worst = f"{ratios.max():.2f}, {'at most' if ratios.max() <= 1.1 else 'ABOVE'} 1.1"
         found = ", ".join(f"S={x:.0f} {ratio:.2f}" for x, ratio in zip(series.x, ratios, strict=True))
         lines.append(f"a step over as many steps of one student: {worst} ({found})")
+    if series.axis == "ranks":
+        kind = "strong" if series.batch[0] == series.batch[-1] else "weak"
+        gains = series.tokens_per_second / series.tokens_per_second[0]
+        found = ", ".join(f"W={x:.0f} {gain:.2f}" for x, gain in zip(series.x, gains, strict=True))
+        lines.append(f"tokens a second, as many times those of the fewest ranks, {kind} scaling: {found}")
     return "\n".join(("VOID: " if series.void else "") + line for line in lines)
 
 
@@ -103,7 +119,7 @@ def plot(found: Sequence[Series], path: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", nargs="+", type=Path)
+    parser.add_argument("csv", nargs="+")
     parser.add_argument("--png", type=Path)
     chosen = parser.parse_args(argv)
     try:

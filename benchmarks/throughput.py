@@ -514,9 +514,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     chosen = arguments(argv)
-    if chosen.threads is not None:  # for the processes, which inherit it
-        os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
-        torch.set_num_threads(chosen.threads)
+    threads = chosen.threads
+    if threads is None and ranks() > 1 and "OMP_NUM_THREADS" not in os.environ:  # as the engine divides them
+        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", ranks())))
+    if threads is not None:  # for the processes, which inherit it
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
     if ranks() > 1:
         dist.init_process_group("gloo")
     first = int(os.environ.get("RANK", "0")) == 0

@@ -9,7 +9,8 @@ from benchmarks import growth
 
 
 def write(path: Path, axis: str, values: list[int], power: float, **changes: object) -> Path:
-    same = dict.fromkeys((*growth.AXES, *growth.SAME), "1") | {"variant": "ours", "void": "False"} | changes
+    keys = (*growth.AXES, *growth.SAME, *growth.WITH_RANKS)
+    same = dict.fromkeys(keys, "1") | {"variant": "ours", "void": "False", "tokens_per_second": 100} | changes
     with path.open("w", newline="") as file:
         names = [*same, "milliseconds", "milliseconds_low", "milliseconds_high", "beyond_state_mebibytes"]
         writer = csv.DictWriter(file, names)
@@ -21,7 +22,7 @@ def write(path: Path, axis: str, values: list[int], power: float, **changes: obj
 
 
 def test_exponents(tmp_path: Path):
-    series = growth.read(write(tmp_path / "v.csv", "vocabulary", [32000, 8000, 64000], 0.75))
+    series = growth.read(str(write(tmp_path / "v.csv", "vocabulary", [32000, 8000, 64000], 0.75)))
     assert list(series.x) == [8000, 32000, 64000]
     told = growth.describe(series)
     assert "step ∝ V^0.75" in told
@@ -31,15 +32,24 @@ def test_exponents(tmp_path: Path):
 
 @pytest.mark.parametrize(("power", "verdict"), [(1.0, "1.00, at most 1.1"), (1.2, "1.52, ABOVE 1.1")])
 def test_students_beside_as_many_alone(power: float, verdict: str, tmp_path: Path):
-    assert verdict in growth.describe(growth.read(write(tmp_path / "s.csv", "students", [1, 2, 4, 8], power)))
+    assert verdict in growth.describe(growth.read(str(write(tmp_path / "s.csv", "students", [1, 2, 4, 8], power))))
 
 
 def test_teachers_from_none(tmp_path: Path):
     path = write(tmp_path / "k.csv", "teachers", [0, 1, 2], 1.0, void="True")
     path.write_text(path.read_text().replace("7.0,7.0,7.0", "9,9,9").replace("0.0,0.0,0.0", "2,2,2"))
-    told = growth.describe(growth.read(path))  # 2, 9 and 14: 2.33 + 6 K
+    told = growth.describe(growth.read(str(path)))  # 2, 9 and 14: 2.33 + 6 K
     assert "step +2.57 of it for each teacher" in told
     assert told.startswith("VOID")
+
+
+def test_ranks(tmp_path: Path):
+    one = write(tmp_path / "one.csv", "ranks", [1], 1.0)
+    two = write(tmp_path / "two.csv", "ranks", [2], 1.0, batch="2", zero_stage="7", tokens_per_second=170)
+    assert "weak scaling: W=1 1.00, W=2 1.70" in growth.describe(growth.read(f"{one},{two}"))
+    other = write(tmp_path / "other.csv", "ranks", [2], 1.0, task="another")
+    with pytest.raises(ValueError, match="ranks, task varies"):
+        growth.read(f"{one},{other}")
 
 
 def test_what_is_no_series(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
