@@ -1,288 +1,226 @@
-"""One training step of several students that learn from one another: the engine's own loop beside its peers.
+"""Training steps per second: the loop that recipes run beside its peers, over a grid of configurations.
 
-    python benchmarks/throughput.py --threads 2 --rounds 15 --csv throughput.csv
-    python benchmarks/throughput.py --variants ours products
-    python benchmarks/throughput.py --profile                 where the time of a step of ours goes
+    python benchmarks/throughput.py                                       three students that learn from one another
+    python benchmarks/throughput.py --task plain distil mutual --threads 2 --rounds 15 --csv throughput.csv
+    python benchmarks/throughput.py --variants ours products --students 1 2 4 --set train.length=128,512
+    deepspeed --num_accelerators 2 benchmarks/throughput.py --variants ours --set train.zero_stage=0,1,2,3
+    python benchmarks/throughput.py --profile                             the operations that took most time
 
-    ours                  `engine.train.accumulate` and `Cohort.step`, as `engine.train.train` calls them
-    transformers          a plain loop (benchmarks/peers/transformers_mutual.py)
+    ours                  `engine.train.train` itself, logging included, stopped between two steps (benchmarks/gate.py)
+    transformers          a plain loop (benchmarks/peers/transformers_loop.py)
     compile               the same, models and loss under torch.compile
     compile, fused AdamW  the same, with torch's fused optimizer
+    liger                 the plain loop on Liger's kernels; on a GPU
+    trainer               Hugging Face's Trainer, as Baby Llama has it (benchmarks/peers/transformers_trainer.py)
     products              the matrix products that a step cannot do without, alone, at their own shapes
 
 Every variant lives in a process of its own, so that memory is its own, and takes a step when told; one at a time, as
-`benchmarks.timing` says. All start from the same weights and read the same data, and are timed only if the losses of
-the first steps agree.
+`benchmarks.timing` says. All variants of a configuration start from the same weights and read the same data, and are
+timed only if the losses of the first steps agree. A variant that cannot do a configuration is left out, with a line.
 
-B sequences, L positions, N = B·L tokens, D hidden, H heads, V vocabulary, F inner width of the MLP, S students.
+Tasks: plain (S students, cross-entropy alone), distil (from K teachers), mutual. S students, K teachers, L positions, V
+vocabulary.
 """
 
 import argparse
 import csv
 import importlib
+import importlib.util
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from benchmarks import timing
-from engine.config import ObjectiveConfig, OptimizerConfig, StudentConfig, TrainConfig
+from benchmarks.cases import STUDENTS, TASKS, TEACHERS, Case, grid
+from benchmarks.gate import PHASES, REST, Gate, Over, Report, engine_loop
+from benchmarks.products import step_products
+from engine.corpus.prepare import prepare
 from engine.data import Step, TokenFile, TrainingData
-from engine.flops import Text, training
-from engine.models.families import parameter_count
-from engine.models.llama import Llama, LlamaShape, initialise
-from engine.objective import coefficients
-from engine.runtime import device_name, git_commit
+from engine.export import shape_of_folder
+from engine.flops import Flops, Text, inference, training
+from engine.ledger import NOTHING
+from engine.models.families import Shape, parameter_count
+from engine.models.llama import LlamaShape
+from engine.runtime import device_name, git_commit, leave
+from engine.teachers import STORAGE, folder_of
 
+CPU = torch.device("cpu")
 MEBIBYTE = 2**20
 CHECKED_STEPS = 3
-AGREEMENT = 1e-5  # of losses, relative
-PROFILED_STEPS = 3
-STUDENTS = (
-    StudentConfig("a", layers=8, hidden=256, heads=8, ffn=768, seed=1),
-    StudentConfig("b", layers=8, hidden=256, heads=4, ffn=768, seed=2),
-    StudentConfig("c", layers=6, hidden=320, heads=8, ffn=768, seed=3),
-)
-OPTIMIZER = OptimizerConfig()
+AGREEMENT = {"fp32": 1e-5, "bf16": 2e-2}  # of losses, relative
+SPLIT_STEPS = 3
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a process in its group
 
 
-@dataclass(frozen=True)
-class Work:
-    """What every variant does, step after step, in fp32."""
-
-    tokens: Path  # uint16 ids
-    students: tuple[StudentConfig, ...] = STUDENTS
-    vocabulary: int = 16000
-    length: int = 128
-    batch: int = 8  # sequences a step
-    zero_stage: int | str = "auto"  # of ours
-
-    @property
-    def student_tokens(self) -> int:
-        """Tokens that students learn from in a step, summed over students."""
-        return len(self.students) * self.batch * self.length
-
-    def steps(self, device: torch.device) -> Iterator[Step]:
-        """Without end, as the engine reads them."""
-        data = TrainingData(
-            TokenFile(self.tokens, "uint16", self.length),
-            batch=self.batch,
-            micro_batch=None,
-            seed=0,
-            random_offsets=False,
-            rank=0,
-            world=1,
-            device=device,
-        )
-        return data.steps(1, sys.maxsize)
+def device() -> torch.device:
+    """Of this rank."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
 
 
-TakeStep = Callable[[], list[float]]  # one training step; returns each student's loss before it
+# --- Variants: each takes a step whenever its gate lets it, until that raises Over -----------------------------------
 
 
-def ours(work: Work) -> TakeStep:
-    from engine import runtime
-    from engine.cohort import Cohort, Student
-    from engine.train import accumulate
-
-    place = runtime.start()
-    train = TrainConfig(zero_stage=work.zero_stage)  # pyright: ignore[reportArgumentType]
-    students = [Student(config, work.vocabulary, train, OPTIMIZER, place, None) for config in work.students]
-    cohort, steps = Cohort(students, place), work.steps(place.device)
-    objective = coefficients(ObjectiveConfig(), len(cohort), place.device)
-    learning_rates = [config.learning_rate for config in work.students]
-
-    def take_step() -> list[float]:
-        step = next(steps)
-        tally = accumulate(cohort, step, objective)
-        cohort.step(tally.losses_S, tally.ce_S, learning_rates, stop=False)
-        return tally.losses_S.tolist()
-
-    return take_step
+def ours(case: Case, gate: Gate) -> None:
+    try:
+        engine_loop(case.config, gate)
+    except Over:
+        if ranks() > 1:
+            leave()
+        raise
 
 
-def transformers(work: Work, *, compiled: bool = False, fused: bool | None = None) -> TakeStep:
-    from benchmarks.peers.transformers_mutual import Loop
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights = []
-    for config in work.students:
-        model = Llama(LlamaShape.of(config, work.vocabulary))
-        initialise(model, config.seed)
-        prefixed = {n if n.startswith("lm_head") else f"model.{n}": w for n, w in model.state_dict().items()}
-        weights.append(prefixed)
-    loop = Loop(work.students, weights, work.vocabulary, OPTIMIZER, device, compiled=compiled, fused=fused)
-    steps = work.steps(device)
-
-    def take_step() -> list[float]:
-        (batch,) = next(steps).micro_batches
-        return loop.step(batch.tokens_BL, batch.targets_N)
-
-    return take_step
+def steps(case: Case) -> Iterator[Step]:
+    """What the engine reads, on one rank."""
+    config = case.config
+    prepared = prepare(config.data, say=lambda _: None)
+    data = TrainingData(
+        TokenFile(prepared.train, prepared.manifest["dtype"], config.train.length),
+        batch=config.train.batch,
+        micro_batch=None,
+        seed=config.train.seed,
+        random_offsets=config.train.chunks == "random",
+        rank=0,
+        world=1,
+        device=device(),
+    )
+    return data.steps(1, sys.maxsize)
 
 
-def products(work: Work) -> TakeStep:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    listed = [
-        product
-        for config in work.students
-        for product in step_products(LlamaShape.of(config, work.vocabulary), work.batch, work.length, device)
-    ]
+def transformers(case: Case, gate: Gate, **options: Any) -> None:
+    from benchmarks.peers.transformers_loop import Loop
 
-    def take_step() -> list[float]:
+    loop = Loop(case.config, device(), **options)
+    for step in gate.between(steps(case)):
+        (batch,) = step.micro_batches
+        gate.losses = loop.step(batch.tokens_BL, batch.targets_N)
+
+
+def trainer(case: Case, gate: Gate) -> None:
+    from benchmarks.peers.transformers_trainer import DistillationTrainer
+
+    DistillationTrainer(case.config, device(), steps(case), gate).train()
+
+
+def products(case: Case, gate: Gate) -> None:
+    listed = []
+    for shapes, backward in ((case.student_shapes, True), (teacher_shapes(case), False)):
+        for shape in shapes:
+            text = text_of(case, ranks())
+            dtype = STORAGE[case.config.train.precision]
+            listed += step_products(shape, text.sequences, text.length, device(), dtype, backward=backward)
+    for _ in gate.between(iter(int, 1)):
         for left, right, out in listed:
             (torch.mm if out.ndim == 2 else torch.bmm)(left, right, out=out)
-        return []
-
-    return take_step
 
 
-Product = tuple[Tensor, Tensor, Tensor]  # left [(b,) m, k], right [(b,) k, n], out [(b,) m, n]
+def teacher_shapes(case: Case) -> list[Shape]:
+    return [shape_of_folder(folder_of(teacher), teacher.path) for teacher in case.config.teachers]
 
 
-def step_products(shape: LlamaShape, batch: int, length: int, device: torch.device) -> list[Product]:
-    """The matrix products of one student's step, in its order, into tensors that exist already.
+def ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    Every linear layer: output, gradient of the input, gradient of the weight. Attention: scores and mix, and the four
-    products of their gradients, of full squares, since no one product is a triangle. The head as a linear layer. Each
-    weight and its gradient has memory of its own; activations of one shape share theirs, as a step finds what it has
-    just written in the cache.
-    """
-    tokens, width = batch * length, shape.head_width
-    buffers: dict[tuple[str, int], Tensor] = {}
 
-    def activation(kind: str, columns: int) -> Tensor:
-        if (kind, columns) not in buffers:
-            buffers[kind, columns] = torch.randn(tokens, columns, device=device)
-        return buffers[kind, columns]
-
-    def linear(inputs: int, outputs: int) -> tuple[list[Product], list[Product]]:
-        weight, d_weight = torch.randn(2, outputs, inputs, device=device)
-        x, y = activation("value", inputs), activation("result", outputs)
-        dx, dy = activation("d_result", inputs), activation("d_value", outputs)
-        return [(x, weight.T, y)], [(dy, weight, dx), (dy.T, x, d_weight)]
-
-    def attention() -> tuple[list[Product], list[Product]]:
-        q, k, v, mixed, dq, dk, dv, d_mixed = torch.randn(8, batch * shape.heads, length, width, device=device)
-        scores, p, dp, d_scores = torch.randn(4, batch * shape.heads, length, length, device=device)
-        forward = [(q, k.mT, scores), (p, v, mixed)]
-        return forward, [(p.mT, d_mixed, dv), (d_mixed, v.mT, dp), (d_scores, k, dq), (d_scores.mT, q, dk)]
-
-    hidden, kv_hidden = shape.hidden, shape.kv_heads * width
-    parts = []
-    for _ in range(shape.layers):
-        parts += [linear(hidden, hidden), linear(hidden, kv_hidden), linear(hidden, kv_hidden), attention()]
-        parts += [linear(hidden, hidden), linear(hidden, shape.ffn), linear(hidden, shape.ffn)]
-        parts += [linear(shape.ffn, hidden)]
-    parts.append(linear(hidden, shape.vocabulary))
-    forward = [product for part, _ in parts for product in part]
-    return forward + [product for _, part in reversed(parts) for product in part]
+def text_of(case: Case, ranks: int = 1) -> Text:
+    """What a rank reads in a step."""
+    return Text.whole(case.config.train.batch // ranks, case.config.train.length)
 
 
 @dataclass(frozen=True)
 class Variant:
-    build: Callable[[Work], TakeStep]
+    run: Callable[[Case, Gate], None]
     imports: tuple[str, ...] = ()  # what it loads, whose memory is not its own
 
 
-PEER = "benchmarks.peers.transformers_mutual"
+LOOP, TRAINER = "benchmarks.peers.transformers_loop", "benchmarks.peers.transformers_trainer"
 COMPILER = "torch._inductor.compile_fx"
 VARIANTS = {
     "ours": Variant(ours, ("engine.train",)),
-    "transformers": Variant(transformers, (PEER,)),
-    "compile": Variant(partial(transformers, compiled=True), (PEER, COMPILER)),
-    "compile, fused AdamW": Variant(partial(transformers, compiled=True, fused=True), (PEER, COMPILER)),
+    "transformers": Variant(transformers, (LOOP,)),
+    "compile": Variant(partial(transformers, compiled=True), (LOOP, COMPILER)),
+    "compile, fused AdamW": Variant(partial(transformers, compiled=True, fused=True), (LOOP, COMPILER)),
+    "liger": Variant(partial(transformers, fused=True, liger=True), (LOOP, "liger_kernel.transformers")),
+    "trainer": Variant(trainer, (TRAINER,)),
     "products": Variant(products),
 }
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a process says after a step."""
+def why_not(name: str, case: Case) -> str | None:
+    """Why the variant cannot do this configuration; None where it can."""
+    config, train, objective = case.config, case.config.train, case.config.objective
+    if name == "ours":
+        return None
+    if train.micro_batch is not None or train.recompute or config.cache is not None or config.masked:
+        return "it takes whole batches of causal models, without cache or recomputation"
+    if name == "products":
+        llama = all(isinstance(shape, LlamaShape) for shape in (*case.student_shapes, *teacher_shapes(case)))
+        return None if llama else "its products are listed for LLaMAs alone"
+    if ranks() > 1:
+        return "it runs on one rank"
+    if objective.divergence != "forward" or objective.mix != "logits" or objective.weighted:
+        return "it has forward divergences from equal peers and from the mean of the teachers' logits alone"
+    if objective.reduction != "token" or objective.kl_everywhere or any(t.weight != 1 for t in config.teachers):
+        return "it averages losses over tokens and logits over teachers"
+    if name == "trainer" and len(config.students) > 1:
+        return "it has one student"
+    if name == "trainer" and importlib.util.find_spec("accelerate") is None:
+        return "accelerate is not installed"
+    if name == "liger" and not torch.cuda.is_available():
+        return "its kernels need a GPU"
+    return None
 
-    seconds: float
-    losses: list[float]  # of each student, nats per token
-    peak: int  # bytes since the process was last told to forget: resident, or on a GPU torch's own
-    imported: int  # bytes resident before anything was built; on a GPU 0
+
+# --- Their processes --------------------------------------------------------------------------------------------------
 
 
-def serve(connection: Connection, name: str, work: Work) -> None:
+def serve(connection: Connection, name: str, case: Case) -> None:
     """A variant's process: builds it, then does what it is told, until it is told nothing more."""
-    for key in PLACE:
-        os.environ.pop(key, None)
-    try:
-        for module in VARIANTS[name].imports:
-            importlib.import_module(module)
-        imported = 0 if torch.cuda.is_available() else timing.resident_bytes("VmRSS")
-        take_step = VARIANTS[name].build(work)
-        while command := connection.recv():
-            if command == "step":
-                connection.send(step_report(take_step, imported))
-            elif command == "profile":
-                connection.send(profile(take_step))
-            else:
-                forget_peak()
-                connection.send(None)
-    except EOFError:
-        return
-    except Exception:
-        connection.send(traceback.format_exc())
-
-
-def step_report(take_step: TakeStep, imported: int) -> Report:
-    if not torch.cuda.is_available():
-        begin = time.perf_counter()
-        losses = take_step()
-        return Report(time.perf_counter() - begin, losses, timing.resident_bytes("VmHWM"), imported)
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    losses = take_step()
-    torch.cuda.synchronize()
-    return Report(time.perf_counter() - begin, losses, torch.cuda.max_memory_allocated(), imported)
-
-
-def forget_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        timing.reset_peak_resident()
-
-
-def profile(take_step: TakeStep) -> str:
-    """torch.profiler's table of the operations that took most time of their own, over a few steps."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(PROFILED_STEPS):
-            take_step()
-    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # what a run says of its progress
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(device())
+            for module in VARIANTS[name].imports:
+                importlib.import_module(module)
+            imported = 0 if torch.cuda.is_available() else timing.resident_bytes("VmRSS")
+            VARIANTS[name].run(case, Gate(connection, imported))
+        except (Over, EOFError):
+            return
+        except Exception:
+            connection.send(traceback.format_exc())
 
 
 class Process:
-    """A variant in a process of its own."""
+    """A variant in a process of its own; under a launcher one on every rank, which form a group."""
 
-    def __init__(self, name: str, work: Work) -> None:
+    def __init__(self, name: str, case: Case) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, name, work), daemon=True)
-        self._process.start()
+        self._process = context.Process(target=serve, args=(theirs, name, case), daemon=True)
+        with mock.patch.dict(os.environ, {"KERNELS_BACKEND": case.backend}):
+            if ranks() > 1:  # beside the group of those who tell them what to do
+                os.environ["MASTER_PORT"] = str(_port())
+            else:
+                for key in PLACE:
+                    os.environ.pop(key, None)
+            self._process.start()
         theirs.close()
 
     def tell(self, command: str) -> Any:
@@ -297,8 +235,23 @@ class Process:
             raise RuntimeError(f"{self.name}: {answer}")
         return answer
 
-    def step(self) -> Report:
-        return self.tell("step")
+    def step(self, command: str = "step") -> Report:
+        """Of all ranks: the slowest one's time, the sum of losses, the highest peak beyond imports, the mean split."""
+        report = self.tell(command)
+        if not dist.is_initialized():
+            return report
+        reports: list[Report] = [report] * dist.get_world_size()
+        dist.all_gather_object(reports, report)  # and so nobody begins another variant's step before all are through
+        split: Counter[str] = Counter()
+        for one in reports:
+            split.update({phase: seconds / len(reports) for phase, seconds in one.split.items()})
+        return Report(
+            max(one.seconds for one in reports),
+            np.sum([one.losses for one in reports], axis=0).tolist(),
+            *max(((one.peak, one.imported) for one in reports), key=lambda pair: pair[0] - pair[1]),
+            dict(split),
+            report.communicated,
+        )
 
     def close(self) -> None:
         self._connection.close()
@@ -306,17 +259,29 @@ class Process:
         self._process.kill()
 
 
+def _port() -> int:
+    """A free one of rank 0's node, on all."""
+    with socket.socket() as server:
+        server.bind(("", 0))
+        found = [server.getsockname()[1]]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+Key = tuple[Case, str]  # a configuration and a variant
+
+
 @contextmanager
-def processes(names: Sequence[str], work: Work) -> Iterator[dict[str, Process]]:
+def processes(keys: Sequence[Key]) -> Iterator[dict[Key, Process]]:
     with ExitStack() as stack:
         started = {}
-        for name in names:  # one after the other is built, and takes its first step, before the next begins
-            started[name] = Process(name, work)
-            stack.callback(started[name].close)
+        for case, name in keys:
+            started[case, name] = Process(name, case)
+            stack.callback(started[case, name].close)
         yield started
 
 
-def check_losses(found: dict[str, Process]) -> None:
+def check_losses(found: Mapping[str, Process], agreement: float) -> None:
     """ValueError where a variant's losses of the first steps are not those of the first variant that has losses."""
     expected: tuple[str, list[list[float]]] | None = None
     for name, process in found.items():
@@ -326,148 +291,301 @@ def check_losses(found: dict[str, Process]) -> None:
         if expected is None:
             expected = name, losses
         difference = np.abs(np.array(losses) / np.array(expected[1]) - 1).max()
-        if not difference <= AGREEMENT:
+        if not difference <= agreement:
             raise ValueError(
                 f"{name}'s losses {losses} differ from those of {expected[0]}, {expected[1]}, by {difference:.1e}: "
-                f"expected at most {AGREEMENT}; they do not do the same work"
+                f"expected at most {agreement}; they do not do the same work"
             )
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the table and the CSV hold of one variant. Of ratios and times: median, 20% and 80% quantiles."""
+    """What the table and the CSV hold of a configuration's variant. Of ratios and times: median, 20% and 80% quantiles;
+    "" where a variant has none."""
 
+    task: str
+    students: int
+    teachers: int
+    student_shapes: str
+    teacher_shapes: str
+    vocabulary: int
+    length: int
+    batch: int  # sequences a step, over all ranks
+    ranks: int
+    zero_stage: int
+    precision: str
+    backend: str
+    divergence: str
+    overrides: str
     variant: str
     milliseconds: float  # a step
     milliseconds_low: float
     milliseconds_high: float
-    student_tokens_per_second: float
-    ours_faster: float | None  # its time over that of ours
-    ours_faster_low: float | None
-    ours_faster_high: float | None
-    over_products: float | None  # its time over that of the products alone
-    peak_mebibytes: float
-    beyond_state_mebibytes: float  # beyond imports, weights and moments
-    gigaflops: float  # of a step's matrix products
+    tokens_per_second: float  # of the text, which is every student's own speed
+    student_tokens_per_second: float  # summed over students
+    ours_faster: float | str  # its time over that of ours
+    ours_faster_low: float | str
+    ours_faster_high: float | str
+    over_products: float | str  # its time over that of the products alone
+    peak_mebibytes: float  # of a rank
+    beyond_state_mebibytes: float  # beyond imports, students' weights and moments, and teachers' weights
+    gigaflops: float  # hardware FLOPs of a step's matrix products, over all ranks
+    model_gigaflops: float
+    communicated_mebibytes: float | str  # tensors that a rank gave to collectives in a step
+    data: float | str  # milliseconds by phase (benchmarks.gate), of steps that were split
+    teachers_forward: float | str
+    bodies: float | str
+    loss: float | str
+    backward: float | str
+    optimizer: float | str
+    communication: float | str
+    waiting: float | str
+    outer: float | str
+    record: float | str
+    rest: float | str
     control_spread: float
     void: bool
+    device: str
+    commit: str
+    rounds: int
 
 
-def measure(names: Sequence[str], work: Work, rounds: int) -> list[Row]:
-    shapes = [LlamaShape.of(config, work.vocabulary) for config in work.students]
-    text = Text.whole(work.batch, work.length)
-    gigaflops = sum(training(shape, text, explicit=True).hardware for shape in shapes) / 1e9
-    state = 3 * 4 * sum(map(parameter_count, shapes))  # fp32 weights and both moments
-    with processes(names, work) as found:
-        check_losses(found)
+def measure(keys: Sequence[Key], rounds: int) -> list[Row]:
+    """All of them interleaved."""
+    cases = list(dict.fromkeys(case for case, _ in keys))
+    with processes(keys) as found:
+        for case in cases:
+            same = {name: process for (other, name), process in found.items() if other is case}
+            check_losses(same, AGREEMENT[case.config.train.precision])
         for process in found.values():
             process.tell("forget")
-        last: dict[str, Report] = {}
+        last: dict[int, Report] = {}
 
         def clock(run: Callable[[Process], object], process: Process) -> float:
-            report = last[process.name] = process.step()
+            report = last[id(process)] = process.step()
             return report.seconds
 
-        variants = {name: timing.Variant(Process.step, lambda _, p=process: p) for name, process in found.items()}
-        compared = timing.compare(variants, names[0], clock, rounds=rounds)
-    rows = []
-    for name in names:
-        seconds = compared.time(name)
-        ratio = compared.ratio(name, "ours") if "ours" in names and name != "ours" else None
-        report = last[name]
-        rows.append(
-            Row(
-                variant=name,
-                milliseconds=1000 * seconds.median,
-                milliseconds_low=1000 * seconds.low,
-                milliseconds_high=1000 * seconds.high,
-                student_tokens_per_second=work.student_tokens / seconds.median,
-                ours_faster=None if ratio is None else ratio.median,
-                ours_faster_low=None if ratio is None else ratio.low,
-                ours_faster_high=None if ratio is None else ratio.high,
-                over_products=compared.ratio(name, "products").median if "products" in names else None,
-                peak_mebibytes=report.peak / MEBIBYTE,
-                beyond_state_mebibytes=(report.peak - report.imported - (state if report.losses else 0)) / MEBIBYTE,
-                gigaflops=gigaflops,
-                control_spread=compared.spread,
-                void=compared.void,
-            )
-        )
-    return rows
+        labels = {key: f"{cases.index(key[0])} {key[1]}" for key in keys}
+        variants = {labels[key]: timing.Variant(Process.step, lambda _, p=p: p) for key, p in found.items()}
+        compared = timing.compare(variants, labels[keys[0]], clock, rounds=rounds, sample_seconds=0.0)
+        reports = {key: last[id(process)] for key, process in found.items()}
+        split = {
+            key: [process.step("split") for _ in range(SPLIT_STEPS)]
+            for key, process in found.items()
+            if key[1] == "ours"
+        }
+    return [_row(key, labels, compared, reports[key], split.get(key, []), rounds) for key in keys]
 
 
-def table(rows: Sequence[Row]) -> str:
+def _row(
+    key: Key,
+    labels: Mapping[Key, str],
+    compared: timing.Comparison,
+    report: Report,
+    split: Sequence[Report],
+    rounds: int,
+) -> Row:
+    case, name = key
+    config, train, shapes, taught = case.config, case.config.train, case.student_shapes, teacher_shapes(case)
+    seconds, world, tokens = compared.time(labels[key]), ranks(), case.config.train.batch * case.config.train.length
+    ratio = compared.ratio(labels[key], labels[case, "ours"]) if name != "ours" and (case, "ours") in labels else None
+    over = compared.ratio(labels[key], labels[case, "products"]).median if (case, "products") in labels else ""
+    flops = flops_of(case)
+    phases = {p: 1000 * median(one.split[p] for one in split) if split else "" for p in (*PHASES, REST)}
+    peak = report.peak - report.imported
+    return Row(
+        task=case.task,
+        students=len(shapes),
+        teachers=len(taught),
+        student_shapes=" ".join(map(described, shapes)),
+        teacher_shapes=" ".join(map(described, taught)),
+        vocabulary=case.vocabulary,
+        length=train.length,
+        batch=train.batch,
+        ranks=world,
+        zero_stage=train.stage(world),
+        precision=train.precision,
+        backend=case.backend,
+        divergence=config.objective.divergence,
+        overrides=" ".join(case.overrides),
+        variant=name,
+        milliseconds=1000 * seconds.median,
+        milliseconds_low=1000 * seconds.low,
+        milliseconds_high=1000 * seconds.high,
+        tokens_per_second=tokens / seconds.median,
+        student_tokens_per_second=len(shapes) * tokens / seconds.median,
+        ours_faster="" if ratio is None else ratio.median,
+        ours_faster_low="" if ratio is None else ratio.low,
+        ours_faster_high="" if ratio is None else ratio.high,
+        over_products=over,
+        peak_mebibytes=report.peak / MEBIBYTE,
+        beyond_state_mebibytes=(peak - (state_bytes(case) if report.losses else 0)) / MEBIBYTE,
+        gigaflops=flops.hardware / 1e9,
+        model_gigaflops=flops.model / 1e9,
+        communicated_mebibytes=median(one.communicated for one in split) / MEBIBYTE if split else "",
+        teachers_forward=phases.pop("teachers"),
+        **phases,  # pyright: ignore[reportArgumentType]
+        control_spread=compared.spread,
+        void=compared.void,
+        device=device_name(device()),
+        commit=git_commit(),
+        rounds=rounds,
+    )
+
+
+def flops_of(case: Case) -> Flops:
+    """A step's, of all ranks, but for the outer loop."""
+    text, recompute = text_of(case), case.config.train.recompute
+    learning = sum((training(shape, text, recompute=recompute) for shape in case.student_shapes), NOTHING)
+    return sum((inference(shape, text) for shape in teacher_shapes(case)), learning)
+
+
+def state_bytes(case: Case) -> float:
+    """What a rank cannot do without between two steps: weights and AdamW's moments of students, weights of teachers."""
+    train, world = case.config.train, ranks()
+    storage, stage = STORAGE[train.precision].itemsize, train.stage(world)
+    a_student = storage / (world if stage == 3 else 1) + 8 / (world if stage > 0 else 1)
+    a_student += 4 / world if train.precision == "bf16" else 0  # the fp32 weights
+    students, taught = (sum(map(parameter_count, shapes)) for shapes in (case.student_shapes, teacher_shapes(case)))
+    return a_student * students + storage * taught
+
+
+def described(shape: Shape) -> str:
+    family = type(shape).__name__.removesuffix("Shape").lower()
+    narrow = f"x{shape.kv_heads}" if isinstance(shape, LlamaShape) and shape.kv_heads < shape.heads else ""
+    untied = "" if shape.tied else "-untied"
+    return f"{family}-{shape.layers}x{shape.hidden}x{shape.heads}x{shape.ffn}{narrow}{untied}"
+
+
+def table(case: Case, rows: Sequence[Row]) -> str:
+    """Of one configuration."""
     first = rows[0]
     state = f"{'VOID: ' if first.void else ''}control spreads over {first.control_spread:.1%}"
     lines = [
-        f"A step's matrix products: {first.gigaflops:.1f} GFLOP; {state}",
+        f"{case}; {first.ranks} rank(s), ZeRO {first.zero_stage}; {first.gigaflops:.1f} GFLOP a step; {state}",
         f"  {'':22}{'ms':>9}  {'20% to 80%':>17}  {'student tokens/s':>16}  {'÷ ours':>6}  {'20% to 80%':>12}"
         f"  {'÷ products':>10}  {'peak MiB':>8}  {'beyond state':>12}",
     ]
     for r in rows:
         tokens = f"{r.student_tokens_per_second:,.0f}" if r.variant != "products" else ""
-        ratio = "" if r.ours_faster is None else f"{r.ours_faster:.2f}"
-        ends = "" if r.ours_faster is None else f"{r.ours_faster_low:.2f} {r.ours_faster_high:.2f}"
-        over = "" if r.over_products is None else f"{r.over_products:.2f}"
+        ratio = "" if r.ours_faster == "" else f"{r.ours_faster:.2f}"
+        ends = "" if r.ours_faster == "" else f"{r.ours_faster_low:.2f} {r.ours_faster_high:.2f}"
+        over = "" if r.over_products == "" else f"{r.over_products:.2f}"
         lines.append(
             f"  {r.variant:22}{r.milliseconds:9.1f}  {r.milliseconds_low:8.1f} {r.milliseconds_high:8.1f}  {tokens:>16}"
             f"  {ratio:>6}  {ends:>12}  {over:>10}  {r.peak_mebibytes:8.0f}  {r.beyond_state_mebibytes:12.0f}"
         )
+        if r.variant == "ours":
+            names = (*(("teachers_forward" if p == "teachers" else p) for p in PHASES), REST)
+            parts = {name: float(getattr(r, name)) for name in names}
+            whole = sum(parts.values())
+            shares = ", ".join(f"{name.split('_')[0]} {part / whole:.1%}" for name, part in parts.items() if part)
+            lines.append(f"    of {whole:.1f} ms with a wait at each seam: {shares}")
     return "\n".join(lines)
 
 
-def random_tokens(path: Path, count: int, vocabulary: int) -> None:
-    """Ids as frequent as words are (Zipf), so that embeddings are looked up, and their gradients added, as in text."""
-    drawn = np.random.default_rng(0).zipf(1.2, count) % vocabulary
-    drawn.astype(np.uint16).tofile(path)
+# --- The command ------------------------------------------------------------------------------------------------------
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=["mutual"])
+    parser.add_argument("--students", nargs="+", type=int, default=[], metavar="S", help="default: 3 if mutual, else 1")
+    parser.add_argument("--teachers", nargs="+", type=int, default=[], metavar="K", help="default: 2 if distil, else 0")
+    parser.add_argument("--vocabulary", nargs="+", type=int, default=[16000], metavar="V")
+    parser.add_argument("--backend", nargs="+", default=["auto"], help="of the kernels")
+    parser.add_argument("--shape", nargs="+", default=STUDENTS, help="students', in turn; or a preset's name")
+    parser.add_argument("--teacher-shape", nargs="+", default=TEACHERS)
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE[,VALUE]", help="settings as recipes have them, and a grid"
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's own choice")
-    parser.add_argument("--vocabulary", type=int, default=Work.vocabulary)
-    parser.add_argument("--length", type=int, default=Work.length, help="tokens a sequence")
-    parser.add_argument("--batch", type=int, default=Work.batch, help="sequences a step")
-    parser.add_argument("--zero-stage", default=Work.zero_stage, choices=("auto", "0", "1", "2", "3"), help="of ours")
+    parser.add_argument("--threads", type=int, help="of the CPU, a rank; default: torch's own choice")
+    parser.add_argument("--interleave", action="store_true", help="all configurations at once, not one after another")
     parser.add_argument("--profile", choices=VARIANTS, nargs="?", const="ours", help="this variant, and no timing")
-    parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row for each configuration and variant")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
     chosen = arguments(argv)
-    if chosen.threads is not None:  # for the processes, which inherit it
-        os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
-        torch.set_num_threads(chosen.threads)
+    threads = chosen.threads
+    if threads is None and ranks() > 1 and "OMP_NUM_THREADS" not in os.environ:  # as the engine divides them
+        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", ranks())))
+    if threads is not None:  # for the processes, which inherit it
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    if ranks() > 1:
+        dist.init_process_group("gloo")
+    first = int(os.environ.get("RANK", "0")) == 0
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(
-            Path(folder) / "tokens.bin",
-            vocabulary=chosen.vocabulary,
-            length=chosen.length,
-            batch=chosen.batch,
-            zero_stage=chosen.zero_stage if chosen.zero_stage == "auto" else int(chosen.zero_stage),
+        found = [folder]
+        if dist.is_initialized():
+            dist.broadcast_object_list(found)  # several nodes: TMPDIR must be where all see it
+        made = partial(
+            grid,
+            Path(found[0]),
+            *(chosen.task, chosen.students, chosen.teachers, chosen.vocabulary, chosen.backend, chosen.set),
+            shapes=chosen.shape,
+            teacher_shapes=chosen.teacher_shape,
         )
-        random_tokens(work.tokens, 1000 * work.batch * work.length, work.vocabulary)
-        if chosen.profile:
-            with processes([chosen.profile], work) as found:
-                for _ in range(CHECKED_STEPS):
-                    found[chosen.profile].step()
-                print(found[chosen.profile].tell("profile"))
-            return 0
-        rows = measure(chosen.variants, work, chosen.rounds)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(
-        f"{len(work.students)} students, V={work.vocabulary}, {work.batch} sequences of {work.length}, fp32; "
-        f"{device_name(device)}, torch {torch.__version__}, {git_commit()}, {chosen.rounds} rounds"
-    )
-    print(table(rows))
-    if chosen.csv is not None:
-        with chosen.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        try:
+            if first:
+                cases = list(made())
+            if dist.is_initialized():
+                dist.barrier()
+            cases = list(made())  # on other ranks, what is there already
+            return profile(cases, chosen.profile) if chosen.profile else compare(cases, chosen, first)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        finally:
+            if dist.is_initialized():
+                dist.barrier()  # before the folder goes
+
+
+def profile(cases: Sequence[Case], name: str) -> int:
+    for case in cases:
+        with processes([(case, name)]) as found:
+            (process,) = found.values()
+            for _ in range(CHECKED_STEPS):
+                process.step()
+            print(f"{case}\n{process.tell('profile')}")
+    return 0
+
+
+def compare(cases: Sequence[Case], chosen: argparse.Namespace, first: bool) -> int:
+    groups: list[list[Key]] = []
+    for case in cases:
+        groups.append([])
+        for name in chosen.variants:
+            reason = why_not(name, case)
+            if reason is None:
+                groups[-1].append((case, name))
+            elif first:
+                print(f"{case}: no {name}: {reason}", flush=True)
+    if chosen.interleave:
+        groups = [[key for group in groups for key in group]]
+    with ExitStack() as stack:
+        file = stack.enter_context(chosen.csv.open("w", newline="")) if chosen.csv is not None and first else None
+        writer = None if file is None else csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        if writer is not None:
             writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        for group in filter(None, groups):
+            rows = measure(group, chosen.rounds)
+            if not first:
+                continue
+            if file is not None and writer is not None:
+                writer.writerows(asdict(row) for row in rows)
+                file.flush()
+            print(f"{rows[0].device}, torch {torch.__version__}, {rows[0].commit}, {chosen.rounds} rounds")
+            for case in dict.fromkeys(case for case, _ in group):
+                print(table(case, [row for row, key in zip(rows, group, strict=True) if key[0] is case]), flush=True)
     return 0
 
 

@@ -5,11 +5,13 @@ What is in fp32 whatever the storage stays float64 where that is given, so that 
 B sequences, L positions, N tokens, D hidden, H heads, V vocabulary, S students, R streams.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from engine.config import ObjectiveConfig
 
 
 def wide(x: Tensor) -> Tensor:
@@ -43,6 +45,10 @@ def swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor]:
     return (F.silu(gate) * up,)
 
 
+def _kl_div(log: Tensor, target_log: Tensor) -> Tensor:
+    return F.kl_div(log, target_log, reduction="batchmean", log_target=True)
+
+
 def ensemble_losses(logits_RNV: Sequence[Tensor], targets_N: Tensor, students: int) -> tuple[Tensor, ...]:
     """Mutual learning (Zhang et al. 2018) or distillation, the peers and teachers constant: student i pays
 
@@ -57,7 +63,38 @@ def ensemble_losses(logits_RNV: Sequence[Tensor], targets_N: Tensor, students: i
         loss = F.cross_entropy(logits_RNV[i], targets_N)
         for j, peer in enumerate(logs_RNV):
             if j != i:
-                kl = F.kl_div(logs_RNV[i], peer.detach(), reduction="batchmean", log_target=True)
+                kl = _kl_div(logs_RNV[i], peer.detach())
                 loss = loss + kl / (len(logs_RNV) - 1)
         losses.append(loss)
     return tuple(losses)
+
+
+def objective_losses(
+    logits_SNV: Sequence[Tensor],
+    teachers_KNV: Sequence[Tensor],
+    targets_N: Tensor,
+    objective: ObjectiveConfig,
+    cross_entropy: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    kl_div: Callable[[Tensor, Tensor], Tensor] = _kl_div,
+) -> list[Tensor]:
+    """The objective as the papers' codes write it, peers and teachers constant; the teachers' logits are averaged, with
+    equal weights (Timiryasov & Tastet 2023). Cross-entropy comes last: Liger's overwrites the logits.
+    """
+    T, students = objective.temperature, len(logits_SNV)
+    logits_SNV = [wide(logits) for logits in logits_SNV]
+    divergences: list[list[Tensor]] = [[] for _ in range(students)]
+    taught, among = bool(teachers_KNV), objective.peers > 0 and students > 1
+    if taught or among:
+        logs_SNV = [F.log_softmax(logits / T if T != 1 else logits, dim=-1) for logits in logits_SNV]
+        for i in range(students if among else 0):
+            for j in range(students):
+                if j != i:
+                    kl = kl_div(logs_SNV[i], logs_SNV[j].detach())
+                    divergences[i].append(objective.peers / (students - 1) * T**2 * kl)
+        if taught:
+            mean = torch.stack([wide(logits) for logits in teachers_KNV]).mean(0)
+            log_NV = F.log_softmax(mean / T if T != 1 else mean, dim=-1)
+            for i in range(students):
+                divergences[i].append(objective.teachers * T**2 * kl_div(logs_SNV[i], log_NV))
+    own = [objective.ce * cross_entropy(logits, targets_N) for logits in logits_SNV]
+    return [sum(kl, ce) for kl, ce in zip(divergences, own, strict=True)]

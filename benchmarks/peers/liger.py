@@ -17,6 +17,9 @@ from liger_kernel.transformers.functional import (
 )
 from torch import Tensor
 
+from benchmarks.peers import eager
+from engine.config import ObjectiveConfig
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor]:
     return (liger_rms_norm(x, weight, eps),)
@@ -44,12 +47,25 @@ def ensemble_losses(logits_RNV: Sequence[Tensor], targets_N: Tensor, students: i
     logs_RNV = [F.log_softmax(logits, dim=-1, dtype=torch.float32) for logits in logits_RNV]
     losses = []
     for i in range(students):
-        kl = [
-            liger_kl_div(logs_RNV[i], peer.detach(), reduction="batchmean", log_target=True)
-            for j, peer in enumerate(logs_RNV)
-            if j != i
-        ]
-        ce = liger_cross_entropy(logits_RNV[i], targets_N)
-        assert isinstance(ce, Tensor)  # not the record of extras, which nobody asked for
-        losses.append(ce + sum(kl) / max(1, len(kl)))
+        kl = [_kl_div(logs_RNV[i], peer.detach()) for j, peer in enumerate(logs_RNV) if j != i]
+        losses.append(_cross_entropy(logits_RNV[i], targets_N) + sum(kl) / max(1, len(kl)))
     return tuple(losses)
+
+
+def objective_losses(
+    logits_SNV: Sequence[Tensor], teachers_KNV: Sequence[Tensor], targets_N: Tensor, objective: ObjectiveConfig
+) -> list[Tensor]:
+    """`peers.eager.objective_losses` of the same two."""
+    return eager.objective_losses(logits_SNV, teachers_KNV, targets_N, objective, _cross_entropy, _kl_div)
+
+
+def _cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    ce = liger_cross_entropy(logits_NV, targets_N)
+    assert isinstance(ce, Tensor)  # not the record of extras, which nobody asked for
+    return ce
+
+
+def _kl_div(log: Tensor, target_log: Tensor) -> Tensor:
+    kl = liger_kl_div(log, target_log, reduction="batchmean", log_target=True)
+    assert isinstance(kl, Tensor)
+    return kl

@@ -1,41 +1,54 @@
-"""The plain `transformers` loop does what the engine's loop does: the same losses, step after step."""
+"""The peers do what the engine's loop does: the same losses, step after step."""
 
-from pathlib import Path
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import throughput
-from benchmarks.throughput import Work
-from engine.config import StudentConfig
+from benchmarks.cases import Case
 
-STUDENTS = (
-    StudentConfig("a", layers=2, hidden=32, heads=4, ffn=48, kv_heads=2, seed=1),
-    StudentConfig("b", layers=1, hidden=16, heads=2, ffn=40, seed=2, tied=False),
-    StudentConfig("c", layers=1, hidden=24, heads=2, ffn=24, seed=3),
+Make = Callable[..., Case]
+Answers = Callable[[str, Case, list[str]], list[Any]]
+STEPS = ["step"] * 5
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch):
+    """What torch's loop over parameters rounds otherwise is not at issue."""
+    variant = throughput.Variant(partial(throughput.transformers, fused=True))
+    monkeypatch.setitem(throughput.VARIANTS, "transformers", variant)
+
+
+@pytest.mark.parametrize(
+    ("task", "students", "teachers"), [("plain", 2, 0), ("distil", 1, 2), ("mutual", 3, 0), ("mutual", 2, 2)]
 )
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Work:
-    work = Work(tmp_path / "tokens.bin", STUDENTS, vocabulary=61, length=16, batch=4, zero_stage=0)
-    throughput.random_tokens(work.tokens, work.batch * work.length + 1, work.vocabulary)  # every step reads the same
-    return work
-
-
-def test_the_same_losses(work: Work):
+def test_the_same_losses(task: str, students: int, teachers: int, make_case: Make, answers: Answers):
     """Five updates: gradients, clipping and AdamW agree too."""
-    ours, theirs = throughput.ours(work), throughput.transformers(work, fused=True)
-    losses = np.array([[ours(), theirs()] for _ in range(5)])
-    np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-6)
-    assert (losses[-1] < losses[0] - 0.01).all(), "they were updated"
+    case = make_case(task, students, teachers)
+    ours, theirs = (np.array([r.losses for r in answers(name, case, STEPS)]) for name in ("ours", "transformers"))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert (ours[-1] < ours[0] - 0.01).all(), "they were updated"
 
 
-def test_what_torch_compile_is_given_is_what_runs_eagerly(work: Work, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="the Trainer needs accelerate")
+def test_the_trainer_has_the_same_losses(make_case: Make, answers: Answers):
+    case = make_case("distil", 1, 2)
+    losses = [[r.losses for r in answers(name, case, STEPS)] for name in ("transformers", "trainer")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+
+def test_what_torch_compile_is_given_is_what_runs_eagerly(
+    make_case: Make, answers: Answers, monkeypatch: pytest.MonkeyPatch
+):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda what, **options: compiled.append((what, options)) or what)
-    take_step = throughput.transformers(work, compiled=True)
-    assert take_step() == pytest.approx(throughput.transformers(work)())
+    case = make_case("distil", 2, 1)
+    (report,), (eager,) = (answers(name, case, ["step"]) for name in ("compile, fused AdamW", "transformers"))
+    assert report.losses == pytest.approx(eager.losses)
     assert [type(what).__name__ for what, _ in compiled] == ["LlamaForCausalLM"] * 3 + ["function"]
     assert all(options == {} for _, options in compiled)

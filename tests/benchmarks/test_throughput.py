@@ -1,85 +1,80 @@
-"""The products of a step, counted, and the processes that take steps."""
+"""The processes that take steps, and what is made of what they say."""
 
-import dataclasses
-import multiprocessing
+import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
 from benchmarks import throughput
-from benchmarks.throughput import Work, step_products
-from engine.config import StudentConfig
-from engine.models.llama import LlamaShape
+from benchmarks.cases import Case
+from benchmarks.gate import PHASES, REST, Report
 
-STUDENTS = (
-    StudentConfig("a", layers=2, hidden=32, heads=4, ffn=48, kv_heads=2, seed=1),
-    StudentConfig("b", layers=1, hidden=16, heads=2, ffn=40, seed=2, tied=False),
-)
-THREE_HEADS = dataclasses.replace(STUDENTS[0], heads=3)
-CPU = torch.device("cpu")
+Make = Callable[..., Case]
+Answers = Callable[[str, Case, list[str]], list[Any]]
 
 
-@pytest.fixture
-def work(tmp_path: Path) -> Work:
-    work = Work(tmp_path / "tokens.bin", STUDENTS, vocabulary=61, length=16, batch=4)
-    throughput.random_tokens(work.tokens, 2000, work.vocabulary)
-    return work
-
-
-def flops(work: Work) -> int:
-    """Of the products as they are listed."""
-    shapes = [LlamaShape.of(config, work.vocabulary) for config in work.students]
-    listed = [product for shape in shapes for product in step_products(shape, work.batch, work.length, CPU)]
-    return sum(2 * out.numel() * left.shape[-1] for left, _, out in listed)
-
-
-def test_products_are_those_of_the_step(work: Work):
-    take_step = throughput.ours(work)
-    in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: 2 * left[0] * left[1] * right[1]}
-    counter = FlopCounterMode(display=False, custom_mapping=in_place)  # of its own it knows `addmm` alone
-    with kernels.backend("reference"), sdpa_kernel(SDPBackend.MATH), counter:
-        take_step()
-    assert flops(work) == counter.get_total_flops()
-
-
-def test_products_alone_run_as_listed(work: Work):
-    take_step = throughput.products(work)
-    with FlopCounterMode(display=False) as counter:
-        take_step()
-    assert flops(work) == counter.get_total_flops()
-
-
-def answers(name: str, work: Work, commands: list[str]) -> list[Any]:
-    """What a variant's process says, without the process."""
-    ours, theirs = multiprocessing.Pipe()
-    for command in [*commands, ""]:
-        ours.send(command)
-    throughput.serve(theirs, name, work)
-    return [ours.recv() for _ in commands]
-
-
-def test_what_a_process_says(work: Work, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(throughput, "PLACE", ())  # this process's own environment stays
-    report, table = answers("ours", work, ["step", "profile"])
-    assert [round(loss, 1) for loss in report.losses] == [4.1, 4.1], "log 61, at first"
-    assert report.seconds > 0
-    assert report.peak > report.imported > 0
+def test_what_a_process_says(make_case: Make, answers: Answers):
+    step, split, table = answers("ours", make_case("distil", 2, 1), ["step", "split", "profile"])
+    assert step.losses == pytest.approx([2.05, 2.05], abs=0.05), "half of log 61, at first"
+    assert step.seconds > 0
+    assert step.peak > step.imported > 0
+    assert step.split == {}
+    assert set(split.split) == {*PHASES, REST}
+    assert sum(split.split.values()) == pytest.approx(split.seconds, rel=0.05)
+    spent = [phase for phase in PHASES if split.split[phase] > 0.001 * split.seconds]
+    assert spent == ["data", "teachers", "bodies", "loss", "backward", "optimizer", "record"]
     assert "aten::mm" in table
-    (problem,) = answers("products", dataclasses.replace(work, students=(THREE_HEADS,)), ["step"])
-    assert "hidden=32 is not divisible by heads=3" in problem
 
 
-def test_a_measurement_with_processes(work: Work):
-    (row,) = throughput.measure(["products"], work, rounds=2)
-    assert row.gigaflops == flops(work) / 1e9
-    assert row.peak_mebibytes > 50
-    assert row.student_tokens_per_second == pytest.approx(2 * 64 / row.milliseconds * 1000)
-    assert "products" in throughput.table([row])
+def test_the_outer_loop_and_micro_batches_are_the_engines_own(make_case: Make, answers: Answers):
+    settings = ("objective.weighted=true", "outer.every=2", "outer.sequences=4", "train.micro_batch=2")
+    first, second = answers("ours", make_case("mutual", 2, 0, *settings), ["split", "split"])
+    assert first.split["outer"] < 0.05 * first.seconds
+    assert second.split["outer"] > 0.3 * second.seconds, "it was its turn"
+
+
+def test_a_problem_is_told(make_case: Make, answers: Answers):
+    (problem,) = answers("ours", make_case("plain", 1, 0, "outer.every=2"), ["step"])
+    assert "ValueError: outer says how the students" in problem
+
+
+def test_who_can_do_what(make_case: Make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def able(case: Case) -> list[str]:
+        return [name for name in throughput.VARIANTS if throughput.why_not(name, case) is None]
+
+    assert able(make_case("distil", 1, 2)) == list(throughput.VARIANTS)
+    assert set(throughput.VARIANTS) - set(able(make_case("mutual", 2))) == {"trainer"}
+    assert able(make_case("mutual", 2, 0, "objective.divergence=jsd")) == ["ours", "products"]
+    assert able(make_case("plain", 1, 0, "train.micro_batch=2")) == ["ours"]
+    case = make_case("plain", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert able(case) == ["ours", "products"]
+
+
+def test_a_command_with_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "rows.csv"
+    small = ["--vocabulary", "61", "--shape", "1x32x2x40", "--set", "train.length=16", "train.batch=4"]
+    assert (
+        throughput.main([*small, "--task", "plain", "--variants", "products", "--rounds", "2", "--csv", str(path)]) == 0
+    )
+    assert "products" in capsys.readouterr().out
+    (row,) = csv.DictReader(path.open())
+    assert (row["task"], row["students"], row["student_shapes"]) == ("plain", "1", "llama-1x32x2x40")
+    layer = 2 * 64 * (4 * 32**2 + 3 * 32 * 40)
+    attention = 2 * 2 * 4 * (16 * 17 // 2) * 32
+    head = 2 * 64 * 32 * 61
+    assert float(row["model_gigaflops"]) == pytest.approx(3 * (layer + attention + head) / 1e9)
+    assert float(row["peak_mebibytes"]) > 50
+    assert float(row["tokens_per_second"]) == pytest.approx(64 / float(row["milliseconds"]) * 1000)
+    assert throughput.main(["--shape", "1x32x2", "--variants", "products"]) == 2
+    assert "1x32x2" in capsys.readouterr().err
 
 
 def test_losses_that_differ_are_refused():
@@ -87,9 +82,33 @@ def test_losses_that_differ_are_refused():
         def __init__(self, loss: float) -> None:
             self.loss = loss
 
-        def step(self) -> throughput.Report:
-            return throughput.Report(1.0, [1.0, self.loss], 0, 0)
+        def step(self) -> Report:
+            return Report(1.0, [1.0, self.loss], 0)
 
-    throughput.check_losses({"ours": Fake(2.0), "peer": Fake(2.00001)})  # pyright: ignore[reportArgumentType]
+    throughput.check_losses({"ours": Fake(2.0), "peer": Fake(2.00001)}, 1e-5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"peer's losses .* differ from those of ours"):
-        throughput.check_losses({"ours": Fake(2.0), "peer": Fake(2.0001)})  # pyright: ignore[reportArgumentType]
+        throughput.check_losses({"ours": Fake(2.0), "peer": Fake(2.0001)}, 1e-5)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_must_be_held_between_steps(make_case: Make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    case = make_case("plain", 1, 0, "train.zero_stage=3")
+    one = throughput.state_bytes(case)
+    assert one == 12 * sum(throughput.parameter_count(shape) for shape in case.student_shapes)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert throughput.state_bytes(case) == one / 2
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path, spawn_ranks: Callable[..., None]):
+    path = tmp_path / "rows.csv"
+    small = ("--vocabulary", "61", "--shape", "1x32x2x40", "--set", "train.length=16", "train.batch=4")
+    stage = ("train.zero_stage=1", "--task", "plain", "--rounds", "1", "--variants", "ours", "--csv", path)
+    spawn_ranks(Path(throughput.__file__), 2, *small, *stage)
+    (row,) = csv.DictReader(path.open())
+    assert (row["ranks"], row["zero_stage"]) == ("2", "1")
+    parameters = 61 * 32 + 4 * 32**2 + 3 * 32 * 40 + 3 * 32
+    moved = float(row["communicated_mebibytes"]) * 2**20 / parameters / 4
+    assert moved == pytest.approx(2, abs=0.05), "all gradients once, all weights once, and a few numbers"
+    assert float(row["communication"]) > 0
+    assert float(row["waiting"]) > 0

@@ -1,0 +1,208 @@
+"""What is measured: runs as recipes have them, with random text and random models, and grids of them.
+
+Text, students and teachers are written as the engine wants them, so that `engine.train.train` runs as it is and peers
+read the same Hugging Face folders.
+
+S students, K teachers, L positions, V vocabulary.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from engine.config import Config, DataConfig, TokenizerConfig, as_dict, build
+from engine.corpus import prepare
+from engine.export import export_student
+from engine.models.families import Shape, model_of, shape_of
+from engine.models.llama import initialise
+from engine.models.presets import PRESETS
+from engine.tokenizer import BOUNDARY, END, MASK, PAD, UNKNOWN, Tokenizer
+
+SPECIAL = (BOUNDARY, PAD, END, UNKNOWN, MASK)  # the padding token is number 1, as RoBERTas need
+STUDENTS = ("8x256x8x768", "8x256x4x768", "6x320x8x768")  # taken in turn
+TEACHERS = ("12x384x6x1024", "8x512x8x1024")
+TASKS: dict[str, dict[str, Any]] = {
+    "plain": {"objective": {"peers": 0.0}},
+    "distil": {"objective": {"peers": 0.0, "ce": 0.5, "teachers": 0.5, "temperature": 2.0}},
+    "mutual": {},
+}
+STREAMS = {"plain": (1, 0), "distil": (1, 2), "mutual": (3, 0)}  # S and K where nobody says otherwise
+STEPS = 10**6  # nobody gets there
+SEQUENCES = 1000  # of the training text
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration."""
+
+    task: str
+    config: Config
+    vocabulary: int
+    backend: str = "auto"  # of the kernels
+    overrides: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        train = self.config.train
+        parts = [f"{self.task}, S={len(self.config.students)}, K={len(self.config.teachers)}, V={self.vocabulary}"]
+        parts += [f"{train.batch} sequences of {train.length}, {train.precision}"]
+        parts += [f"{self.backend} kernels"] if self.backend != "auto" else []
+        return ", ".join([*parts, *self.overrides])
+
+    @property
+    def student_shapes(self) -> list[Shape]:
+        return [shape_of(student, self.vocabulary) for student in self.config.students]
+
+
+def grid(
+    folder: Path,
+    tasks: Sequence[str],
+    students: Sequence[int],
+    teachers: Sequence[int],
+    vocabularies: Sequence[int],
+    backends: Sequence[str],
+    axes: Sequence[str],
+    *,
+    shapes: Sequence[str] = STUDENTS,
+    teacher_shapes: Sequence[str] = TEACHERS,
+) -> Iterator[Case]:
+    """Every combination; text and models go into `folder`.
+
+    Args:
+        students, teachers: S and K; none: the task's own.
+        axes: settings of a run with the values they take, such as train.batch=8,16.
+
+    Raises ValueError for what is no setting or no shape.
+    """
+    choices = [[f"{key}={value}" for value in values.split(",")] for key, _, values in map(_split, axes)]
+    for task, vocabulary, backend in itertools.product(tasks, vocabularies, backends):
+        streams = itertools.product(students or STREAMS[task][:1], teachers or STREAMS[task][1:])
+        for (S, K), overrides in itertools.product(streams, itertools.product(*choices)):
+            yield case(folder, task, S, K, vocabulary, backend, overrides, shapes, teacher_shapes)
+
+
+def _split(axis: str) -> tuple[str, str, str]:
+    if "=" not in axis:
+        raise ValueError(f"{axis!r}: expected key=value[,value...], such as train.batch=8,16")
+    return axis.partition("=")
+
+
+def case(
+    folder: Path,
+    task: str,
+    students: int,
+    teachers: int,
+    vocabulary: int,
+    backend: str = "auto",
+    overrides: Sequence[str] = (),
+    shapes: Sequence[str] = STUDENTS,
+    teacher_shapes: Sequence[str] = TEACHERS,
+) -> Case:
+    """One configuration of a task, ready to run. ValueError where settings or shapes are not."""
+    settings: dict[str, Any] = {
+        **TASKS[task],
+        "data": {"path": str(folder / f"text-{vocabulary}")},
+        "optimizer": {"schedule": "constant", "warmup": 0},
+        "train": {"steps": STEPS, "batch": 8, "length": 128},
+        "evaluation": {"every": STEPS, "pairs": "none"},
+        "checkpoint": {"every": STEPS},
+        "run": {
+            "folder": str(folder / "runs"),
+            "name": _digest(task, students, teachers, vocabulary, backend, overrides),
+        },
+        "students": [
+            {"name": f"s{i}", "seed": i + 1, "learning_rate": 1e-3, **_shape(shapes[i % len(shapes)])}
+            for i in range(students)
+        ],
+    }
+    taught = [
+        {"name": f"t{i}", "seed": 100 + i, **_shape(teacher_shapes[i % len(teacher_shapes)])} for i in range(teachers)
+    ]
+    config = build(Config, settings, overrides)
+    length = config.train.length
+    for model in (*settings["students"], *taught):
+        model["positions"] = max(model.get("positions", 0), length)
+    write_text(folder / f"text-{vocabulary}", vocabulary, SEQUENCES * length + 1)
+    tokenizer = prepare.prepare(config.data, say=lambda _: None).tokenizer
+    for model in settings["students"]:
+        model["init"] = str(write_model(folder, model, vocabulary, tokenizer))
+    settings["teachers"] = [{"path": str(write_model(folder, model, vocabulary, tokenizer))} for model in taught]
+    return Case(task, build(Config, settings, overrides), vocabulary, backend, tuple(overrides))
+
+
+def _shape(text: str) -> dict[str, Any]:
+    """Settings of a model: a preset's name, or layers x hidden x heads x inner width, and perhaps x heads of keys."""
+    if text in PRESETS:
+        return PRESETS[text]
+    sizes = text.split("x")
+    if len(sizes) not in (4, 5) or not all(map(str.isdecimal, sizes)):
+        raise ValueError(
+            f"shape {text!r}: expected LAYERSxHIDDENxHEADSxINNER[xKV_HEADS] or one of {', '.join(PRESETS)}"
+        )
+    return dict(zip(("layers", "hidden", "heads", "ffn", "kv_heads"), map(int, sizes), strict=False))
+
+
+def write_model(folder: Path, settings: Mapping[str, Any], vocabulary: int, tokenizer: Tokenizer) -> Path:
+    """A Hugging Face folder of random weights; one that is there already is the same."""
+    (config,) = build(Config, {"students": [dict(settings)]}).students
+    path = (
+        folder / "models" / _digest(config, vocabulary) / config.name
+    )  # teachers are told apart by their folders' names
+    if not path.exists():
+        shape = shape_of(config, vocabulary)
+        model = model_of(shape)
+        initialise(model, config.seed)
+        export_student(path, shape, {n: p.detach() for n, p in model.named_parameters()}, tokenizer)
+    return path
+
+
+def _digest(*what: Any) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:12]
+
+
+def write_text(folder: Path, vocabulary: int, tokens: int) -> None:
+    """A prepared folder of random text; a longer one that is there already stays.
+
+    Ids are as frequent as words are (Zipf), so that embeddings are looked up, and their gradients added, as in text.
+    """
+    manifest = folder / prepare.MANIFEST
+    if manifest.exists() and json.loads(manifest.read_text())["splits"]["train"]["tokens"] >= tokens:
+        return
+    dtype = np.dtype("<u2" if vocabulary <= prepare.SIXTEEN_BITS else "<u4")
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(vocabulary)
+    tokenizer.export(folder / "tokenizer")
+    drawn = len(SPECIAL) + np.random.default_rng(0).zipf(1.2, tokens) % (vocabulary - len(SPECIAL))
+    for name in ("train", "validation"):
+        drawn.astype(dtype).tofile(folder / f"{name}.bin")
+    files = [p for p in folder.rglob("*") if p.is_file() and p != manifest]
+    config = DataConfig(path=str(folder), tokenizer=TokenizerConfig(pieces=vocabulary, mask=True))
+    record = {
+        "format": prepare.FORMAT,
+        "name": "random",
+        "identity": hashlib.sha256(drawn.tobytes()).hexdigest(),
+        "dtype": dtype.name,
+        "entropy_per_word": None,
+        "splits": {name: {"tokens": tokens, "words": tokens} for name in ("train", "validation")},
+        "sha256": {p.relative_to(folder).as_posix(): prepare._sha256(p) for p in files},
+        "config": as_dict(config),
+    }
+    manifest.write_text(json.dumps(record))
+
+
+def _tokenizer(vocabulary: int) -> Tokenizer:
+    """One of so many pieces, words of a few letters."""
+    pieces = [*SPECIAL, "a", *(f"w{i}" for i in range(vocabulary - len(SPECIAL) - 1))]
+    backend = Backend(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokens = {"bos_token": BOUNDARY, "eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN, "mask_token": MASK}
+    return Tokenizer(backend.to_str(), json.dumps(tokens))
