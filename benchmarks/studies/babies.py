@@ -32,6 +32,7 @@ STUDENTS = {
     "wide": {"layers": 2, "hidden": 160, "heads": 4, "ffn": 448},
     "small": {"layers": 3, "hidden": 96, "heads": 4, "ffn": 256},
 }
+POSITIONS = 1024  # of students, more than they read: scores.py asks about longer texts
 TEACHER = {"layers": 4, "hidden": 192, "heads": 6, "ffn": 512}
 ARMS: dict[str, dict[str, Any]] = {
     "alone": {"objective": {"peers": 0.0}},
@@ -52,7 +53,10 @@ def main() -> None:
 
     run("teacher", 102, [{"name": "teacher", "seed": 102, **TEACHER}], arguments.teacher_tokens)
     for seed in range(1, arguments.seeds + 1):
-        students = [{"name": name, "seed": 10 * seed + i, **shape} for i, (name, shape) in enumerate(STUDENTS.items())]
+        students = [
+            {"name": name, "seed": 10 * seed + i, "positions": POSITIONS, **shape}
+            for i, (name, shape) in enumerate(STUDENTS.items())
+        ]
         for arm, changes in ARMS.items():
             teachers = [{"path": str(arguments.folder / "teacher-102")}] if arm == "taught" else []
             run(arm, seed, students, arguments.tokens, teachers=teachers, **changes)

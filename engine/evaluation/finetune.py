@@ -293,6 +293,8 @@ class _Job:
         guesses = torch.empty(len(self.valid), dtype=torch.long)
         for indices in plan(self.valid, 1, padding=not self.masked):
             logits_BC, _, owners_B = self._logits([self.valid[i] for i in indices], epoch=0)
+            if not logits_BC.isfinite().all():  # the likeliest of NaNs is class 0
+                raise ValueError(f"{self.one.name}: predictions are not finite: lower finetune.learning_rate")
             guesses[owners_B.cpu()] = logits_BC.argmax(-1).cpu()
         return guesses.tolist()
 

@@ -7,6 +7,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,6 +75,11 @@ def load_models(path: Path) -> tuple[dict[str, Model], Tokenizer]:
             f"model={path}: expected a Hugging Face folder (config.json, model.safetensors, tokenizer.json), or a run "
             "that has exported its students; recipes/export.py does that for one that has not ended"
         )
+    missing = {student["name"] for student in _summary(path).get("students", ())} - {folder.name for folder in folders}
+    if missing:
+        raise ValueError(
+            f"model={path}: no students/{min(missing)}, and no ensemble without it: recipes/export.py writes it"
+        )
     loaded = {f"{path.resolve().name}-{folder.name}": load_model(folder) for folder in folders}
     tokenizers = [tokenizer for _, tokenizer in loaded.values()]
     if len({tokenizer.hash for tokenizer in tokenizers}) > 1:
@@ -83,8 +89,13 @@ def load_models(path: Path) -> tuple[dict[str, Model], Tokenizer]:
 
 def omega_of(path: Path) -> list[float] | None:
     """The weights of a run's students in their ensemble, in the order of their names; None: alike."""
-    summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").is_file() else {}
+    summary = _summary(path)
     if "omega" not in summary:
         return None
     weights = dict(zip((student["name"] for student in summary["students"]), summary["omega"], strict=True))
     return [weights[name] for name in sorted(weights)]
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """Of a run that has ended; else, or of a Hugging Face folder, nothing."""
+    return json.loads((path / "summary.json").read_text()) if (path / "summary.json").is_file() else {}

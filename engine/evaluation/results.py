@@ -2,8 +2,8 @@
 
 A tie is right for BabyLM's own code, which takes the first of the likeliest answers, and the first is the right one.
 `score` follows it, `strict` counts ties as wrong. `chance` is a random answer's. `baseline` is the best of the rules
-that need no model: of answers, always the one of fewest tokens, or of most; of classes, the most frequent; of words
-that people made up, what most of them chose.
+that need no model: of answers, always the one of fewest tokens, or of most; of classes, the most frequent; of a
+correlation, that of the difference in tokens.
 """
 
 import csv
@@ -98,12 +98,20 @@ def accuracy(
     )
 
 
-def correlation(name: str, ours: Sequence[float], theirs: Sequence[float]) -> SetScore:
-    """Spearman's rank correlation; its standard error from Fisher's z."""
-    a, b = (_ranks(np.asarray(x, dtype=float)) for x in (ours, theirs))
-    constant = a.std() == 0 or b.std() == 0
-    r = 0.0 if constant else float(np.corrcoef(a, b)[0, 1])
-    return SetScore(name, len(a), r, r, (1 - r * r) / math.sqrt(len(a) - 3), 0.0, None)
+def correlation(
+    name: str, ours: Sequence[float], theirs: Sequence[float], lengths: Sequence[Sequence[int]]
+) -> SetScore:
+    """Spearman's rank correlation of what is ours, for the first of two answers against the second, with theirs; its
+    standard error from Fisher's z. The answers' lengths in tokens, for the baseline."""
+    r, n = _spearman(ours, theirs), len(theirs)
+    rule = abs(_spearman([a - b for a, b in lengths], theirs))
+    return SetScore(name, n, r, r, (1 - r * r) / math.sqrt(n - 3), 0.0, rule)
+
+
+def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """0 where one of them is constant."""
+    a, b = (_ranks(np.asarray(x, dtype=float)) for x in (one, other))
+    return 0.0 if a.std() == 0 or b.std() == 0 else float(np.corrcoef(a, b)[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

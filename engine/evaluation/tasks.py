@@ -125,42 +125,56 @@ def _pairs(*choices: str, sets: int) -> Callable[[str, Path], Task]:
     return lambda name, data: minimal_pairs(name, folder_of(name, data, *choices), sets)
 
 
+def _items(name: str, folder: Path, sets: int | None, **kinds: type) -> Iterator[tuple[Path, int, dict]]:
+    """The items of a folder's files, with file and line. Raises ValueError where not all sets are there."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files or len(files) != (sets or len(files)):
+        raise ValueError(f"{name}: {folder} holds {len(files)} sets, not {sets or 'any'}: fetch the missing ones")
+    for file in files:
+        number = 0
+        for number, item in enumerate(json_lines(file, **kinds), 1):
+            yield file, number, item
+        if number == 0:
+            raise ValueError(f"{name}: {file} holds no items: fetch it again, or leave the task out")
+
+
 def _ewok(name: str, data: Path) -> Task:
     questions = []
-    for file in sorted(folder_of(name, data, "ewok_filtered", "ewok_fast", "ewok").glob("*.jsonl")):
-        for item in json_lines(file, Context1=str, Target1=str, Target2=str, Domain=str):
-            answers = tuple(f"{item['Context1']} {item[target]}" for target in ("Target1", "Target2"))
-            questions.append(Question(item["Domain"], answers))
-    return _unless_empty(Task(name, questions, _accuracies), data)
+    folder = folder_of(name, data, "ewok_filtered", "ewok_fast", "ewok")
+    for _, _, item in _items(name, folder, 11, Context1=str, Target1=str, Target2=str, Domain=str):
+        answers = tuple(f"{item['Context1']} {item[target]}" for target in ("Target1", "Target2"))
+        questions.append(Question(item["Domain"], answers))
+    return Task(name, questions, _accuracies)
 
 
 def _entity_tracking(name: str, data: Path) -> Task:
     questions = []
-    for file in sorted(folder_of(name, data, "entity_tracking", "entity_tracking_fast").glob("*.jsonl")):
-        for number, item in enumerate(json_lines(file, input_prefix=str, options=list, numops=int), 1):
-            if len(item["options"]) < 2 or not all(isinstance(option, str) and option for option in item["options"]):
-                raise ValueError(f"{file}:{number}: expected at least two texts in options")
-            answers = tuple(item["input_prefix"] + option for option in item["options"])
-            questions.append(Question(f"{file.stem}_{item['numops']}_ops", answers))
-    return _unless_empty(Task(name, questions, _accuracies), data)
+    folder = folder_of(name, data, "entity_tracking", "entity_tracking_fast")
+    sets = 3 if folder.name == "entity_tracking" else None  # of a milestone's share
+    for file, number, item in _items(name, folder, sets, input_prefix=str, options=list, numops=int):
+        if len(item["options"]) < 2 or not all(isinstance(option, str) and option for option in item["options"]):
+            raise ValueError(f"{file}:{number}: expected at least two texts in options")
+        answers = tuple(item["input_prefix"] + option for option in item["options"])
+        questions.append(Question(f"{file.stem}_{item['numops']}_ops", answers))
+    return Task(name, questions, _accuracies)
 
 
 def _wug(name: str, data: Path) -> Task:
     questions, ratios = [], []
-    for file in sorted(folder_of(name, data, "wug_adj_nominalization").glob("*.jsonl")):
-        for number, item in enumerate(json_lines(file, sentences=str, ratio=Real), 1):
-            answers = tuple(item["sentences"].split("\t"))
-            if len(answers) != 2 or not all(answers) or not 0 <= item["ratio"] <= 1:
-                raise ValueError(f"{file}:{number}: expected two sentences with a tab between, a ratio of 0 to 1")
-            questions.append(Question(name, answers))
-            ratios.append(item["ratio"])
+    folder = folder_of(name, data, "wug_adj_nominalization")
+    for file, number, item in _items(name, folder, 1, sentences=str, ratio=Real):
+        answers = tuple(item["sentences"].split("\t"))
+        if len(answers) != 2 or not all(answers) or not 0 <= item["ratio"] <= 1:
+            raise ValueError(f"{file}:{number}: expected two sentences with a tab between, a ratio of 0 to 1")
+        questions.append(Question(name, answers))
+        ratios.append(item["ratio"])
 
     def judge(
         _: Sequence[Question], scores: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]
     ) -> list[SetScore]:
-        return [results.correlation("correlation with people", [a - b for a, b in scores], ratios)]
+        return [results.correlation("correlation with people", [a - b for a, b in scores], ratios, lengths)]
 
-    return _unless_empty(Task(name, questions, judge), data)
+    return Task(name, questions, judge)
 
 
 def _reading(name: str, data: Path) -> Task:
@@ -175,6 +189,8 @@ def _reading(name: str, data: Path) -> Task:
     with file.open(newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     texts, numbers = ("item", "word", "prev_item", "prev_word"), (*CONTROLS, "prev_length", *EYE_TRACKING, SELF_PACED)
+    if not rows:
+        raise ValueError(f"{name}: {file} holds no words: fetch it again, or leave the task out")
     for number, row in enumerate(rows, 2):
         for key in (*texts, *numbers):
             if row.get(key) is None or (key in numbers and not _is_number(row[key] or "0")):
@@ -203,7 +219,7 @@ def _reading(name: str, data: Path) -> Task:
         spillover = np.column_stack([basic, columns["prev_length"], before])
         return [mean, results.explained("self-paced reading", columns[SELF_PACED], spillover, word)]
 
-    return _unless_empty(Task(name, questions, judge), data)
+    return Task(name, questions, judge)
 
 
 def _is_number(text: str) -> bool:
@@ -211,12 +227,6 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
-
-
-def _unless_empty(task: Task, data: Path) -> Task:
-    if not task.questions:
-        raise ValueError(f"{task.name}: its files in {data} hold nothing: fetch them again, or leave the task out")
-    return task
 
 
 ZERO_SHOT: dict[str, Callable[[str, Path], Task]] = {

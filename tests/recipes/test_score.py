@@ -120,6 +120,10 @@ def test_mistakes_are_answered_by_one_line_and_nothing_is_written(run: Path, dat
     config = json.loads((not_llama / "config.json").read_text())
     (not_llama / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
 
+    not_whole = tmp_path / "not_whole"
+    shutil.copytree(run, not_whole)
+    (not_whole / "summary.json").write_text(json.dumps({"students": [{"name": n} for n in ("one", "two", "three")]}))
+
     supplement = ("--data", data, "--tasks", "blimp_supplement")
     for arguments, expected in (
         (("--model", student), "data is missing"),
@@ -127,6 +131,7 @@ def test_mistakes_are_answered_by_one_line_and_nothing_is_written(run: Path, dat
         (("--model", student, "--data", data, "--tasks", "blimq"), "'blimq' is not known: expected some of blimp"),
         (("--model", student, *supplement, "taks=[]"), "did you mean 'tasks'"),
         (("--model", tmp_path, *supplement), "expected a Hugging Face folder"),
+        (("--model", not_whole, *supplement), "no students/three, and no ensemble without it"),
         (("--model", no_tokenizer, *supplement), "no tokenizer.json"),
         (("--model", not_llama, *supplement), "model_type='mamba': expected "),
         (("--model", not_finite, *supplement), "norm.weight is not finite"),

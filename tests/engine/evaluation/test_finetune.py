@@ -154,6 +154,19 @@ def test_a_loss_that_is_not_finite_stops_it(model: Llama, tokenizer: Tokenizer, 
         run(model, tokenizer, place, tmp_path, replace(QUICK, learning_rate=1e30))
 
 
+def test_predictions_that_are_not_finite_are_no_result(
+    model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends_in_nan(self: Any, number: int) -> float:
+        self.model["head"][-1].bias.data.fill_(torch.nan)
+        return 0.0
+
+    monkeypatch.setattr(module._Job, "_epoch", ends_in_nan)
+    with pytest.raises(ValueError, match="predictions are not finite"):
+        run(model, tokenizer, place, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_long_examples_are_cut_and_it_is_said(tokenizer: Tokenizer) -> None:
     said: list[str] = []
     part = Examples([("look " * 40, "the dog"), ("look", "the dog")], [0, 1])

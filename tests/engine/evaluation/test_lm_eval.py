@@ -15,8 +15,7 @@ import torch
 
 from engine.corpus.grammar import minimal_pairs
 from engine.evaluation.scoring import model_log_probabilities
-from engine.evaluation.tasks import Task, _entity_tracking
-from engine.evaluation.tasks import minimal_pairs as read_pairs
+from engine.evaluation.tasks import Question, Task, _accuracies
 from engine.evaluation.zero_shot import ZeroShot
 from engine.export import load_model
 from engine.runtime import Runtime
@@ -42,7 +41,8 @@ def sets(folder: Path, data: Path | None) -> Iterator[tuple[str, Path]]:
     if data is None:
         return
     names = ["blimp_filtered/passive_1", "blimp_filtered/npi_present_1", "supplement_filtered/turn_taking"]
-    for template, name in [*(("pairs", name) for name in names), ("entity_tracking", "entity_tracking/regular")]:
+    others = [("entity_tracking", "entity_tracking/regular"), ("wug", "wug_adj_nominalization/wug_adj_nominalization")]
+    for template, name in [*(("pairs", name) for name in names), *others]:
         lines = (data / f"{name}.jsonl").read_text().splitlines(keepends=True)
         file = folder / Path(name).name
         file.with_suffix(".jsonl").write_text("".join(lines[:: len(lines) // SAMPLE]))
@@ -51,8 +51,8 @@ def sets(folder: Path, data: Path | None) -> Iterator[tuple[str, Path]]:
 
 def lm_eval(student: Path, tasks: list[tuple[str, Path]], folder: Path) -> dict[str, float]:
     for template, file in tasks:
-        (folder / f"{template}.yaml").write_text((TEMPLATES / f"{template}.yaml").read_text())
-        own = {"include": f"{template}.yaml", "task": file.stem, "dataset_kwargs": {"data_files": str(file)}}
+        include = str(TEMPLATES / f"{template}.yaml")
+        own = {"include": include, "task": file.stem, "dataset_kwargs": {"data_files": str(file)}}
         (folder / f"{file.stem}.yaml").write_text(json.dumps(own))  # JSON is YAML
     names = ",".join(file.stem for _, file in tasks)
     command = [INTERPRETER, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={student},dtype=float32"]
@@ -60,7 +60,11 @@ def lm_eval(student: Path, tasks: list[tuple[str, Path]], folder: Path) -> dict[
     alone = {key: value for key, value in os.environ.items() if key not in PLACE}
     environment = alone | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     done = subprocess.run(
-        [*command, "--output_path", str(folder / "out")], env=environment, capture_output=True, text=True, timeout=3600
+        [*command, "--log_samples", "--output_path", str(folder / "out")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     [results] = (folder / "out").rglob("results_*.json")
@@ -84,7 +88,7 @@ def test_the_accuracies_of_lm_eval_are_ours(
     finally:
         (exported / "config.json").write_text(json.dumps(config))
     for template, file in tasks:
-        task = read_pairs(file.stem, file) if template == "pairs" else entity_tracking(file, tmp_path)
+        task = Task(file.stem, list(questions_of(template, file)), _accuracies)
         zero_shot = ZeroShot([task], tokenizer, place, positions=700, share=True)
         with torch.inference_mode():
             [answers] = zero_shot.answers(model_log_probabilities([model]))
@@ -92,8 +96,11 @@ def test_the_accuracies_of_lm_eval_are_ours(
         assert 0 < theirs[file.stem] < 1
 
 
-def entity_tracking(file: Path, folder: Path) -> Task:
-    own = folder / file.stem / "entity_tracking"
-    own.mkdir(parents=True)
-    (own / file.name).write_text(file.read_text())
-    return _entity_tracking("entity_tracking", own.parent)
+def questions_of(template: str, file: Path) -> Iterator[Question]:
+    for item in map(json.loads, file.read_text().split("\n")[:-1]):
+        if template == "pairs":
+            yield Question("", (item["sentence_good"], item["sentence_bad"]))
+        elif template == "entity_tracking":
+            yield Question("", tuple(item["input_prefix"] + option for option in item["options"]))
+        else:
+            yield Question("", tuple(item["sentences"].split("\t")))

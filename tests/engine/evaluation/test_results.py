@@ -34,9 +34,12 @@ def test_a_mean_over_sets_and_one_over_items() -> None:
 
 
 def test_rank_correlation() -> None:
-    assert correlation("", [1, 2, 3, 40], [0, 1, 2, 3]).score == pytest.approx(1)
-    assert correlation("", [3, 2, 1, 0], [0, 1, 2, 3]).score == pytest.approx(-1)
-    assert correlation("", [1, 1, 1, 1], [0, 1, 2, 3]).score == 0
+    lengths = [[3, 2], [2, 2], [4, 5], [2, 5]]  # the first longer by 1, 0, -1, -3
+    assert correlation("", [1, 2, 3, 40], [0, 1, 2, 3], lengths).score == pytest.approx(1)
+    assert correlation("", [3, 2, 1, 0], [0, 1, 2, 3], lengths).score == pytest.approx(-1)
+    constant = correlation("", [1, 1, 1, 1], [0, 1, 2, 3], lengths)
+    assert (constant.score, constant.baseline) == (0, pytest.approx(1)), "the shorter, always"
+    assert correlation("", [1, 2, 3, 40], [0, 1, 2, 3], [[1, 1]] * 4).baseline == 0
 
 
 def test_explained_variance_is_that_of_two_regressions() -> None:

@@ -75,17 +75,30 @@ def test_a_missing_set_and_a_missing_task_are_refused(tmp_path: Path) -> None:
 
 def test_ewok_and_entity_tracking(tmp_path: Path) -> None:
     texts = {"Context1": "It rains.", "Context2": "It is dry.", "Target1": "Wet.", "Target2": "Dusty."}
-    write(tmp_path / "ewok_filtered" / "w.jsonl", {"Domain": "weather", **texts})
+    for number in range(11):
+        write(tmp_path / "ewok_filtered" / f"{number}.jsonl", {"Domain": "weather", **texts})
     item = {"numops": 2, "input_prefix": "Box 0 contains ", "options": ["a.", "b.", "c."]}
-    file = write(tmp_path / "entity_tracking" / "regular.jsonl", item)
+    for name in ("ambiref", "move_contents", "regular"):
+        file = write(tmp_path / "entity_tracking" / f"{name}.jsonl", item)
     ewok, boxes = read_tasks(["ewok", "entity_tracking"], tmp_path)
     assert ewok.questions[0].answers == ("It rains. Wet.", "It rains. Dusty.")
     assert ewok.questions[0].subset == "weather"
     assert boxes.questions[0].answers == ("Box 0 contains a.", "Box 0 contains b.", "Box 0 contains c.")
-    assert boxes.questions[0].subset == "regular_2_ops"
+    assert [question.subset for question in boxes.questions] == [
+        f"{n}_2_ops" for n in ("ambiref", "move_contents", "regular")
+    ]
     write(file, item, item | {"options": ["a."]})
     with pytest.raises(ValueError, match=r"regular\.jsonl:2: expected at least two texts"):
         read_tasks(["entity_tracking"], tmp_path)
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"regular\.jsonl holds no items"):
+        read_tasks(["entity_tracking"], tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match="holds 2 sets, not 3: fetch the missing ones"):
+        read_tasks(["entity_tracking"], tmp_path)
+    (tmp_path / "ewok_filtered" / "7.jsonl").unlink()
+    with pytest.raises(ValueError, match="holds 10 sets, not 11"):
+        read_tasks(["ewok"], tmp_path)
 
 
 def test_wug_is_judged_by_the_ranks_of_what_people_chose(tmp_path: Path) -> None:
