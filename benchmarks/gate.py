@@ -80,7 +80,7 @@ class Gate:
             self._connection.send(top_operations(self._profiler))
             self._profiler = None
         elif self._begun is not None:
-            split, communicated = self.phases.finish()
+            split, communicated = self.phases.finish(now)
             seconds, peak = now - self._begun, _peak()
             self._connection.send(Report(seconds, self.losses, peak, self._imported, split, communicated))
         while command := self._connection.recv():
@@ -92,9 +92,9 @@ class Gate:
                 self._left = PROFILED_STEPS
                 self._profiler = torch.profiler.profile(activities=_activities(), record_shapes=True, with_flops=True)
                 self._profiler.start()
-            elif command == "split":
-                self.phases.begin()
             self._begun = time.perf_counter()
+            if command == "split":
+                self.phases.begin(self._begun)
             return
         raise Over
 
@@ -146,14 +146,14 @@ class Phases:
         self._open: list[str] = []
         self._since = 0.0
 
-    def begin(self) -> None:
+    def begin(self, now: float) -> None:
         self.seconds.clear()
-        self.communicated, self._open, self._since = 0, [REST], time.perf_counter()
+        self.communicated, self._open, self._since = 0, [REST], now
 
-    def finish(self) -> tuple[dict[str, float], int]:
+    def finish(self, now: float) -> tuple[dict[str, float], int]:
         """Seconds by phase and the bytes communicated since `begin`; nothing where that was not called."""
         if self._open:
-            self._count()
+            self.seconds[self._open[-1]] += now - self._since
             self._open = []
             return {phase: self.seconds[phase] for phase in (*PHASES, REST)}, self.communicated
         return {}, 0

@@ -23,17 +23,16 @@ def test_what_a_process_says(make_case: Make, answers: Answers):
     assert step.peak > step.imported > 0
     assert step.split == {}
     assert set(split.split) == {*PHASES, REST}
-    assert sum(split.split.values()) == pytest.approx(split.seconds, rel=0.05)
-    spent = [phase for phase in PHASES if split.split[phase] > 0.001 * split.seconds]
-    assert spent == ["data", "teachers", "bodies", "loss", "backward", "optimizer", "record"]
+    assert sum(split.split.values()) == pytest.approx(split.seconds)
+    spent = [phase for phase in PHASES if split.split[phase] > 0]
+    assert spent == ["data", "teachers", "bodies", "loss", "backward", "optimizer", "outer", "record"], "one rank"
     assert "aten::mm" in table
 
 
 def test_the_outer_loop_and_micro_batches_are_the_engines_own(make_case: Make, answers: Answers):
     settings = ("objective.weighted=true", "outer.every=2", "outer.sequences=4", "train.micro_batch=2")
     first, second = answers("ours", make_case("mutual", 2, 0, *settings), ["split", "split"])
-    assert first.split["outer"] < 0.05 * first.seconds
-    assert second.split["outer"] > 0.3 * second.seconds, "it was its turn"
+    assert second.split["outer"] > 2 * first.split["outer"], "it was its turn"
 
 
 def test_a_problem_is_told(make_case: Make, answers: Answers):
