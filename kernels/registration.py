@@ -1,8 +1,8 @@
 """Kernels launched from Python as torch ops: registered for tracers, called without a detour by everyone else.
 
-`torch.library.custom_op` gives torch.compile an op that it neither enters nor breaks at. Its layers in Python take
-longer than a small kernel runs, though, so that a GPU would wait for its host. Plain tensors outside a tracer therefore
-go through an `autograd.Function` of the same three functions, or, where nothing is to be differentiated, through none.
+A custom op of torch's is one that torch.compile neither enters nor breaks at. Its layers in Python take longer than a
+small kernel runs, though, so that a GPU would wait for its host. Plain tensors outside a tracer therefore go through an
+`autograd.Function` of the same three functions, or, where nothing is to be differentiated, through none.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class Op:
         self.register_autograd(self._refuse, lambda ctx, inputs, output: None)
 
     def register_autograd(self, differentiate: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """As torch.library's: `setup_context(ctx, inputs, output)` saves, `differentiate(ctx, *gradients)` returns one
+        """As a custom op's: `setup_context(ctx, inputs, output)` saves, `differentiate(ctx, *gradients)` returns one
         gradient per input, a list for a list. Of `ctx.needs_input_grad` neither may make use where an input is a list.
         """
         self._traced.register_autograd(differentiate, setup_context=setup_context)
