@@ -93,8 +93,6 @@ def memory(
         return total
     for shape in teachers.values():
         total += storage * (parameter_count(shape) + tokens * (activations(shape, config.train.length) + shape.hidden))
-    if len(teachers) > 1 and config.objective.mix == "logits":
-        total += storage * sum(shape.vocabulary * shape.hidden for shape in teachers.values())
     return total
 
 

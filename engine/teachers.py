@@ -46,15 +46,17 @@ class Teachers:
     ) -> None:
         """`names` and `weights` as `streams_of` gives them. If there is one for several models, it is the mean of their
         raw logits weighted by `shares` (Timiryasov & Tastet 2023), whose head is the concatenation of theirs:
-        [h₁|h₂]·[ω₁W₁|ω₂W₂]ᵀ = ω₁h₁W₁ᵀ + ω₂h₂W₂ᵀ."""
+        [ω₁h₁|ω₂h₂]·[W₁|W₂]ᵀ = ω₁h₁W₁ᵀ + ω₂h₂W₂ᵀ. The models' own heads become views of it: it is held once."""
         self.names, self.weights = names, weights
         self._models = [model.eval().requires_grad_(False) for model in models]
         self._mean: tuple[Tensor, Tensor | None] | None = None
         self.clock = Stopwatch(models[0].head.device if models else torch.device("cpu"))
+        self._shares = shares
         if len(names) < len(models):
-            pairs = list(zip(shares, models, strict=True))
-            biases = [w * model.head_bias for w, model in pairs if isinstance(model, Roberta)]
-            weight_VD = torch.cat([w * model.head for w, model in pairs], dim=1)
+            biases = [w * m.head_bias for w, m in zip(shares, models, strict=True) if isinstance(m, Roberta)]
+            weight_VD = torch.cat([model.head for model in models], dim=1)
+            for model, part_VD in zip(models, weight_VD.split([m.shape.hidden for m in models], dim=1), strict=True):
+                model.head.data = part_VD
             self._mean = weight_VD, torch.stack(biases).sum(0) if biases else None
 
     @torch.no_grad()
@@ -63,7 +65,8 @@ class Teachers:
         with self.clock.running():
             hidden = [model(batch.tokens_BL, batch.rows_N) for model in self._models]
         if self._mean is not None:
-            return [Projected(torch.cat(hidden, dim=1), *self._mean)]
+            shared = [w * hidden_ND for w, hidden_ND in zip(self._shares, hidden, strict=True)]
+            return [Projected(torch.cat(shared, dim=1), *self._mean)]
         return [projected(model, hidden_ND) for model, hidden_ND in zip(self._models, hidden, strict=True)]
 
     def ahead(self, steps: Iterator[Step]) -> Iterator[Step]:

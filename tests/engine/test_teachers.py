@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from engine import checkpoint, teacher_cache
 from engine.config import Config, build
+from engine.data import Batch
+from engine.models.llama import Llama, LlamaShape
 from engine.run import Run
+from engine.teachers import Teachers
 from engine.train import train
 from kernels import Projected
 
@@ -84,6 +87,22 @@ def test_one_averaged_teacher_or_each_by_itself(folder: Path) -> None:
                 w * k for w, k in zip(weights, kl[1:], strict=True)
             )
             assert step["students"]["one"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_mean_of_teachers_is_of_their_logits_and_holds_their_heads_once(tied: bool) -> None:
+    torch.manual_seed(0)
+    models = [
+        Llama(LlamaShape(1, width, 2, 2, 32, PIECES, positions=16, tied=tied)).requires_grad_(False)
+        for width in (16, 24)
+    ]
+    batch = Batch(torch.randint(PIECES, (2, 16)), torch.zeros(32, dtype=torch.int64))
+    expected_NV = sum(w * model(batch.tokens_BL) @ model.head.T for w, model in zip((0.25, 0.75), models, strict=True))
+    (mean,) = Teachers(["both"], [1.0], models, (0.25, 0.75))(batch)
+    assert isinstance(mean, Projected)
+    torch.testing.assert_close(mean.hidden @ mean.weight.T, expected_NV)
+    storages = {model.head.untyped_storage().data_ptr() for model in models}
+    assert storages == {mean.weight.untyped_storage().data_ptr()}
 
 
 def test_the_papers_reduction_counts_the_last_position_too(folder: Path) -> None:
