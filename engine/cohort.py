@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from engine.config import OptimizerConfig, StudentConfig, TrainConfig
 from engine.data import Batch
+from engine.models.classifier import Classifier
 from engine.models.dropout import draws
-from engine.models.families import Model, model_of, parameter_count, projected, shape_of
+from engine.models.families import Model, model_of, projected, shape_of
 from engine.models.llama import initialise
 from engine.models.roberta import Roberta
 from engine.runtime import Runtime
@@ -77,23 +78,16 @@ class Student:
     def __init__(
         self,
         config: StudentConfig,
-        vocabulary: int,
+        model: Model | Classifier,
         train: TrainConfig,
         optimizer: OptimizerConfig,
         runtime: Runtime,
-        weights: Record | None,
     ) -> None:
+        """`model` as training begins with it: the engine copies, casts and shards what it holds."""
         self.config, self.name, self.runtime = config, config.name, runtime
         self.zero_stage = train.stage(runtime.world)
-        self.shape = shape_of(config, vocabulary)
-        model = model_of(self.shape, recompute=train.recompute)
-        if weights is None:
-            initialise(model, config.seed)
-        else:  # before the engine is made: it copies, casts and shards what the model holds
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(weights[f"weight/{name}"])
-        self.parameters = parameter_count(self.shape)
+        self.shape = model.shape
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.clock = Stopwatch(runtime.device)
         self.optimizer = torch.optim.AdamW(
             decay_groups(model, optimizer.weight_decay),
@@ -230,6 +224,22 @@ class Outcome:
     gradient_norms: list[float]  # per student, before clipping; NaN or infinite where that student's step was bad
     bad: list[int]  # students that are the cause of a loss or gradient that is not finite: if any, nobody stepped
     stop: bool  # some rank was asked to stop
+
+
+def new_model(config: StudentConfig, vocabulary: int, weights: Record | None = None, *, recompute: bool = False) -> Model:
+    """A student's model: with those weights, or as its seed draws them."""
+    model = model_of(shape_of(config, vocabulary), recompute=recompute)
+    if weights is None:
+        initialise(model, config.seed)
+    else:
+        set_weights(model, weights)
+    return model
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, weights: Record) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[f"weight/{name}"])
 
 
 class Cohort(Sequence[Student]):

@@ -36,7 +36,7 @@ from engine import config as settings
 from engine import ledger as ledgers
 from engine.checkpoint import State
 from engine.checks import check_profile, check_same, steps_of
-from engine.cohort import Cohort, Outcome, Student
+from engine.cohort import Cohort, Outcome, Student, new_model
 from engine.cohort import Record as ParametersAndMoments
 from engine.config import Config, StudentConfig
 from engine.corpus.prepare import Prepared, prepare
@@ -206,7 +206,8 @@ class Run:
                 record = checkpoint.read_student(found, config.name)
             elif config.init is not None:
                 record = import_student(config, shape_of(config, vocabulary), self.prepared.tokenizer)
-            student = Student(config, vocabulary, self.config.train, self.config.optimizer, self.runtime, record)
+            model = new_model(config, vocabulary, record, recompute=self.config.train.recompute)
+            student = Student(config, model, self.config.train, self.config.optimizer, self.runtime)
             if found is not None and record is not None:
                 student.restore(record, self.state.updates)
             students.append(student)

@@ -29,6 +29,8 @@ def settings(argv: list[str]) -> ScoreConfig:
 if __name__ == "__main__":
     with user_errors():
         config = settings(sys.argv[1:])
-        from engine.evaluation.report import score_model  # after the settings are known to be right: it imports torch
+        from engine.evaluation.report import score_model  # after the settings are known to be right: they import torch
+        from engine.runtime import leave
 
         score_model(config)
+        leave()

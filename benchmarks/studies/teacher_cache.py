@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.studies.baby_llama import ARMS, STUDENT, student
 from benchmarks.studies.runs import settings_of
 from engine import runtime, teacher_cache
-from engine.cohort import Cohort, Student
+from engine.cohort import Cohort, Student, new_model
 from engine.config import CacheConfig, Config, ObjectiveConfig, build, user_errors
 from engine.corpus.prepare import Prepared, prepare
 from engine.data import Step, TokenFile, TrainingData
@@ -71,7 +71,7 @@ def main() -> None:
 def student_of(config: Config, prepared: Prepared, place: runtime.Runtime) -> Student:
     (one,) = config.students
     weights = import_student(one, shape_of(one, prepared.tokenizer.size), prepared.tokenizer)
-    return Student(one, prepared.tokenizer.size, config.train, config.optimizer, place, weights)
+    return Student(one, new_model(one, prepared.tokenizer.size, weights), config.train, config.optimizer, place)
 
 
 def quality(student: Student, step: Step, live: Teachers, config: Config, k: int) -> list[str]:

@@ -11,10 +11,10 @@ the layer that predicts), trains with the whole model. The recipes:
     baby-llama    learning rate, batch, epochs and seed of each task as on Baby Llama's model card, the rest as Hugging
                   Face's trainer has it (linear decay, no weight decay, gradients clipped at 1); the same head
 
-Every (set, seed) is a job of its own, and ranks share out the jobs. A job that was stopped goes on from its last whole
-epoch, bit for bit.
+Every (set, seed) is a job of its own, a student in the engine's loop whose tokens are classes. Ranks share out every
+batch. A job that was stopped goes on from its last whole epoch, bit for bit.
 
-B sequences, L positions, D hidden, C classes.
+B sequences, L positions, N examples, D hidden, C classes.
 """
 
 import hashlib
@@ -29,22 +29,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from engine import schedule
-from engine.config import FinetuneConfig, OptimizerConfig
+from engine.cohort import Cohort, Student, set_weights
+from engine.config import FinetuneConfig, ObjectiveConfig, OptimizerConfig, StudentConfig, TrainConfig
+from engine.data import IGNORED, Batch, Step
 from engine.evaluation.results import SetScore, TaskScore
 from engine.evaluation.scoring import Strand, batch_of, plan
 from engine.evaluation.tasks import folder_of, json_lines
-from engine.models.dropout import draws
+from engine.models.classifier import DROPOUT, Classifier
 from engine.models.families import Model, model_of
-from engine.models.llama import Llama
 from engine.models.roberta import Roberta
+from engine.objective import coefficients
 from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
+from engine.train import accumulate
 
 LONGEST = 512  # tokens; longer examples are cut, the longer of two texts first
-DROPOUT = 0.1  # before the head's last layer
 
 TEXTS: dict[str, tuple[str, ...]] = {
     "boolq": ("{question}", "{passage}"),
@@ -148,12 +149,15 @@ def finetune(
     optimizer = OptimizerConfig(betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, floor=0.1)
     if config.recipe == "baby-llama":
         optimizer = OptimizerConfig(betas=(0.9, 0.999), weight_decay=0.0, clip=1.0, schedule="linear")
+    say = say if runtime.is_main else lambda _: None
     folder.mkdir(parents=True, exist_ok=True)
     results = [folder / f"{one.name}-{_identity(model, one, optimizer, settings)}.json" for one, settings in jobs]
-    for number, ((one, settings), file) in enumerate(zip(jobs, results, strict=True)):
-        if number % runtime.world == runtime.rank and not file.is_file():
-            history = _Job(one, settings, optimizer, model, tokenizer, runtime.device, say).run(file.with_suffix(".pt"))
-            _replace(file, lambda path, history=history: path.write_text(json.dumps(history)))
+    for (one, settings), file in zip(jobs, results, strict=True):
+        runtime.barrier()  # what rank 0 has written, all see
+        if not file.is_file():
+            history = _Job(one, settings, optimizer, model, tokenizer, runtime, say).run(file.with_suffix(".pt"))
+            if runtime.is_main:
+                _replace(file, lambda path, history=history: path.write_text(json.dumps(history)))
     runtime.barrier()
     found = [
         _judge(one, settings, json.loads(file.read_text())) for (one, settings), file in zip(jobs, results, strict=True)
@@ -206,7 +210,10 @@ def _matthews(guess: np.ndarray, labels: np.ndarray) -> float:
 
 
 class _Job:
-    """One set, one seed: the model's copy with its head, and the examples as strands that end where the head reads."""
+    """One set, one seed: a student of a copy of the model, and the examples as strands that end where the head reads.
+
+    A step is the engine's (`accumulate`, `Cohort.step`), an example's label its only target; ranks share out a batch.
+    """
 
     def __init__(
         self,
@@ -215,109 +222,123 @@ class _Job:
         optimizer: OptimizerConfig,
         model: Model,
         tokenizer: Tokenizer,
-        device: torch.device,
+        runtime: Runtime,
         say: Callable[[str], None],
     ) -> None:
-        self.one, self.settings, self.say, self.device = one, settings, say, device
+        self.one, self.settings, self.runtime, self.say = one, settings, runtime, say
         longest, self.masked = min(LONGEST, model.shape.positions), isinstance(model, Roberta)
         self.train, self.valid = (
             _strands(part, tokenizer, longest, say, one.name, first=self.masked) for part in (one.train, one.valid)
         )
-        steps = settings.epochs * -(-len(self.train) // settings.batch)
+        self.per_epoch = -(-len(self.train) // settings.batch)
+        steps = settings.epochs * self.per_epoch
         warmup = int(0.06 * steps) if optimizer.schedule == "cosine" else 0
-        self.schedule, self.steps = replace(optimizer, warmup=warmup), steps
-
-        with torch.random.fork_rng():
-            body = model_of(model.shape)
-            torch.manual_seed(settings.seed)
-            head = _head(model.shape.hidden, one.classes)
-        body.load_state_dict(model.state_dict())
-        self.model = nn.ModuleDict({"body": body, "head": head}).to(device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
-        )
+        self.optimizer, self.steps = replace(optimizer, warmup=warmup), steps
+        self.objective = coefficients(ObjectiveConfig(peers=0.0), 1, runtime.device)
+        self.body = model
+        self.history: list[list[int]] = []  # the predictions after every epoch
 
     def run(self, state: Path) -> list[list[int]]:
-        """The predictions after every epoch, from what `state` holds on; it is gone at the end."""
-        history: list[list[int]] = []
-        if state.is_file():
-            saved: dict[str, Any] = torch.load(state, map_location=self.device)
-            history = saved["history"]
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-        while len(history) < self.settings.epochs:
-            loss = self._epoch(len(history))
-            history.append(self._predict())
-            share = _accuracy(np.array(history[-1]), np.array(self.one.valid.labels))
+        """The predictions after every epoch, from what `state` holds on; it is gone at the end. A collective call."""
+        student = self._student(state)
+        cohort = Cohort([student], self.runtime)
+        while len(self.history) < self.settings.epochs:
+            loss = self._epoch(cohort, len(self.history))
+            self.history.append(self._predict(cohort))
+            share = _accuracy(np.array(self.history[-1]), np.array(self.one.valid.labels))
             self.say(
-                f"{self.one.name}, seed {self.settings.seed}, epoch {len(history)} of {self.settings.epochs}: loss "
-                f"{loss:.4f}, accuracy {share:.2%}"
+                f"{self.one.name}, seed {self.settings.seed}, epoch {len(self.history)} of {self.settings.epochs}: "
+                f"loss {loss:.4f}, accuracy {share:.2%}"
             )
-            saved = {
-                "history": history,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            }
-            _replace(state, lambda path, saved=saved: torch.save(saved, path))
-        state.unlink(missing_ok=True)
-        return history
+            saved = {"history": self.history, "record": student.record()}
+            if self.runtime.is_main:
+                _replace(state, lambda path, saved=saved: torch.save(saved, path))
+        if self.runtime.is_main:
+            state.unlink(missing_ok=True)
+        return self.history
 
-    def _epoch(self, epoch: int) -> float:
+    def _student(self, state: Path) -> Student:
+        settings = self.settings
+        with torch.random.fork_rng():
+            body = model_of(self.body.shape)
+        body.load_state_dict(self.body.state_dict())
+        model = Classifier(body, self.one.classes, settings.seed)
+        saved: dict[str, Any] | None = torch.load(state) if state.is_file() else None
+        self.runtime.barrier()  # nobody writes the next state while another still looks for this one
+        if saved is not None:
+            set_weights(model, saved["record"])
+            self.history = saved["history"]
+        shape = body.shape
+        about = StudentConfig(
+            *(self.one.name, shape.layers, shape.hidden, shape.heads, shape.ffn),
+            dropout=DROPOUT,
+            learning_rate=settings.learning_rate,
+            seed=settings.seed,
+        )
+        student = Student(about, model, TrainConfig(zero_stage=0), self.optimizer, self.runtime)
+        for group in student.optimizer.param_groups:  # vectors too, as in BabyLM 2025's code
+            group["weight_decay"] = self.optimizer.weight_decay
+        if saved is not None:
+            student.restore(saved["record"], len(self.history) * self.per_epoch)
+        return student
+
+    def _epoch(self, cohort: Cohort, epoch: int) -> float:
         """One pass over the training part in an order of (seed, epoch); its mean loss in nats an example."""
         order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.train))
-        per_epoch, total = -(-len(order) // self.settings.batch), 0.0
-        self.model.train()
-        with torch.random.fork_rng():  # the head's dropout alone draws from it
-            torch.manual_seed(self.settings.seed * 1000 + epoch)
-            for turn in range(per_epoch):
-                chosen = [self.train[i] for i in order[turn * self.settings.batch : (turn + 1) * self.settings.batch]]
-                factor = schedule.factor(self.schedule, epoch * per_epoch + turn + 1, self.steps)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.settings.learning_rate * factor
-                self.optimizer.zero_grad()
-                for indices in plan(chosen, 1, padding=not self.masked):  # a batch in pieces of like length
-                    logits_BC, labels_B, _ = self._logits([chosen[i] for i in indices], epoch)
-                    loss = F.cross_entropy(logits_BC, labels_B, reduction="sum") / len(chosen)
-                    loss.backward()
-                    total += loss.item() * len(chosen)
-                if self.schedule.clip > 0:
-                    nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
-                self.optimizer.step()
-        if not math.isfinite(total):
-            raise ValueError(f"{self.one.name}: loss not finite in epoch {epoch + 1}: lower finetune.learning_rate")
-        return total / len(self.train)
+        total = torch.zeros(1, dtype=torch.float64, device=self.runtime.device)
+        for turn in range(self.per_epoch):
+            chosen = order[turn * self.settings.batch : (turn + 1) * self.settings.batch].tolist()
+            number = epoch * self.per_epoch + turn + 1
+            micro_batches = self._batches([self.train[i] for i in chosen], epoch)
+            tokens = sum(len(self.train[i].tokens) for i in chosen)
+            step = Step(number, number / self.per_epoch, len(chosen), tokens, 0, micro_batches)
+            tally = accumulate(cohort, step, self.objective)
+            rate = self.settings.learning_rate * schedule.factor(self.optimizer, number, self.steps)
+            outcome = cohort.step(tally.losses_S, tally.ce_S, [rate], stop=False)
+            if outcome.bad:
+                raise ValueError(
+                    f"{self.one.name}: loss not finite in epoch {epoch + 1}: lower finetune.learning_rate"
+                )
+            total += tally.ce_S
+        return self.runtime.agree(total)[0] / len(self.train)
 
-    @torch.no_grad()
-    def _predict(self) -> list[int]:
-        self.model.eval()
-        guesses = torch.empty(len(self.valid), dtype=torch.long)
-        for indices in plan(self.valid, 1, padding=not self.masked):
-            logits_BC, _, owners_B = self._logits([self.valid[i] for i in indices], epoch=0)
-            if not logits_BC.isfinite().all():  # the likeliest of NaNs is class 0
-                raise ValueError(f"{self.one.name}: predictions are not finite: lower finetune.learning_rate")
-            guesses[owners_B.cpu()] = logits_BC.argmax(-1).cpu()
-        return guesses.tolist()
+    def _batches(self, strands: Sequence[Strand], epoch: int) -> list[Batch]:
+        """This rank's part of a batch, in pieces of like length; dropout draws from an example's number and the epoch.
 
-    def _logits(self, strands: list[Strand], epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [B, C], labels [B] and numbers [B] of some examples; dropout draws from number and epoch."""
-        batch = batch_of(strands, self.device)
-        body = self.model["body"]
-        numbers_B = batch.owners_N + epoch * len(self.train)
-        dropout = () if isinstance(body, Llama) else (draws(self.settings.seed, numbers_B),)
-        states = body.states if isinstance(body, Roberta) else body
-        hidden_BD = states(batch.tokens_BL, batch.rows_U, *dropout)
-        return self.model["head"](hidden_BD), batch.targets_N, batch.owners_N
+        A rank for whom nothing is left takes an example that does not count, as every rank must take part in a step.
+        """
+        batches = []
+        for indices in plan(strands, self.runtime.world, padding=not self.masked):
+            mine = [strands[i] for i in indices[self.runtime.rank :: self.runtime.world]]
+            if mine:
+                batches.append(self._batch(mine, epoch))
+        if not batches:
+            idle = self._batch([strands[0]], epoch)
+            batches.append(replace(idle, targets_N=torch.full_like(idle.targets_N, IGNORED)))
+        return batches
 
+    def _batch(self, strands: list[Strand], epoch: int) -> Batch:
+        batch = batch_of(strands, self.runtime.device)
+        samples_B = batch.owners_N + epoch * len(self.train)
+        return Batch(batch.tokens_BL, batch.targets_N, batch.rows_U, samples_B=samples_B)
 
-def _head(hidden: int, classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.LayerNorm(hidden, elementwise_affine=False),
-        nn.Linear(hidden, hidden),
-        nn.GELU(),
-        nn.LayerNorm(hidden, elementwise_affine=False),
-        nn.Dropout(DROPOUT),
-        nn.Linear(hidden, classes),
-    )
+    def _predict(self, cohort: Cohort) -> list[int]:
+        (student,) = cohort
+        guesses = torch.zeros(len(self.valid), dtype=torch.float64, device=self.runtime.device)
+        world, rank = self.runtime.world, self.runtime.rank
+        with cohort.evaluating():
+            for indices in plan(self.valid, world, padding=not self.masked):
+                mine = indices[rank::world]
+                if mine:
+                    hidden_ND, head, bias = student.project(student.body(self._batch([self.valid[i] for i in mine], 0)))
+                    logits_NC = F.linear(hidden_ND, head, bias)
+                    # The likeliest of NaNs would be class 0.
+                    finite_N = logits_NC.isfinite().all(-1)
+                    guesses[mine] = torch.where(finite_N, logits_NC.argmax(-1).double(), torch.nan)
+        found = self.runtime.agree(guesses)
+        if not all(map(math.isfinite, found)):
+            raise ValueError(f"{self.one.name}: predictions are not finite: lower finetune.learning_rate")
+        return list(map(int, found))
 
 
 def _strands(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.config import StudentConfig
+from engine.models.classifier import Classifier
 from engine.models.gpt2 import GPT2, GPT2Shape
 from engine.models.llama import Llama, LlamaShape
 from engine.models.roberta import Roberta, RobertaShape
@@ -29,9 +30,9 @@ def model_of(shape: Shape, *, recompute: bool = False) -> Model:
     return _MODELS[type(shape)](shape, recompute=recompute)
 
 
-def projected(model: Model, hidden_ND: Tensor) -> Projected:
+def projected(model: Model | Classifier, hidden_ND: Tensor) -> Projected:
     """The model's stream of logits, from its hidden states."""
-    return Projected(hidden_ND, model.head, model.head_bias if isinstance(model, Roberta) else None)
+    return Projected(hidden_ND, model.head, model.head_bias if isinstance(model, Roberta | Classifier) else None)
 
 
 def parameter_count(shape: Shape) -> int:

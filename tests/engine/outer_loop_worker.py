@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine import runtime
-from engine.cohort import Cohort, Student
+from engine.cohort import Cohort, Student, new_model
 from engine.config import OptimizerConfig, StudentConfig, TrainConfig
 from engine.data import TokenFile, TrainingData
 from engine.models.llama import Llama
@@ -55,7 +55,11 @@ class Trial:
         train = TrainConfig(zero_stage=stage)  # pyright: ignore[reportArgumentType]
         records = records or [None] * len(configs)
         self.cohort = Cohort(
-            [Student(c, V, train, optimizer, place, record) for c, record in zip(configs, records, strict=True)], place
+            [
+                Student(c, new_model(c, V, record), train, optimizer, place)
+                for c, record in zip(configs, records, strict=True)
+            ],
+            place,
         )
         share: Any = dict(random_offsets=False, rank=place.rank, world=place.world, device=place.device)
         self.data, self.held_out = (

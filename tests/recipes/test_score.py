@@ -5,6 +5,9 @@ import json
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from engine.models.llama import Llama, LlamaShape, initialise
 
 ROOT = Path(__file__).parents[2]
 PIECES = 360
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")  # others' tests may be in one
 
 specification = importlib.util.spec_from_file_location("score", ROOT / "recipes" / "score.py")
 assert specification is not None
@@ -140,3 +144,29 @@ def test_mistakes_are_answered_by_one_line_and_nothing_is_written(run: Path, dat
             score(*arguments, f"folder={tmp_path / 'scores'}")
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_fine_tune_as_one_does(run: Path, data: Path, tmp_path: Path) -> None:
+    """Six examples in batches of four: of the last batch each rank has one."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    command = [ROOT / "recipes" / "score.py", "--model", run / "students" / "one", "--data", data, "--tasks", "rte"]
+    command += ["finetune.batch=4", "finetune.epochs=4", "finetune.learning_rate=1e-2"]
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", 2, "--master_port", port]
+    losses = []
+    for start in ([sys.executable], launcher):
+        place = tmp_path / str(len(start))
+        done = subprocess.run(
+            [*map(str, [*start, *command]), f"folder={place}"],
+            env={key: value for key, value in os.environ.items() if key not in GROUP} | {"OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        losses.append([float(x) for x in re.findall(r"epoch \d of 4: loss ([\d.]+)", done.stdout)])
+        assert [path.suffix for path in (place / "one").glob("rte-*")] == [".json"]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], abs=1.1e-4), "of numbers with four digits"

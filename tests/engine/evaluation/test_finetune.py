@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from engine.cohort import Cohort
-from engine.config import FinetuneConfig
+from engine.config import FinetuneConfig, OptimizerConfig
+from engine.data import IGNORED
 from engine.evaluation import finetune as module
 from engine.evaluation.finetune import Classification, Examples, finetune, read_classification
 from engine.evaluation.results import TaskScore
@@ -94,11 +95,11 @@ def test_a_stopped_job_ends_where_it_would_have_ended(
     epochs: list[int] = []
     epoch = module._Job._epoch
 
-    def stop_at_second(self: Any, number: int) -> float:
+    def stop_at_second(self: Any, cohort: Cohort, number: int) -> float:
         epochs.append(number)
         if epochs == [0, 1]:
             raise KeyboardInterrupt
-        return epoch(self, number)
+        return epoch(self, cohort, number)
 
     losses: dict[str, list[str]] = {}
 
@@ -127,16 +128,19 @@ def test_results_are_kept_for_the_same_job_alone(
         run(model, tokenizer, place, tmp_path, replace(QUICK, learning_rate=1e-3))
 
 
-def test_ranks_share_the_jobs_out(
-    model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module._Job, "run", lambda self, state: [SET.valid.labels])
-    monkeypatch.setattr(Runtime, "barrier", lambda self: None)
-    config = replace(QUICK, seeds=(1, 2, 3))
-    with pytest.raises(FileNotFoundError):  # what the other rank has not done yet
-        run(model, tokenizer, replace(place, rank=1, world=2), tmp_path, config)
-    assert len(list(tmp_path.iterdir())) == 1
-    assert run(model, tokenizer, replace(place, rank=0, world=2), tmp_path, config).mean.score == 1.0
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_ranks_share_out_a_batch(world: int, tokenizer: Tokenizer, model: Llama, place: Runtime) -> None:
+    """And one for whom nothing is left takes part with an example that does not count."""
+    found: list[int] = []
+    for rank in range(world):
+        at = replace(place, rank=rank, world=world)
+        job = module._Job(SET, module.Settings(batch=5), OptimizerConfig(), model, tokenizer, at, print)
+        batches = job._batches(job.train[:5], epoch=2)
+        counted = torch.cat([batch.targets_N for batch in batches]) != IGNORED
+        assert counted.all() if rank < 5 else not counted.any()
+        samples = torch.cat([batch.samples_B for batch in batches if batch.samples_B is not None])
+        found += samples[counted].tolist()
+    assert sorted(found) == [2 * len(SET.train.labels) + i for i in range(5)]
 
 
 def test_the_best_epoch_is_reported_beside_the_last() -> None:
@@ -157,8 +161,8 @@ def test_a_loss_that_is_not_finite_stops_it(model: Llama, tokenizer: Tokenizer, 
 def test_predictions_that_are_not_finite_are_no_result(
     model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ends_in_nan(self: Any, number: int) -> float:
-        self.model["head"][-1].bias.data.fill_(torch.nan)
+    def ends_in_nan(self: Any, cohort: Cohort, number: int) -> float:
+        cohort[0].model.out.bias.data.fill_(torch.nan)
         return 0.0
 
     monkeypatch.setattr(module._Job, "_epoch", ends_in_nan)
