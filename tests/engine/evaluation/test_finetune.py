@@ -204,9 +204,13 @@ def test_what_is_missing_or_malformed_is_named(tmp_path: Path) -> None:
             read_classification("rte", tmp_path)
     msgs = tmp_path / "msgs_filtered"
     msgs.mkdir()
-    for name in ("main_verb_control.train.json", "main_verb_control.validation.json"):
-        (msgs / name).write_text(json.dumps({"sentence": "a", "label": 0}) + "\n")
-    assert [one.name for one in read_classification("msgs", tmp_path)] == ["main_verb_control"]
+    for name in module.MSGS:
+        for part in ("train", "validation"):
+            (msgs / f"{name}.{part}.json").write_text(json.dumps({"sentence": "a", "label": 0}) + "\n")
+    assert [one.name for one in read_classification("msgs", tmp_path)] == list(module.MSGS)
+    (msgs / "control_raising_control.validation.json").unlink()
+    with pytest.raises(ValueError, match=r"msgs: no .*control_raising_control\.validation\.json"):
+        read_classification("msgs", tmp_path)
 
 
 def test_the_published_sets_are_read_whole(evaluation_data: Path) -> None:
