@@ -79,7 +79,7 @@ def test_a_masked_model_learns_too_and_sees_no_padding(
         )
         for n in (20, 9)
     ]
-    config = replace(QUICK, epochs=6, learning_rate=1e-2)
+    config = replace(QUICK, epochs=12)
     score = finetune([Classification("rte", "rte", *dogs)], model, tokenizer, config, tmp_path, place, lambda _: None)
     assert score.mean.score >= 0.9
     assert {len(found) for found in lengths} == {1}
