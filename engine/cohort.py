@@ -226,7 +226,9 @@ class Outcome:
     stop: bool  # some rank was asked to stop
 
 
-def new_model(config: StudentConfig, vocabulary: int, weights: Record | None = None, *, recompute: bool = False) -> Model:
+def new_model(
+    config: StudentConfig, vocabulary: int, weights: Record | None = None, *, recompute: bool = False
+) -> Model:
     """A student's model: with those weights, or as its seed draws them."""
     model = model_of(shape_of(config, vocabulary), recompute=recompute)
     if weights is None:

@@ -301,9 +301,7 @@ class _Job:
             rate = self.settings.learning_rate * schedule.factor(self.optimizer, number, self.steps)
             outcome = cohort.step(tally.losses_S, tally.ce_S, [rate], stop=False)
             if outcome.bad:
-                raise ValueError(
-                    f"{self.one.name}: loss not finite in epoch {epoch + 1}: lower finetune.learning_rate"
-                )
+                raise ValueError(f"{self.one.name}: loss not finite in epoch {epoch + 1}: lower finetune.learning_rate")
             total += tally.ce_S
         return self.runtime.agree(total)[0] / len(self.train)
 

@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from engine import runtime
-from engine.cohort import Cohort, Student, decay_groups, new_model
+from engine.cohort import Cohort, Student, decay_groups
+from engine.cohort import new_model as a_students_model
 from engine.config import Config, ObjectiveConfig, OptimizerConfig, StudentConfig, TeacherConfig, TrainConfig
 from engine.data import IGNORED, TokenFile, TrainingData
 from engine.models.dropout import draws
@@ -121,7 +122,7 @@ def plain_loop(tied: bool, path: Path) -> tuple[list[list[float]], list[list[flo
 
 
 def cohort_of(configs: list[StudentConfig], train: TrainConfig, place: runtime.Runtime) -> Cohort:
-    models = [new_model(c, VOCABULARY, recompute=train.recompute) for c in configs]
+    models = [a_students_model(c, VOCABULARY, recompute=train.recompute) for c in configs]
     return Cohort([Student(c, m, train, OPTIMIZER, place) for c, m in zip(configs, models, strict=True)], place)
 
 

@@ -39,7 +39,9 @@ def cohort(place: runtime.Runtime) -> Cohort:
         (TrainConfig(zero_stage=0), StudentConfig("a", 2, 32, 4, 48, kv_heads=2, seed=1, positions=POSITIONS)),
         (TrainConfig(zero_stage=1), StudentConfig("b", 1, 16, 2, 40, tied=False, seed=2, positions=POSITIONS)),
     ]
-    students = [Student(config, new_model(config, PIECES), train, OptimizerConfig(), place) for train, config in configs]
+    students = [
+        Student(config, new_model(config, PIECES), train, OptimizerConfig(), place) for train, config in configs
+    ]
     with torch.no_grad():
         for student in students:
             for parameter in student.model.parameters():
