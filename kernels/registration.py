@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 Inputs = Sequence[Any]
 
@@ -23,7 +23,7 @@ class Op:
 
     def __init__(self, name: str, compute: Callable[..., Any]) -> None:
         self._name, self._compute = name, compute
-        self._traced = torch.library.custom_op(f"creche_triton::{name}", compute, mutates_args=())
+        self._traced = library.custom_op(f"creche_triton::{name}", compute, mutates_args=())
         self.register_fake = self._traced.register_fake
         self.register_autograd(self._refuse, lambda ctx, inputs, output: None)
 
