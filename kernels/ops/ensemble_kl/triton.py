@@ -278,9 +278,9 @@ def _to_mean(u):
     With h = u / 2: v, w = ±h − ln cosh h and v·p + w·q = 2m·(h·tanh h − ln cosh h), as p, q = m·(1 ± tanh h).
     """
     square = u * u * (1 / 4)
-    log_cosh = square * (1 / 2 - square * (1 / 12 - square * (1 / 45)))
-    larger = LN_2 - LN_2 * tl.log2(1 + tl.exp2(-tl.abs(u) * LOG2_E))
-    larger = tl.where(tl.abs(u) < EDGE, tl.abs(u) * (1 / 2) - log_cosh, larger)
+    log_cosh = square * (1 / 2 - square * (1 / 12 - square * (1 / 45 - square * (17 / 2520))))
+    larger = -LN_2 * tl.log2(tl.exp2(-tl.abs(u) * LOG2_E) * (1 / 2) + 1 / 2)
+    larger = tl.where(tl.abs(u) < 1 / 2, tl.abs(u) * (1 / 2) - log_cosh, larger)
     series = square * (1 - square * (1 / 2 - square * (2 / 9 - square * (17 / 180))))
     return larger + tl.minimum(u, 0.0), larger - tl.maximum(u, 0.0), series
 

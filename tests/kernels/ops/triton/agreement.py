@@ -1,7 +1,7 @@
 """The yardstick of the Triton kernels' tests: float64.
 
-A kernel may err 3 times as much as plain torch (`reference.py`) in the same storage dtype, plain torch's error being
-taken to be no less than a rounding to that dtype, since it is now and then exact by luck; and by one rounding more.
+A kernel may err 3 times as much as plain torch (`reference.py`) in the same storage dtype. Plain torch's error is taken
+to be no less than a rounding of the largest value to that dtype, since it is now and then exact by luck.
 
 Triton's interpreter is wrong in bf16: its arithmetic takes the bits for integers (the kernels widen what they load, so
 none happens), and its casts from fp32 cut off what a GPU rounds to the nearest even. `honest_memory_and_casts` puts
@@ -48,11 +48,15 @@ def assert_agrees(
         assert a.dtype == b.dtype
         if not c.numel():
             continue
-        error, allowed = ((x - c).abs().max().item() for x in (a, b))
-        rounding = torch.finfo(a.dtype).eps / 2 * c.abs().max().item()
-        assert error <= 3 * max(allowed, rounding) + rounding, (
-            f"result {k} of {dtypes}: {error:.3g}, plain torch {allowed:.3g}"
-        )
+        assert_near(a, b, c, f"result {k} of {dtypes}")
+
+
+def assert_near(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
+    """`ours` and `plain` have the same dtype, `exact` is in float64."""
+    assert ours.dtype == plain.dtype
+    error, theirs = ((x - exact).abs().max().item() for x in (ours, plain))
+    rounding = torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item()
+    assert error <= 3 * max(theirs, rounding), f"{what}: {error:.3g}, plain torch {theirs:.3g}"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`linear_ensemble_kl` in Triton against the reference in float64. A CPU's matrix products are torch's, in fp32."""
 
 from collections.abc import Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from kernels import Projected, TopK
-from kernels.ops.linear_ensemble_kl import reference, triton
-from tests.kernels.ops.triton.agreement import DEVICE, honest_memory_and_casts
+from kernels.ops.ensemble_kl.reference import loss_and_grad
+from kernels.ops.linear_ensemble_kl import reference, top_k, triton
+from tests.kernels.ops.triton.agreement import DEVICE, assert_near, honest_memory_and_casts
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Swept = tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]
@@ -37,7 +39,7 @@ def run(
     streams: Sequence[Projected | TopK],
     *,
     kl=True,
-    normalizer=3,
+    normalizer: int | Tensor = 3,
     mask=False,
     needs=None,
     **options,
@@ -80,22 +82,41 @@ def wide(streams: Sequence[Projected | TopK]) -> list[Projected | TopK]:
     ]
 
 
-def check(students: int, streams: Sequence[Projected | TopK], storage: torch.dtype = FP32, **options) -> list[Tensor]:
-    """The operands' rounding to `storage`, which the gradients of the logits have too, is allowed for beside plain
-    torch's error: the reference computes in fp32 throughout.
-    """
+def check(students: int, streams: Sequence[Projected | TopK], **options) -> list[Tensor]:
     with honest_memory_and_casts():
         ours = flat(run(triton, students, streams, **options))
-    plain, exact = (
-        flat(run(reference, students, streams, **options)),
-        flat(run(reference, students, wide(streams), **options)),
-    )
+    plain = flat(run_stored(students, streams, **options))
+    exact = flat(run(reference, students, wide(streams), **options))
     for k, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
         assert (a.shape, a.dtype) == (b.shape, FP32)
-        error, allowed = ((x - c).abs().max().item() for x in (a, b))
-        rounding = torch.finfo(FP32 if k < 3 else storage).eps * c.abs().max().item()
-        assert error <= 3 * max(allowed, rounding / 2) + rounding, f"result {k}: {error:.3g}, plain torch {allowed:.3g}"
+        assert_near(a, b, c, f"result {k}")
     return ours
+
+
+def run_stored(students: int, streams: Sequence[Projected | TopK], **options) -> Swept:
+    """As plain torch does it in the storage's dtype: the gradients of the logits are in that of the hidden states and
+    the head, or in fp32 where these differ, those of `top_k.py` too; and its divergences are sums of p·(log p − log q).
+    The reference is in fp32 throughout, and its sums are of what is never negative.
+    """
+    stored = [h.dtype if h.dtype == w.dtype else FP32 for h, w, _ in streams[:students]]
+
+    def rounded(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [g if g is None else g.to(dtype).float() for g, dtype in zip(gradients, stored, strict=True)]
+
+    def dense(*arguments, **others):
+        ce, kl, gradients = loss_and_grad(*arguments, **others)
+        return ce, kl, rounded(gradients)
+
+    def kept(*arguments):
+        return rounded(of_top_k(*arguments))
+
+    of_top_k = top_k.losses_and_gradients
+    with (
+        mock.patch.object(reference, "loss_and_grad", dense),
+        mock.patch.object(top_k, "losses_and_gradients", kept),
+        mock.patch.object(top_k, "_kl", lambda p, _, u: torch.where(p == 0, 0, p * u).sum(-1)),
+    ):
+        return run(reference, students, streams, **options)
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
@@ -113,7 +134,7 @@ def test_padding_takes_no_part(vocabulary):
 @pytest.mark.parametrize("dtypes", [(BF16,), (FP16,), (BF16, FP16, FP32, FP32), (FP32, BF16)])
 def test_dtypes(dtypes):
     """A head whose hidden states have another dtype is taken in fp32."""
-    check(2, make(3, 4, 70, *dtypes), BF16 if BF16 in dtypes else FP16, mask=True, temperature=0.7)
+    check(2, make(3, 4, 70, *dtypes), mask=True, temperature=0.7)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -121,7 +142,7 @@ def test_chunks_do_not_change_the_result(dtype, monkeypatch):
     """Sums over chunks are fp32: the gradient of a bf16 head is off by no more than in one chunk."""
     streams = make(2, 10, 70, dtype)
     monkeypatch.setattr(triton, "CHUNK_ROWS", 1)
-    whole = check(2, streams, dtype, mask=True)
+    whole = check(2, streams, mask=True)
     monkeypatch.setattr(triton, "CHUNK_BYTES", 3 * 70 * 2 * (4 if dtype == FP32 else 6))
     seen = []
     launched = triton.loss_and_grad
@@ -131,7 +152,7 @@ def test_chunks_do_not_change_the_result(dtype, monkeypatch):
         return launched(logits, *rest, **options)
 
     monkeypatch.setattr(triton, "loss_and_grad", counted)
-    parts = check(2, streams, dtype, mask=True)
+    parts = check(2, streams, mask=True)
     assert seen == [3, 3, 3, 1]
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -150,9 +171,12 @@ def test_only_what_is_needed_is_made():
 def test_a_normalizer_on_the_device_and_fp16_below_its_range():
     """Divided by 1e8 the gradients of the logits would be 0 in fp16; they are scaled in the products instead."""
     streams = make(2, 4, 70, FP16)
+    losses, _, _, *gradients = check(2, streams, normalizer=1)
     for normalizer in (10**8, torch.tensor(10**8, device=DEVICE)):
-        made = check(2, streams, FP16, normalizer=normalizer)
-        assert all((g != 0).any() for g in made[3:])
+        with honest_memory_and_casts():
+            scaled_losses, _, _, *scaled = flat(run(triton, 2, streams, normalizer=normalizer))
+        for a, b in zip((scaled_losses, *scaled), (losses, *gradients), strict=True):
+            torch.testing.assert_close(1e8 * a, b, rtol=1e-5, atol=0)
 
 
 def test_ignored_rows_may_hold_anything():

@@ -15,6 +15,7 @@ from tests.kernels.ops.triton.test_linear_ensemble_kl import check, flat, make, 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DIVERGENCES = ["forward", "reverse", "jsd"]
+TOKENS = 36  # where errors of two or three roundings are compared: in fewer, one side may be lucky
 
 
 def top_of(logits_NV: Tensor, k: int, temperature: float = 1.0) -> TopK:
@@ -54,10 +55,12 @@ def given(
 @pytest.mark.parametrize(("students", "order"), [(1, "k"), (2, "kdk")])
 def test_beside_peers_and_teachers(students: int, order: str, dtype: torch.dtype, divergence: str) -> None:
     """Also in rows without a target; teachers whose logits are known stand between those known by their top k."""
-    streams = make(students + order.count("d"), 12, 70, dtype)
+    streams = make(students + order.count("d"), TOKENS, 70, dtype)
     dense = iter(streams[students:])
-    teachers = [next(dense) if kind == "d" else teacher(i, 4 + i, 12, temperature=2.0) for i, kind in enumerate(order)]
-    check(students, [*streams[:students], *teachers], dtype, mask=True, temperature=2.0, divergence=divergence)
+    teachers = [
+        next(dense) if kind == "d" else teacher(i, 4 + i, TOKENS, temperature=2.0) for i, kind in enumerate(order)
+    ]
+    check(students, [*streams[:students], *teachers], mask=True, temperature=2.0, divergence=divergence)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -72,7 +75,7 @@ def test_rows_of_several_blocks_and_chunks(divergence: str, monkeypatch: pytest.
     monkeypatch.setattr(triton, "CHUNK_ROWS", 1)
     monkeypatch.setattr(triton, "CHUNK_BYTES", 2 * 1500 * (4 + 2))
     streams = [*make(1, 3, 1500, BF16), teacher(1, 20, 3, 1500, temperature=0.7)]
-    check(1, streams, BF16, temperature=0.7, divergence=divergence)
+    check(1, streams, temperature=0.7, divergence=divergence)
 
 
 @pytest.mark.parametrize("dtypes", [(FP32, torch.int64), (FP32, torch.uint8), (FP16, torch.int16)])
