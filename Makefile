@@ -33,7 +33,7 @@ sanitize: .venv/tested
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DSANITIZE=ON "-DINSTRUCTION_SETS=default;avx2;avx512" -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	$(BIN)/cmake --build build/sanitize
 	KERNELS_NATIVE=$(abspath build/sanitize) LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest -s -p no:cacheprovider tests/kernels/test_native.py tests/kernels/ops -k 'native'
+		$(BIN)/python -m pytest -s -p no:cacheprovider tests/kernels/test_native.py tests/kernels/ops -k 'native or tiles'
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

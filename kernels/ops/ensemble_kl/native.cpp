@@ -535,14 +535,14 @@ std::vector<Tensor> backward(
 // take the place of their logits. kl is empty without `kl_weight`.
 std::tuple<Tensor, Tensor> loss_and_grad_(
     at::TensorList logits,
+    const c10::List<std::optional<Tensor>>& gradients,
     const Tensor& targets,
     const Tensor& ce_weight,
     const std::optional<Tensor>& kl_weight,
     const Tensor& ce_rows,
     const Tensor& kl_rows,
     double temperature,
-    c10::string_view divergence,
-    c10::List<bool> wanted) {
+    c10::string_view divergence) {
   const int64_t students = ce_weight.size(0);
   Problem problem = make_problem(logits, students, temperature, divergence);
   const Tensor labels = targets.contiguous(), ce_counted = ce_rows.contiguous(), kl_counted = kl_rows.contiguous();
@@ -560,7 +560,8 @@ std::tuple<Tensor, Tensor> loss_and_grad_(
     for (int j = 0; problem.with_kl && j < problem.streams; ++j) {
       problem.kl_weight[i][j] = {kl_factor.const_data_ptr<double>() + i * problem.streams + j, 0};
     }
-    if (wanted[i]) problem.gradients[i] = Matrix(logits[i]);
+    const std::optional<Tensor> gradient = gradients.get(i);
+    if (gradient.has_value()) problem.gradients[i] = Matrix(*gradient);
   }
   const at::ScalarType arithmetic = arithmetic_of(logits);
   run(problem, arithmetic);
@@ -631,8 +632,8 @@ TORCH_LIBRARY_FRAGMENT(creche_native, library) {
       "ensemble_kl(Tensor[] streams, Tensor? targets, int students, float temperature, str divergence, "
       "int ignore_index) -> (Tensor, Tensor)");
   library.def(
-      "ensemble_kl_loss_and_grad_(Tensor(a!)[] logits, Tensor targets, Tensor ce_weight, Tensor? kl_weight, "
-      "Tensor ce_rows, Tensor kl_rows, float temperature, str divergence, bool[] wanted) -> (Tensor, Tensor)");
+      "ensemble_kl_loss_and_grad_(Tensor[] logits, Tensor(a!)?[] gradients, Tensor targets, Tensor ce_weight, "
+      "Tensor? kl_weight, Tensor ce_rows, Tensor kl_rows, float temperature, str divergence) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(creche_native, CPU, library) {

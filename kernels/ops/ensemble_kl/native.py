@@ -32,13 +32,19 @@ def loss_and_grad_(
     temperature: float,
     divergence: str,
     wanted: Sequence[bool],
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`loss_and_grad` of `reference.py` in one pass, but that gradients replace the logits of the `wanted` students.
+
+    Args:
+        into: per student where its gradient goes instead, [N, V] in any dtype; it may begin each row where the row of
+            its logits begins, if it takes no more bytes.
 
     Returns:
         ce [S, N] and kl [S, R, N] (None without `kl_weight`), in nats, unweighted.
     """
+    places = [place if want else None for place, want in zip(into or logits_RNV, wanted, strict=False)]
     ce_SN, kl_SRN = torch.ops.creche_native.ensemble_kl_loss_and_grad_(
-        list(logits_RNV), targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence, list(wanted)
+        list(logits_RNV), places, targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence
     )
     return ce_SN, None if kl_weight is None else kl_SRN

@@ -34,7 +34,7 @@ class HandBack(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         (cotangent,) = cotangents
         handed = (
-            None if gradient is None else gradient.mul_(cotangent).to(dtype)
+            None if gradient is None else gradient.mul_(cotangent).to(dtype, memory_format=torch.contiguous_format)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         return None, None, *handed

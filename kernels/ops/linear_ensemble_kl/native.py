@@ -1,9 +1,13 @@
 """`linear_ensemble_kl` on a CPU: matrix products by torch's BLAS, and between them one pass over a chunk's logits,
 which their gradients replace.
 
+Where the processor has matrix tiles (AMX), a stream in bf16 is multiplied in bf16, into fp32 as ever; the gradient of
+its logits is then bf16 too, as on a GPU, in the first half of the row of logits that it replaces.
+
 Shapes: N tokens, D hidden, V vocabulary, S students, K teachers, R = S + K streams; n tokens of a chunk.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -35,7 +39,7 @@ def losses_and_gradients(
     dtype = torch.float32
     for x in (x for stream in streams for x in stream if x is not None):
         dtype = torch.promote_types(dtype, x.dtype)
-    heads = [(weight.to(dtype), None if bias is None else bias.to(dtype)) for _, weight, bias in streams]
+    heads = [_Head(stream, dtype) for stream in streams]
     counted = ce_rows if kl_weight is None else ce_rows | kl_rows
     ce_weight = ce_weight.to(dtype) / normalizer
     if kl_weight is not None:
@@ -43,22 +47,25 @@ def losses_and_gradients(
     wanted = [any(own) for own in needs]
 
     dense_weight = None if kl_weight is None or len(dense) == 1 else kl_weight[:, dense]
-    tokens, vocabulary = len(targets), len(heads[0][0])
+    tokens, vocabulary = len(targets), len(streams[0].weight)
     chunk = _chunk(tokens, bytes_per_token=(len(streams) + len(students) * len(kept)) * vocabulary * dtype.itemsize)
     logits_RnV = [torch.empty(chunk, vocabulary, dtype=dtype) for _ in streams]
-    gradients = [_empty_gradients(student, own, dtype) for student, own in zip(students, needs, strict=True)]
+    gradients = [
+        _empty_gradients(student, own, dtype, head) for student, own, head in zip(students, needs, heads, strict=False)
+    ]
     ce_SN = torch.zeros(len(students), tokens, dtype=dtype)
     kl_SRN = None if kl_weight is None else ce_SN.new_zeros(*kl_weight.shape, tokens)
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)
         # Rows that do not count may hold anything: as zeros they cannot spread a NaN through the products.
         idle = ~counted[rows, None]
-        hidden = [stream.hidden[rows].to(dtype) for stream in streams]
+        hidden = [stream.hidden[rows].to(head.dtype) for stream, head in zip(streams, heads, strict=True)]
         if idle.any():
             hidden = [h.masked_fill(idle, 0) for h in hidden]
         logits = [buffer[: len(idle)] for buffer in logits_RnV]
-        for h, (weight, bias), out in zip(hidden, heads, logits, strict=True):
-            torch.mm(h, weight.T, out=out) if bias is None else torch.addmm(bias, h, weight.T, out=out)
+        for h, head, out in zip(hidden, heads, logits, strict=True):
+            head.project(h, out)
+        d_logits = [head.gradient_place(x) for head, x in zip(heads, logits[: len(students)], strict=False)]
         added: list[Tensor | None] = [None] * len(students)
         if kept and kl_SRN is not None:  # before gradients take the logits' place
             into = kl_SRN[:, :, rows]
@@ -75,21 +82,70 @@ def losses_and_gradients(
             temperature=temperature,
             divergence=divergence,
             wanted=wanted,
+            into=d_logits,
         )
         if kl_SRN is not None and kl_SRn is not None:
             kl_SRN[:, dense, rows] = kl_SRn
-        for d, extra in zip(logits, added, strict=False):
+        for d, extra in zip(d_logits, added, strict=True):
             if extra is not None:
                 d.add_(extra)
-        for d, h, (weight, _), (d_hidden, d_weight, d_bias) in zip(logits, hidden, heads, gradients, strict=False):
+        for d, h, head, (d_hidden, d_weight, d_bias) in zip(d_logits, hidden, heads, gradients, strict=False):
             if d_hidden is not None:
-                torch.mm(d, weight, out=d_hidden[rows])
+                head.hidden_gradient(d, d_hidden[rows])
             if d_weight is not None:
-                torch.addmm(d_weight, d.T, h, beta=0 if start == 0 else 1, out=d_weight)
+                head.weight_gradient(d, h, d_weight, add=start > 0)
             if d_bias is not None:
-                torch.add(d_bias, d.sum(0), alpha=1, out=d_bias) if start else torch.sum(d, 0, out=d_bias)
+                total = torch.sum(d, 0, dtype=dtype)
+                torch.add(d_bias, total, out=d_bias) if start else d_bias.copy_(total)
 
     return weighted_losses(ce_weight, ce_SN, kl_weight, kl_SRN, temperature), ce_SN, kl_SRN, gradients
+
+
+class _Head:
+    """A stream's head and its products: [n, V] logits, and what their gradients give."""
+
+    def __init__(self, stream: Projected, dtype: torch.dtype) -> None:
+        both_bf16 = stream.hidden.dtype == stream.weight.dtype == torch.bfloat16
+        self.tiled = both_bf16 and stream.weight.shape[1] % 2 == 0 and torch.ops.creche_native.has_tiles()
+        self.dtype = torch.bfloat16 if self.tiled else dtype
+        self._weight = stream.weight.to(self.dtype)
+        self._bias = None if stream.bias is None else stream.bias.to(dtype)
+        if self.tiled:
+            self._by_hidden = torch.ops.creche_native.tiled(self._weight.T)
+
+    def project(self, hidden_nD: Tensor, out_nV: Tensor) -> None:
+        if self.tiled:
+            if self._bias is not None:
+                out_nV.copy_(self._bias.expand_as(out_nV))
+            _mm_(hidden_nD, self._by_hidden, out_nV, add=self._bias is not None)
+        elif self._bias is None:
+            torch.mm(hidden_nD, self._weight.T, out=out_nV)
+        else:
+            torch.addmm(self._bias, hidden_nD, self._weight.T, out=out_nV)
+
+    def gradient_place(self, logits_nV: Tensor) -> Tensor:
+        return logits_nV.view(torch.bfloat16)[:, : logits_nV.shape[1]] if self.tiled else logits_nV
+
+    def hidden_gradient(self, d_nV: Tensor, out_nD: Tensor) -> None:
+        if self.tiled:
+            _mm_(d_nV, self._by_gradient, out_nD)
+        else:
+            torch.mm(d_nV, self._weight, out=out_nD)
+
+    def weight_gradient(self, d_nV: Tensor, hidden_nD: Tensor, out_VD: Tensor, *, add: bool) -> None:
+        if self.tiled:
+            _mm_(hidden_nD.T.contiguous(), torch.ops.creche_native.tiled(d_nV), out_VD.T, add=add)
+        else:
+            torch.addmm(out_VD, d_nV.T, hidden_nD, beta=int(add), out=out_VD)
+
+    @functools.cached_property
+    def _by_gradient(self) -> Tensor:
+        return torch.ops.creche_native.tiled(self._weight)
+
+
+def _mm_(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out (+)= left·right, `right` being tiled, whose rows are even in number: an odd one is of zeros."""
+    torch.ops.creche_native.mm_tiled_(torch.nn.functional.pad(left, (0, left.shape[1] % 2)), right, out, add)
 
 
 def _chunk(tokens: int, bytes_per_token: int) -> int:
@@ -99,8 +155,11 @@ def _chunk(tokens: int, bytes_per_token: int) -> int:
     return max(1, math.ceil(tokens / chunks))
 
 
-def _empty_gradients(student: Projected, needs: Sequence[bool], dtype: torch.dtype) -> list[Tensor | None]:
+def _empty_gradients(student: Projected, needs: Sequence[bool], dtype: torch.dtype, head: _Head) -> list[Tensor | None]:
     make = torch.empty if len(student.hidden) else torch.zeros
-    return [
+    made = [
         make(x.shape, dtype=dtype) if x is not None and need else None for x, need in zip(student, needs, strict=True)
     ]
+    if head.tiled and needs[1]:
+        made[1] = make(student.weight.T.shape, dtype=dtype).T  # its product's rows are of D
+    return made

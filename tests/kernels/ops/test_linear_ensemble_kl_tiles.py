@@ -1,0 +1,143 @@
+"""`linear_ensemble_kl` of bf16 streams on a processor with matrix tiles, against float64.
+
+Error at most three times that of fp32 products, whose gradients of logits are rounded to bf16.
+"""
+
+from collections.abc import Sequence
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels.native
+from kernels import Projected, TopK
+from kernels.ops.ensemble_kl.reference import loss_and_grad
+from kernels.ops.linear_ensemble_kl import native, reference
+
+if kernels.native.problem() is not None or not torch.ops.creche_native.has_tiles():
+    pytest.skip(
+        "this processor has no matrix tiles (AMX), or the native kernels are not built", allow_module_level=True
+    )
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def stream(tokens: int, vocabulary: int, width: int, *dtypes: torch.dtype, bias: bool = True) -> Projected:
+    of_hidden, of_head = dtypes or (BF16, BF16)
+    head = draw(vocabulary, width, seed=width, dtype=of_head)
+    return Projected(draw(tokens, width, dtype=of_hidden), head, draw(vocabulary, dtype=of_head) if bias else None)
+
+
+def assert_near(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    error, theirs = ((x - exact).abs().max().item() for x in (ours, plain))
+    rounding = torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item()
+    assert error <= 3 * max(theirs, rounding)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(
+    ("M", "K", "N"), [(1, 1, 1), (3, 5, 7), (65, 33, 129), (256, 512, 128), (300, 1030, 300), (2, 2049, 64)]
+)
+def test_products(M: int, K: int, N: int, across: bool, add: bool) -> None:
+    """Of a right matrix whose columns or whose rows are adjacent, and of a left one whose rows lie apart."""
+    left = draw(M, K + 3)[:, :K]
+    right = draw(N, K, seed=1).T if across else draw(K, N, seed=1)
+    out = torch.ones(M, N) if add else torch.full((M, N), torch.nan)
+    native._mm_(left, torch.ops.creche_native.tiled(right), out, add=add)
+    assert_near(out, left.float() @ right.float() + add, left.double() @ right.double() + add)
+
+
+def losses_and_gradients(
+    backend, students: int, streams: Sequence[Projected | TopK], divergence: str = "forward", needs=None
+) -> list[Tensor]:
+    """Of every third row ignored in cross-entropy, and of every second in the divergences."""
+    tokens, vocabulary = streams[0][0].shape[0], streams[0][1].shape[0]
+    wide = any(x is not None and x.dtype == torch.float64 for one in streams for x in one)
+    dtype = torch.float64 if wide else FP32
+    ce_rows, kl_rows = torch.arange(tokens) % 3 != 1, torch.arange(tokens) % 2 == 0
+    targets = (torch.arange(tokens) * 5 % vocabulary).masked_fill(~ce_rows, -100)
+    weights = draw(students, len(streams) + 1, seed=3, dtype=dtype).abs()
+    needs = needs or [[x is not None for x in one] for one in streams[:students]]
+    losses, ce, kl, gradients = backend.losses_and_gradients(
+        streams[:students], streams[students:], targets, weights[:, 0], weights[:, 1:], ce_rows, kl_rows, 3, 2.0,
+        divergence, needs,
+    )  # fmt: skip
+    return [losses, ce, kl, *(g for own in gradients for g in own if g is not None)]
+
+
+def plain(students: int, streams: Sequence[Projected | TopK], *rest) -> list[Tensor]:
+    """The reference with gradients of logits rounded as ours are."""
+
+    def rounded(*arguments, **options):
+        ce, kl, gradients = loss_and_grad(*arguments, **options)
+        return ce, kl, [g if g is None else g.bfloat16().float() for g in gradients]
+
+    with mock.patch.object(reference, "loss_and_grad", rounded):
+        return losses_and_gradients(reference, students, streams, *rest)
+
+
+def exact(students: int, streams: Sequence[Projected | TopK], *rest) -> list[Tensor]:
+    wide = [type(s)(*(x.double() if x is not None and x.is_floating_point() else x for x in s)) for s in streams]  # pyright: ignore[reportArgumentType]
+    return losses_and_gradients(reference, students, wide, *rest)
+
+
+def assert_as_exact(students: int, streams: Sequence[Projected | TopK], *rest) -> None:
+    three = (losses_and_gradients(native, students, streams, *rest), plain(students, streams, *rest))
+    for a, b, c in zip(*three, exact(students, streams, *rest), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, FP32)
+        assert_near(a, b, c)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("chunk", [7, 100])
+def test_students_and_teachers(chunk: int, divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which one is in fp32, and one has an odd width, which tiles do not take."""
+    monkeypatch.setattr(native, "BUDGET", chunk * 4 * 200 * 4)
+    streams = [stream(40, 200, 16), stream(40, 200, 24, bias=False), stream(40, 200, 8, FP32, FP32), stream(40, 200, 9)]
+    assert [native._Head(s, FP32).tiled for s in streams] == [True, True, False, False]
+    assert_as_exact(2, streams, divergence)
+    assert_as_exact(4, [streams[2], streams[0], streams[3], streams[1]], divergence)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_gradients_take_the_place_of_logits_already_read(divergence: str) -> None:
+    """Rows of several blocks."""
+    assert_as_exact(2, [stream(6, 2500, 16), stream(6, 2500, 24), stream(6, 2500, 8)], divergence)
+
+
+def test_beside_a_teacher_known_by_its_top_k() -> None:
+    log_prob, index = draw(40, 200, seed=5, dtype=FP32).log_softmax(-1).topk(8)
+    assert_as_exact(1, [stream(40, 200, 16), TopK(log_prob, index, 1 - log_prob.exp().sum(-1))])
+
+
+def test_ignored_rows_may_hold_anything() -> None:
+    streams = [stream(12, 200, 16), stream(12, 200, 24)]
+    clean = losses_and_gradients(native, 2, streams)
+    for one in streams:
+        one.hidden[[1, 7]] = torch.nan  # which count in neither
+    for a, b in zip(losses_and_gradients(native, 2, streams), clean, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=False)
+
+
+def test_no_rows_and_what_is_not_needed() -> None:
+    assert not any(x.any() for x in losses_and_gradients(native, 1, [stream(0, 200, 16)])[3:])
+    made = losses_and_gradients(native, 1, [stream(12, 200, 16)], "forward", [[False, True, False]])
+    assert [x.shape for x in made[3:]] == [(200, 16)]
+
+
+def test_bitwise_the_same_again_and_with_any_number_of_threads() -> None:
+    streams, threads = [stream(300, 600, 16), stream(300, 600, 24)], torch.get_num_threads()
+    first = losses_and_gradients(native, 2, streams)
+    try:
+        for count in (threads, 1, 2):
+            torch.set_num_threads(count)
+            again = losses_and_gradients(native, 2, streams)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.set_num_threads(threads)
