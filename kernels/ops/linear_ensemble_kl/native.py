@@ -106,7 +106,7 @@ class _Head:
 
     def __init__(self, stream: Projected, dtype: torch.dtype) -> None:
         both_bf16 = stream.hidden.dtype == stream.weight.dtype == torch.bfloat16
-        self.tiled = both_bf16 and stream.weight.shape[1] % 2 == 0 and torch.ops.creche_native.has_tiles()
+        self.tiled = both_bf16 and dtype == torch.float32 and torch.ops.creche_native.has_tiles()
         self.dtype = torch.bfloat16 if self.tiled else dtype
         self._weight = stream.weight.to(self.dtype)
         self._bias = None if stream.bias is None else stream.bias.to(dtype)
@@ -134,7 +134,7 @@ class _Head:
 
     def weight_gradient(self, d_nV: Tensor, hidden_nD: Tensor, out_VD: Tensor, *, add: bool) -> None:
         if self.tiled:
-            _mm_(hidden_nD.T.contiguous(), torch.ops.creche_native.tiled(d_nV), out_VD.T, add=add)
+            _mm_(hidden_nD.T, torch.ops.creche_native.tiled(d_nV), out_VD.T, add=add)
         else:
             torch.addmm(out_VD, d_nV.T, hidden_nD, beta=int(add), out=out_VD)
 
@@ -145,7 +145,8 @@ class _Head:
 
 def _mm_(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
     """out (+)= left·right, `right` being tiled, whose rows are even in number: an odd one is of zeros."""
-    torch.ops.creche_native.mm_tiled_(torch.nn.functional.pad(left, (0, left.shape[1] % 2)), right, out, add)
+    left = torch.nn.functional.pad(left, (0, left.shape[1] % 2))
+    torch.ops.creche_native.mm_tiled_(left if left.stride(1) == 1 else left.contiguous(), right, out, add)
 
 
 def _chunk(tokens: int, bytes_per_token: int) -> int:

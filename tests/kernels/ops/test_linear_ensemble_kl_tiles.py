@@ -97,10 +97,10 @@ def assert_as_exact(students: int, streams: Sequence[Projected | TopK], *rest) -
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("chunk", [7, 100])
 def test_students_and_teachers(chunk: int, divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which one is in fp32, and one has an odd width, which tiles do not take."""
+    """Of which one is in fp32, and one has an odd width."""
     monkeypatch.setattr(native, "BUDGET", chunk * 4 * 200 * 4)
     streams = [stream(40, 200, 16), stream(40, 200, 24, bias=False), stream(40, 200, 8, FP32, FP32), stream(40, 200, 9)]
-    assert [native._Head(s, FP32).tiled for s in streams] == [True, True, False, False]
+    assert [native._Head(s, FP32).tiled for s in streams] == [True, True, False, True]
     assert_as_exact(2, streams, divergence)
     assert_as_exact(4, [streams[2], streams[0], streams[3], streams[1]], divergence)
 
@@ -123,6 +123,16 @@ def test_ignored_rows_may_hold_anything() -> None:
         one.hidden[[1, 7]] = torch.nan  # which count in neither
     for a, b in zip(losses_and_gradients(native, 2, streams), clean, strict=True):
         torch.testing.assert_close(a, b, equal_nan=False)
+
+
+def test_any_strides_and_float64_beside() -> None:
+    one = stream(12, 200, 16)
+    scattered = Projected(one.hidden.T.contiguous().T, one.weight.T.contiguous().T, one.bias)
+    for a, b in zip(*(losses_and_gradients(native, 1, [s]) for s in (one, scattered)), strict=True):
+        assert torch.equal(a, b)
+    wide = stream(12, 200, 24, torch.float64, torch.float64)
+    for a, b in zip(*(losses_and_gradients(backend, 2, [one, wide]) for backend in (native, reference)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_no_rows_and_what_is_not_needed() -> None:
