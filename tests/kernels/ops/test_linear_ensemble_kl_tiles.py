@@ -1,10 +1,9 @@
 """`linear_ensemble_kl` of bf16 streams on a processor with matrix tiles, against float64.
 
-Error at most three times that of fp32 products, whose gradients of logits are rounded to bf16.
+Error at most three times that of the reference's fp32 products, the gradients of logits being rounded to bf16.
 """
 
 from collections.abc import Sequence
-from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 
 import kernels.native
 from kernels import Projected, TopK
-from kernels.ops.ensemble_kl.reference import loss_and_grad
 from kernels.ops.linear_ensemble_kl import native, reference
+from tests.kernels.yardstick import assert_near, stored_gradients
 
 if kernels.native.problem() is not None or not torch.ops.creche_native.has_tiles():
     pytest.skip(
@@ -31,12 +30,6 @@ def stream(tokens: int, vocabulary: int, width: int, *dtypes: torch.dtype, bias:
     of_hidden, of_head = dtypes or (BF16, BF16)
     head = draw(vocabulary, width, seed=width, dtype=of_head)
     return Projected(draw(tokens, width, dtype=of_hidden), head, draw(vocabulary, dtype=of_head) if bias else None)
-
-
-def assert_near(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
-    error, theirs = ((x - exact).abs().max().item() for x in (ours, plain))
-    rounding = torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item()
-    assert error <= 3 * max(theirs, rounding)
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -71,25 +64,16 @@ def losses_and_gradients(
     return [losses, ce, kl, *(g for own in gradients for g in own if g is not None)]
 
 
-def plain(students: int, streams: Sequence[Projected | TopK], *rest) -> list[Tensor]:
-    """The reference with gradients of logits rounded as ours are."""
-
-    def rounded(*arguments, **options):
-        ce, kl, gradients = loss_and_grad(*arguments, **options)
-        return ce, kl, [g if g is None else g.bfloat16().float() for g in gradients]
-
-    with mock.patch.object(reference, "loss_and_grad", rounded):
-        return losses_and_gradients(reference, students, streams, *rest)
-
-
 def exact(students: int, streams: Sequence[Projected | TopK], *rest) -> list[Tensor]:
     wide = [type(s)(*(x.double() if x is not None and x.is_floating_point() else x for x in s)) for s in streams]  # pyright: ignore[reportArgumentType]
     return losses_and_gradients(reference, students, wide, *rest)
 
 
 def assert_as_exact(students: int, streams: Sequence[Projected | TopK], *rest) -> None:
-    three = (losses_and_gradients(native, students, streams, *rest), plain(students, streams, *rest))
-    for a, b, c in zip(*three, exact(students, streams, *rest), strict=True):
+    ours = losses_and_gradients(native, students, streams, *rest)
+    with stored_gradients(streams[:students]):
+        plain = losses_and_gradients(reference, students, streams, *rest)
+    for a, b, c in zip(ours, plain, exact(students, streams, *rest), strict=True):
         assert (a.shape, a.dtype) == (b.shape, FP32)
         assert_near(a, b, c)
 

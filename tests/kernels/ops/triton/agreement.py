@@ -1,7 +1,6 @@
 """The yardstick of the Triton kernels' tests: float64.
 
-A kernel may err 3 times as much as plain torch (`reference.py`) in the same storage dtype. Plain torch's error is taken
-to be no less than a rounding of the largest value to that dtype, since it is now and then exact by luck.
+A kernel may err 3 times as much as plain torch (`reference.py`) in the same storage dtype, as `yardstick.py` says.
 
 Triton's interpreter is wrong in bf16: its arithmetic takes the bits for integers (the kernels widen what they load, so
 none happens), and its casts from fp32 cut off what a GPU rounds to the nearest even. `honest_memory_and_casts` puts
@@ -17,6 +16,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from tests.kernels.yardstick import assert_near
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
@@ -49,14 +50,6 @@ def assert_agrees(
         if not c.numel():
             continue
         assert_near(a, b, c, f"result {k} of {dtypes}")
-
-
-def assert_near(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """`ours` and `plain` have the same dtype, `exact` is in float64."""
-    assert ours.dtype == plain.dtype
-    error, theirs = ((x - exact).abs().max().item() for x in (ours, plain))
-    rounding = torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item()
-    assert error <= 3 * max(theirs, rounding), f"{what}: {error:.3g}, plain torch {theirs:.3g}"
 
 
 @contextmanager

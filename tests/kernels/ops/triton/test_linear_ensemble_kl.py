@@ -1,7 +1,6 @@
 """`linear_ensemble_kl` in Triton against the reference in float64. A CPU's matrix products are torch's, in fp32."""
 
 from collections.abc import Sequence
-from unittest import mock
 
 import pytest
 import torch
@@ -10,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from kernels import Projected, TopK
-from kernels.ops.ensemble_kl.reference import loss_and_grad
-from kernels.ops.linear_ensemble_kl import reference, top_k, triton
-from tests.kernels.ops.triton.agreement import DEVICE, assert_near, honest_memory_and_casts
+from kernels.ops.linear_ensemble_kl import reference, triton
+from tests.kernels.ops.triton.agreement import DEVICE, honest_memory_and_casts
+from tests.kernels.yardstick import assert_near, stored_gradients
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Swept = tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]
@@ -85,38 +84,13 @@ def wide(streams: Sequence[Projected | TopK]) -> list[Projected | TopK]:
 def check(students: int, streams: Sequence[Projected | TopK], **options) -> list[Tensor]:
     with honest_memory_and_casts():
         ours = flat(run(triton, students, streams, **options))
-    plain = flat(run_stored(students, streams, **options))
+    with stored_gradients(streams[:students]):
+        plain = flat(run(reference, students, streams, **options))
     exact = flat(run(reference, students, wide(streams), **options))
     for k, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
         assert (a.shape, a.dtype) == (b.shape, FP32)
         assert_near(a, b, c, f"result {k}")
     return ours
-
-
-def run_stored(students: int, streams: Sequence[Projected | TopK], **options) -> Swept:
-    """As plain torch does it in the storage's dtype: the gradients of the logits are in that of the hidden states and
-    the head, or in fp32 where these differ, those of `top_k.py` too; and its divergences are sums of p·(log p − log q).
-    The reference is in fp32 throughout, and its sums are of what is never negative.
-    """
-    stored = [h.dtype if h.dtype == w.dtype else FP32 for h, w, _ in streams[:students]]
-
-    def rounded(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [g if g is None else g.to(dtype).float() for g, dtype in zip(gradients, stored, strict=True)]
-
-    def dense(*arguments, **others):
-        ce, kl, gradients = loss_and_grad(*arguments, **others)
-        return ce, kl, rounded(gradients)
-
-    def kept(*arguments):
-        return rounded(of_top_k(*arguments))
-
-    of_top_k = top_k.losses_and_gradients
-    with (
-        mock.patch.object(reference, "loss_and_grad", dense),
-        mock.patch.object(top_k, "losses_and_gradients", kept),
-        mock.patch.object(top_k, "_kl", lambda p, _, u: torch.where(p == 0, 0, p * u).sum(-1)),
-    ):
-        return run(reference, students, streams, **options)
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
