@@ -531,8 +531,8 @@ std::vector<Tensor> backward(
   return gradients;
 }
 
-// Losses and gradients in one pass: as `loss_and_grad` in reference.py, but that the gradients of the `wanted` students
-// take the place of their logits. kl is empty without `kl_weight`.
+// Losses and gradients in one pass: as `loss_and_grad` in reference.py, but into `gradients`, where one is wanted. A row of
+// these may begin where that of its logits does, if it takes no more bytes. kl is empty without `kl_weight`.
 std::tuple<Tensor, Tensor> loss_and_grad_(
     at::TensorList logits,
     const c10::List<std::optional<Tensor>>& gradients,

@@ -280,6 +280,7 @@ def _to_mean(u):
     square = u * u * (1 / 4)
     log_cosh = square * (1 / 2 - square * (1 / 12 - square * (1 / 45 - square * (17 / 2520))))
     larger = -LN_2 * tl.log2(tl.exp2(-tl.abs(u) * LOG2_E) * (1 / 2) + 1 / 2)
+    # Already here the series: the logarithm, of what is near 1, errs by a rounding of 1, large beside |u| / 2.
     larger = tl.where(tl.abs(u) < 1 / 2, tl.abs(u) * (1 / 2) - log_cosh, larger)
     series = square * (1 - square * (1 / 2 - square * (2 / 9 - square * (17 / 180))))
     return larger + tl.minimum(u, 0.0), larger - tl.maximum(u, 0.0), series

@@ -33,6 +33,7 @@ class HandBack(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         (cotangent,) = cotangents
+        # Some come transposed: straightened here, in the pass that casts, they are not walked across ever after.
         handed = (
             None if gradient is None else gradient.mul_(cotangent).to(dtype, memory_format=torch.contiguous_format)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)

@@ -13,12 +13,12 @@ namespace creche::linear_ensemble_kl {
 
 using at::Tensor;
 
-constexpr int64_t ROWS = 256, COLUMNS = 128, DEPTH = 512;  // of M, N and K in a call of the kernel: 512 KiB, in a core's cache
+constexpr int64_t ROWS = 256, COLUMNS = 128, DEPTH = 512;  // of M, N, K in a call: 512 KiB, in a core's cache
 
 bool has_tiles() { return at::native::cpublas::could_pack(at::kBFloat16); }
 
-// right [K, N] as the kernel reads it, [⌈N / COLUMNS⌉, ⌈K / 2⌉, COLUMNS, 2]: in blocks of columns, numbers of two rows side
-// by side. What is past the edges is 0.
+// right [K, N] as the kernel reads it, [⌈N / COLUMNS⌉, ⌈K / 2⌉, COLUMNS, 2]: in blocks of columns, numbers of two rows
+// side by side. What is past the edges is 0.
 Tensor tiled(const Tensor& right) {
   TORCH_CHECK(right.dim() == 2 && right.scalar_type() == at::kBFloat16, "expected a matrix of bf16");
   const int64_t K = right.size(0), N = right.size(1), pairs = (K + 1) / 2, blocks = (N + COLUMNS - 1) / COLUMNS;

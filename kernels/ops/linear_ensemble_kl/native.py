@@ -158,9 +158,9 @@ def _chunk(tokens: int, bytes_per_token: int) -> int:
 
 def _empty_gradients(student: Projected, needs: Sequence[bool], dtype: torch.dtype, head: _Head) -> list[Tensor | None]:
     make = torch.empty if len(student.hidden) else torch.zeros
-    made = [
-        make(x.shape, dtype=dtype) if x is not None and need else None for x, need in zip(student, needs, strict=True)
-    ]
-    if head.tiled and needs[1]:
-        made[1] = make(student.weight.T.shape, dtype=dtype).T  # its product's rows are of D
-    return made
+
+    def like(x: Tensor) -> Tensor:
+        by_columns = head.tiled and x is student.weight  # the rows of its product are of D
+        return make(x.T.shape, dtype=dtype).T if by_columns else make(x.shape, dtype=dtype)
+
+    return [None if x is None or not need else like(x) for x, need in zip(student, needs, strict=True)]
