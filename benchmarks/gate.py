@@ -25,6 +25,7 @@ from engine import train
 from engine.cohort import Cohort, Outcome, Student
 from engine.config import Config
 from engine.data import Step
+from engine.objective import Tally
 from engine.outer_loop import OuterLoop
 from engine.profiling import top_operations
 from engine.run import Run
@@ -114,7 +115,7 @@ def engine_loop(config: Config, gate: Gate) -> None:
         def profiled(self, steps: Iterator[Step]) -> Iterator[Step]:
             return gate.between(super().profiled(steps))
 
-        def record(self, step: Step, tally: train.Tally, outcome: Outcome) -> None:
+        def record(self, step: Step, tally: Tally, outcome: Outcome) -> None:
             super().record(step, tally, outcome)
             gate.losses = tally.losses_S.tolist()
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine import checkpoint
 from engine import tokenizer as tokenization
-from engine.config import StudentConfig
+from engine.cohort import Record
+from engine.config import Config, StudentConfig
+from engine.corpus.prepare import Prepared
 from engine.ledger import NAME as LEDGER
 from engine.ledger import Ledger, as_dict
-from engine.models.families import Model, Shape, model_of
+from engine.models.families import Model, Shape, model_of, shape_of
 from engine.models.gpt2 import GPT2Shape
 from engine.models.llama import LlamaShape
 from engine.models.roberta import Roberta, RobertaShape
@@ -60,6 +63,46 @@ def export_student(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise ValueError(f"{folder} could not be written ({error}): make room and export again") from None
+
+
+def export_record(folder: Path, student: StudentConfig, record: Record, tokenizer: Tokenizer, ledger: Ledger) -> None:
+    """Write the student of a checkpoint's `record` as `export_student` does."""
+    weights = {name.removeprefix("weight/"): w for name, w in record.items() if name.startswith("weight/")}
+    export_student(folder, shape_of(student, tokenizer.size), weights, tokenizer, ledger)
+
+
+def export_run(
+    run: Path,
+    config: Config,
+    prepared: Prepared,
+    step: int | None,
+    to: Path | None = None,
+    students: Collection[str] | None = None,
+) -> list[Path]:
+    """Write the students of a run's checkpoint (None: the last), or the named ones, as Hugging Face folders under `to`
+    (run/students).
+
+    Raises ValueError where the checkpoint is missing or damaged, or was trained on other data: its tokenizer is gone.
+    """
+    checkpoints = run / "checkpoints"
+    source = checkpoint.latest(checkpoints) if step is None else checkpoint.at_step(checkpoints, step)
+    if source is None or not source.is_dir():
+        raise ValueError(f"{source or checkpoints}: no such checkpoint; train first, or name a step that was kept")
+    state = checkpoint.read_state(source)
+    if state.data != prepared.identity:
+        raise ValueError(
+            f"{source} was trained on data {state.data[:8]}, but data.path={config.data.path} now gives "
+            f"{prepared.identity[:8]}, and with it another tokenizer: restore the text"
+        )
+    folders = []
+    for student in config.students:
+        if students is not None and student.name not in students:
+            continue
+        folders.append((to or run / "students") / student.name)
+        export_record(
+            folders[-1], student, checkpoint.read_student(source, student.name), prepared.tokenizer, state.ledger
+        )
+    return folders
 
 
 def require_folder(folder: Path, key: str) -> Path:

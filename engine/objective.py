@@ -1,4 +1,4 @@
-"""From the objective's settings to the coefficients of the one loss.
+"""The one loss: its coefficients from the objective's settings, and what it adds up to over a step.
 
 Every recipe pays loss_i = a_i · CE_i + Σ_{j≠i} w_ij · T² · KL(p_j ‖ p_i) over R = S + K streams; they differ in a and w
 alone. S students, K teachers, R streams.
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ObjectiveConfig
+from kernels import LinearEnsembleKL
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,19 @@ def coefficients(
     return Coefficients(
         objective.ce * share_S, None if alone else kl_weight_SR, objective.temperature, objective.divergence
     )
+
+
+class Tally:
+    """What a step's micro-batches add up to on this rank; it stays on the device until something is logged."""
+
+    def __init__(self, students: int, device: torch.device) -> None:
+        self.losses_S = torch.zeros(students, dtype=torch.float64, device=device)
+        self.ce_S = torch.zeros(students, dtype=torch.float64, device=device)
+        self.kl_SR: Tensor | None = None
+
+    def add(self, result: LinearEnsembleKL) -> None:
+        self.losses_S += torch.stack(result.losses).detach()
+        self.ce_S += result.ce.sum(-1, dtype=torch.float64)
+        if result.kl is not None:
+            kl_SR = result.kl.sum(-1, dtype=torch.float64)
+            self.kl_SR = kl_SR if self.kl_SR is None else self.kl_SR + kl_SR

@@ -19,13 +19,11 @@ import fcntl
 import json
 import math
 import os
-import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -37,45 +35,29 @@ from engine import ledger as ledgers
 from engine.checkpoint import State
 from engine.checks import check_profile, check_same, steps_of
 from engine.cohort import Cohort, Outcome, Student, new_model
-from engine.cohort import Record as ParametersAndMoments
-from engine.config import Config, StudentConfig
-from engine.corpus.prepare import Prepared, prepare
+from engine.config import Config
+from engine.corpus.prepare import prepare
 from engine.data import HeldOutData, Step, TokenFile, TrainingData, WordStarts, shares
-from engine.evaluation.held_out import validation_losses
-from engine.evaluation.results import SetScore, TaskScore, pooled
-from engine.evaluation.samples import samples
-from engine.evaluation.scoring import cohort_log_probabilities
 from engine.evaluation.tasks import Task, minimal_pairs, read_tasks
+from engine.evaluation.watch import PAIRS, Watch
 from engine.evaluation.zero_shot import ZeroShot
-from engine.export import export_student, import_student, shape_of_folder
+from engine.export import export_record, export_run, import_student, shape_of_folder
 from engine.flops import Text
-from engine.hardware import EnergyMeter, peak
+from engine.hardware import peak
+from engine.journal import Journal
 from engine.ledger import Ledger
 from engine.masking import MaskedFile, Masking
-from engine.metrics import (
-    EvaluationRecord,
-    MetricsLog,
-    Progress,
-    Record,
-    StepRecord,
-    StudentEvaluation,
-    StudentSummary,
-    Summary,
-    final_table,
-)
+from engine.metrics import MetricsLog
 from engine.models.families import shape_of
-from engine.objective import Coefficients, coefficients
-from engine.outer_loop import OuterLoop, OuterState, Update
+from engine.objective import Coefficients, Tally, coefficients
+from engine.outer_loop import OuterLoop, OuterState
+from engine.progress import Progress
 from engine.report import write_report
-from engine.runtime import Runtime, device_name, git_commit
+from engine.runtime import Runtime, git_commit
+from engine.summary import final_table, summarise
 from engine.teachers import NO_TEACHERS, STORAGE, Teachers, folder_of, load_teachers
-from engine.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from engine.train import Tally
 
 HELD_OUT_SEED = 0  # of its masks, in every run
-PAIRS = "evaluation.pairs"  # the task of the minimal pairs that every run is watched by
 MILESTONES = [digit * 10**decade for decade in (6, 7, 8) for digit in range(1, 10)] + [10**9]  # words
 
 
@@ -107,7 +89,7 @@ class Run:
         )
         self.steps = steps_of(config, train_file.chunks)
         check_profile(config.run, self.steps, runtime)
-        self.held_out = HeldOutData(
+        held_out = HeldOutData(
             held_out_file,
             tokens=config.evaluation.tokens,
             batch=self.data.micro_batch,
@@ -118,9 +100,9 @@ class Run:
         if config.evaluation.pairs == "auto":
             tasks.append(minimal_pairs(PAIRS, self.prepared.pairs))
         positions = min(student.positions for student in config.students)
-        self.questions = ZeroShot(
-            tasks, self.prepared.tokenizer, runtime, positions=positions, share=False, masked=config.masked
-        )
+        tokenizer = self.prepared.tokenizer
+        questions = ZeroShot(tasks, tokenizer, runtime, positions=positions, share=False, masked=config.masked)
+        self.watch = Watch(config.evaluation, held_out, questions, tokenizer, runtime)
 
         self.state = State(self.prepared.identity) if found is None else checkpoint.read_state(found)
         if self.state.data != self.prepared.identity:
@@ -138,10 +120,7 @@ class Run:
         if not self.state.ledger.students:
             self.state = replace(self.state, ledger=self._new_ledger())
         self.peak = self._peak()
-
-        self._begin_folder(found, stack)
-        self._meter = EnergyMeter(runtime.device)
-        self._logged, self._logged_state = time.monotonic(), self.state  # when and where metrics last went out
+        self.journal = self._begin_folder(found, stack)
 
     def _found(self) -> Path | None:
         """The checkpoint to go on from. ValueError where the folder is another run's, or not as `resume` wants it."""
@@ -232,8 +211,8 @@ class Run:
         (total,) = self.runtime.agree(values)
         return total if math.isfinite(total) else None
 
-    def _begin_folder(self, found: Path | None, stack: ExitStack) -> None:
-        self._log: MetricsLog | None = None
+    def _begin_folder(self, found: Path | None, stack: ExitStack) -> Journal:
+        log: MetricsLog | None = None
         pids: list[int | None] = [None] * self.runtime.world
         dist.all_gather_object(pids, os.getpid())
         with self.runtime.main_first():
@@ -241,24 +220,21 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock(pids, stack)
                 settings.save(self.config, self.folder / "config.yaml", git_commit=git_commit())
-                self._log = stack.enter_context(MetricsLog(self.folder, self.state.metrics_position))
-        self._progress = stack.enter_context(Progress(self.steps, start=self.state.step, rank=self.runtime.rank))
+                log = stack.enter_context(MetricsLog(self.folder, self.state.metrics_position))
+        progress = stack.enter_context(Progress(self.steps, start=self.state.step, rank=self.runtime.rank))
+        place = f"{self.runtime.world} rank(s), ZeRO {self.config.train.stage(self.runtime.world)}"
+        before, self.state = self.state.place, replace(self.state, place=place)
+        clip = self.config.optimizer.clip
+        journal = Journal(
+            log, progress, self.cohort, self.teachers, self.runtime, self.state, clip=clip, peak=self.peak
+        )
         if found is None:
-            self._write(
-                {
-                    "kind": "streams",
-                    "step": 0,
-                    "students": [s.name for s in self.cohort],
-                    "teachers": self.teachers.names,
-                }
-            )
+            journal.streams()
         elif self.runtime.is_main:
             print(f"going on from {found}, step {self.state.step} of {self.steps}")
-        place = f"{self.runtime.world} rank(s), ZeRO {self.config.train.stage(self.runtime.world)}"
-        if self.state.place not in ("", place):
-            text = f"goes on with {place}, after {self.state.place}"
-            self._write({"kind": "event", "step": self.state.step, "text": text})
-        self.state = replace(self.state, place=place)
+        if before not in ("", place):
+            journal.event(self.state.step, f"goes on with {place}, after {before}")
+        return journal
 
     def _lock(self, pids: list[int | None], stack: ExitStack) -> None:
         """Leave the ranks' process ids in the folder, and hold it: ValueError where another run does."""
@@ -296,10 +272,10 @@ class Run:
         factor = schedule.factor(self.config.optimizer, step.number, self.steps)
         return [student.config.learning_rate * factor for student in self.cohort]
 
-    def record(self, step: Step, tally: "Tally", outcome: Outcome) -> None:
+    def record(self, step: Step, tally: Tally, outcome: Outcome) -> None:
         """Write down what the step did; evaluate and save where that is due."""
         skipped, words = bool(outcome.bad), self.state.words + step.words
-        milestones = [n for n in MILESTONES if self.state.words < n <= words]
+        milestones = [n for n in MILESTONES if self.config.checkpoint.milestones and self.state.words < n <= words]
         every = self.config.evaluation.every_words
         evaluate = every is not None and self.state.words // every < words // every
         self.state = replace(
@@ -317,21 +293,19 @@ class Run:
         evaluate = evaluate or last or step.number % self.config.evaluation.every == 0
         save = last or outcome.stop or step.number % self.config.checkpoint.every == 0
         if skipped or evaluate or save or step.number % self.config.run.log_every == 0:
-            self._log_step(step, tally, outcome)
+            self.state = self.journal.step(self.state, step, tally, outcome, self.learning_rates(step))
         if self.outer.last is not None:
-            self._log_outer(self.outer.last)
+            self.journal.outer(self.state.step, self.outer.last)
         if skipped:
             self._skip(outcome)
-        begin = time.monotonic()
-        improved = evaluate and self._evaluate()
-        if improved or save:
-            self._save()
-        if self.config.checkpoint.milestones:
+        if not (evaluate or save or milestones):
+            return
+        with self.journal.off_the_clock():
+            improved = evaluate and self._evaluate()
             for milestone in milestones:
                 self._export_milestone(milestone)
-        self._logged += time.monotonic() - begin  # evaluating and saving are not training time
-        if evaluate or save:
-            self._meter.take()
+            if improved or save:
+                self._save()  # last: a run that goes on from here has all the records of this step
 
     def _spent(self, step: Step) -> Ledger:
         """The ledger with what the step has cost."""
@@ -346,85 +320,10 @@ class Run:
         seconds = 0.0 if update is None else update.seconds
         return self.state.ledger.spend(cost, tokens=step.tokens, words=step.words, outer_seconds=seconds)
 
-    def _log_step(self, step: Step, tally: "Tally", outcome: Outcome) -> None:
-        students = len(self.cohort)
-        sums = (
-            [tally.losses_S, tally.ce_S] if tally.kl_SR is None else [tally.losses_S, tally.ce_S, tally.kl_SR.flatten()]
-        )
-        joules = self._meter.take()
-        sums.append(sums[0].new_tensor([math.nan if joules is None else joules]))
-        *summed, joules = self.runtime.agree(torch.cat(sums))
-        losses = summed[:students]
-        ce, kl = (
-            [x / step.valid_tokens for x in part] for part in (summed[students : 2 * students], summed[2 * students :])
-        )
-        now = time.monotonic()
-        seconds, self._logged = now - self._logged, now
-        own_seconds = [student.clock.take() for student in self.cohort]
-        ledger = self.state.ledger.clocked(
-            seconds, own_seconds, self.teachers.clock.take(), joules if math.isfinite(joules) else None
-        )
-        self.state = replace(self.state, ledger=ledger)
-        before, self._logged_state = self._logged_state, self.state
-        steps, tokens = self.state.step - before.step, self.state.tokens - before.tokens
-        flops, spent = ledger.flops, ledger.flops - before.ledger.flops
-        clip = self.config.optimizer.clip
-        record: StepRecord = {
-            "kind": "step",
-            "step": step.number,
-            "epoch": step.epoch,
-            "tokens": self.state.tokens,
-            "words": self.state.words,
-            "seconds": seconds / steps,
-            "tokens_per_second": tokens / seconds,
-            "model_flops": flops.model,
-            "hardware_flops": flops.hardware,
-            "students": {
-                student.name: {
-                    "loss": losses[i],
-                    "ce": ce[i],
-                    "grad_norm": outcome.gradient_norms[i],
-                    "lr": self.learning_rates(step)[i],
-                    "tokens_per_second": tokens / own_seconds[i],
-                    "model_flops_per_second": (
-                        ledger.students[student.name].model_flops - before.ledger.students[student.name].model_flops
-                    )
-                    / seconds,
-                    "clipped": 0 < clip < outcome.gradient_norms[i],
-                }
-                for i, student in enumerate(self.cohort)
-            },
-            "kl": [kl[i : i + len(kl) // students] for i in range(0, len(kl), len(kl) // students or 1)],
-        }
-        if self.peak is not None:
-            record["mfu"], record["hfu"] = (x / seconds / self.peak for x in (spent.model, spent.hardware))
-        if ledger.joules is not None:
-            record["joules"] = ledger.joules
-        self._write(record)
-
-    def _log_outer(self, update: Update) -> None:
-        self._write(
-            {
-                "kind": "outer",
-                "step": self.state.step,
-                "omega": dict(zip((student.name for student in self.cohort), update.omega, strict=True)),
-                "held_out_loss": update.loss,
-                "shares": update.shares,
-                "step_size": update.step_size,
-                "seconds": update.seconds,
-            }
-        )
-
     def _skip(self, outcome: Outcome) -> None:
+        """Raises ValueError where too many steps in a row were skipped."""
         names = [self.cohort[i].name for i in outcome.bad]
-        self._write(
-            {
-                "kind": "skipped",
-                "step": self.state.step,
-                "students": names,
-                "reason": "loss or gradient not finite; no student stepped",
-            }
-        )
+        self.journal.skipped(self.state.step, names)
         if self.state.skipped_in_a_row >= self.config.train.skip_limit:
             raise ValueError(
                 f"{', '.join(names)}: loss or gradient not finite {self.state.skipped_in_a_row} steps in a row, up to "
@@ -434,48 +333,14 @@ class Run:
 
     def _evaluate(self) -> bool:
         """Evaluate every student; whether the mean validation loss is the best so far."""
-        losses = validation_losses(self.cohort, self.held_out, self.runtime, self.state.omega)
-        scores: list[list[TaskScore]] = [[] for _ in losses]
-        if self.questions.tasks:
-            with self.cohort.evaluating():
-                scores = self.questions.scores(cohort_log_probabilities(self.cohort, self.state.omega))
-        found: list[StudentEvaluation] = [
-            {
-                "validation_loss": loss,
-                "pairs_accuracy": next((_half_ties(pooled("", t.sets)) for t in own if t.task == PAIRS), None),
-                "scores": {task.task: task.mean.score for task in own if task.task != PAIRS},
-            }
-            for loss, own in zip(losses, scores, strict=True)
-        ]
-        names = [student.name for student in self.cohort]
-        record: EvaluationRecord = {
-            "kind": "evaluation",
-            "step": self.state.step,
-            "students": dict(zip(names, found, strict=False)),
-        }
-        if len(found) > len(names):
-            record["ensemble"] = found[-1]
-        self._write(record)
-        mean = sum(losses[: len(names)]) / len(names)
+        found, phenomena = self.watch.evaluate(self.cohort, self.state.omega)
+        self.journal.evaluation(self.state.step, found)
+        mean = sum(one["validation_loss"] for one in found[: len(self.cohort)]) / len(self.cohort)
         improved = math.isfinite(mean) and (self.state.best_loss is None or mean < self.state.best_loss)
         if improved:
-            self.state = replace(
-                self.state, best_step=self.state.step, best_loss=mean, best=tuple(self._describe(found, scores))
-            )
+            best = self.watch.describe(self.cohort, found, phenomena)
+            self.state = replace(self.state, best_step=self.state.step, best_loss=mean, best=best)
         return improved
-
-    def _describe(self, found: list[StudentEvaluation], scores: list[list[TaskScore]]) -> list[dict[str, Any]]:
-        evaluation = self.config.evaluation
-        count = 0 if self.config.masked else evaluation.samples  # who sees both sides writes no text
-        texts = samples(self.cohort, self.prepared.tokenizer, count, evaluation.sample_tokens)
-        return [
-            {
-                **found[i],
-                "pairs_by_phenomenon": {s.name: _half_ties(s) for t in scores[i] if t.task == PAIRS for s in t.sets},
-                "samples": texts[i],
-            }
-            for i in range(len(self.cohort))
-        ]
 
     def _export_milestone(self, words: int) -> None:
         """Every student as BabyLM asks for it after so many words; a collective call."""
@@ -485,19 +350,14 @@ class Run:
         with self.runtime.main_first():
             if self.runtime.is_main:
                 for student, record in zip(self.cohort, records, strict=True):
-                    _export(folder / student.name / name, student.config, record, self.prepared.tokenizer, ledger)
+                    export_record(folder / student.name / name, student.config, record, self.prepared.tokenizer, ledger)
         text = f"{name}: every student exported after {self.state.words:,} words, {self.state.tokens:,} tokens"
-        self._write({"kind": "event", "step": self.state.step, "text": text})
+        self.journal.event(self.state.step, text)
 
     def _save(self) -> None:
-        position = self._log.position() if self._log else 0
-        self.state = replace(self.state, metrics_position=position, random_state=checkpoint.random_state())
+        position, random_state = self.journal.position(), checkpoint.random_state()
+        self.state = replace(self.state, metrics_position=position, random_state=random_state)
         checkpoint.save(self.checkpoints, self.cohort, self.state, self.runtime, keep=self.config.checkpoint.keep)
-
-    def _write(self, record: Record) -> None:
-        if self._log is not None:
-            self._log.write(record)
-            self._progress.show(record)
 
     def pause(self) -> None:
         """Asked to stop: the checkpoint is written; say how to go on."""
@@ -517,101 +377,18 @@ class Run:
         with self.runtime.main_first():
             if self.runtime.is_main:
                 export_run(self.folder, self.config, self.prepared, self.state.best_step)
-                summary = self._summary(self.state.best_step)
+                omega = checkpoint.read_state(checkpoint.at_step(self.checkpoints, self.state.best_step)).omega
+                summary = summarise(
+                    self.folder,
+                    self.config,
+                    self.prepared,
+                    self.cohort,
+                    self.runtime,
+                    self.state,
+                    omega=omega,
+                    peak=self.peak,
+                )
                 (self.folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False))
                 write_report(self.folder)
                 self._stack.close()  # the progress display ends before the table begins
                 print(final_table(summary))
-
-    def _summary(self, best_step: int) -> Summary:
-        manifest, state = self.prepared.manifest, self.state
-        held_out = manifest["splits"]["validation"]
-        tokens_per_word = held_out["tokens"] / held_out["words"]
-        students: list[StudentSummary] = [
-            {
-                "name": student.name,
-                "parameters": student.parameters,
-                "validation_loss": best["validation_loss"],
-                "validation_loss_per_word": best["validation_loss"] * tokens_per_word,
-                "pairs_accuracy": best["pairs_accuracy"],
-                "pairs_by_phenomenon": best["pairs_by_phenomenon"],
-                "tokens_per_second": state.tokens / account.seconds,
-                "folder": str(self.folder / "students" / student.name),
-                "best_step": best_step,
-                "samples": best["samples"],
-            }
-            for student, best, account in zip(self.cohort, state.best, state.ledger.students.values(), strict=True)
-        ]
-        omega = checkpoint.read_state(checkpoint.at_step(self.checkpoints, best_step)).omega
-        summary: Summary = {
-            "run": self.config.run.name,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "git_commit": git_commit(),
-            "steps": state.step,
-            "tokens": state.tokens,
-            "seconds": state.ledger.seconds,
-            "world_size": self.runtime.world,
-            "zero_stage": self.config.train.stage(self.runtime.world),
-            "device": device_name(self.runtime.device),
-            "data": {
-                "name": manifest["name"],
-                "train_tokens": manifest["splits"]["train"]["tokens"],
-                "train_words": manifest["splits"]["train"]["words"],
-                "tokens_per_word": tokens_per_word,
-                # Of the next token; who sees both sides has less left to predict.
-                "entropy_per_word": None if self.config.masked else manifest["entropy_per_word"],
-            },
-            "students": students,
-            "ledger": ledgers.as_dict(state.ledger),
-            "before": asdict(state.ledger.before),
-            "report": str(self.folder / "report.html"),
-        }
-        if self.peak is not None:
-            summary["peak_flops_per_second"] = self.peak
-        if omega:
-            summary["omega"] = list(omega)
-        return summary
-
-
-def export_run(
-    run: Path,
-    config: Config,
-    prepared: Prepared,
-    step: int | None,
-    to: Path | None = None,
-    students: Collection[str] | None = None,
-) -> list[Path]:
-    """Write the students of a run's checkpoint (None: the last), or the named ones, as Hugging Face folders under `to`
-    (run/students).
-
-    Raises ValueError where the checkpoint is missing or damaged, or was trained on other data: its tokenizer is gone.
-    """
-    checkpoints = run / "checkpoints"
-    source = checkpoint.latest(checkpoints) if step is None else checkpoint.at_step(checkpoints, step)
-    if source is None or not source.is_dir():
-        raise ValueError(f"{source or checkpoints}: no such checkpoint; train first, or name a step that was kept")
-    state = checkpoint.read_state(source)
-    trained_on = state.data
-    if trained_on != prepared.identity:
-        raise ValueError(
-            f"{source} was trained on data {trained_on[:8]}, but data.path={config.data.path} now gives "
-            f"{prepared.identity[:8]}, and with it another tokenizer: restore the text"
-        )
-    folders = []
-    for student in config.students:
-        if students is not None and student.name not in students:
-            continue
-        folders.append((to or run / "students") / student.name)
-        _export(folders[-1], student, checkpoint.read_student(source, student.name), prepared.tokenizer, state.ledger)
-    return folders
-
-
-def _export(
-    folder: Path, student: StudentConfig, record: ParametersAndMoments, tokenizer: Tokenizer, ledger: Ledger
-) -> None:
-    weights = {name.removeprefix("weight/"): w for name, w in record.items() if name.startswith("weight/")}
-    export_student(folder, shape_of(student, tokenizer.size), weights, tokenizer, ledger)
-
-
-def _half_ties(one: SetScore) -> float:
-    return (one.score + one.strict) / 2

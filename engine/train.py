@@ -5,18 +5,15 @@ N tokens, S students, R streams.
 
 from contextlib import ExitStack
 
-import torch
-from torch import Tensor
-
 from engine.checks import check
 from engine.cohort import Cohort
 from engine.config import Config
 from engine.data import IGNORED, Step
-from engine.objective import Coefficients
+from engine.objective import Coefficients, Tally
 from engine.run import Run
 from engine.runtime import StopSignal, start
 from engine.teachers import NO_TEACHERS, Teachers
-from kernels import LinearEnsembleKL, linear_ensemble_kl
+from kernels import linear_ensemble_kl
 
 
 def train(config: Config) -> None:
@@ -43,7 +40,7 @@ def train(config: Config) -> None:
         run.finish()
 
 
-def accumulate(cohort: Cohort, step: Step, objective: Coefficients, teachers: Teachers = NO_TEACHERS) -> "Tally":
+def accumulate(cohort: Cohort, step: Step, objective: Coefficients, teachers: Teachers = NO_TEACHERS) -> Tally:
     """Every student's gradient of its loss over the step's micro-batches: S forwards, one loss, S backwards."""
     tally = Tally(len(cohort), step.micro_batches[0].targets_N.device)
     for batch in step.micro_batches:
@@ -63,19 +60,3 @@ def accumulate(cohort: Cohort, step: Step, objective: Coefficients, teachers: Te
                 student.backward(loss, last=batch is step.micro_batches[-1])
         tally.add(result)
     return tally
-
-
-class Tally:
-    """What a step's micro-batches add up to on this rank; it stays on the device until something is logged."""
-
-    def __init__(self, students: int, device: torch.device) -> None:
-        self.losses_S = torch.zeros(students, dtype=torch.float64, device=device)
-        self.ce_S = torch.zeros(students, dtype=torch.float64, device=device)
-        self.kl_SR: Tensor | None = None
-
-    def add(self, result: LinearEnsembleKL) -> None:
-        self.losses_S += torch.stack(result.losses).detach()
-        self.ce_S += result.ce.sum(-1, dtype=torch.float64)
-        if result.kl is not None:
-            kl_SR = result.kl.sum(-1, dtype=torch.float64)
-            self.kl_SR = kl_SR if self.kl_SR is None else self.kl_SR + kl_SR

@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.checkpoint import latest, read_state
 from engine.config import Config, build, read_yaml, user_errors
 from engine.corpus.prepare import prepare
-from engine.run import export_run
+from engine.export import export_run
 
 
 def main() -> None:

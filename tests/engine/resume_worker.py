@@ -20,8 +20,9 @@ from engine.checkpoint import latest, read_state, read_student
 from engine.cohort import Outcome
 from engine.config import Config, build
 from engine.data import Step
+from engine.objective import Tally
 from engine.run import Run
-from engine.train import Tally, train
+from engine.train import train
 
 STEPS = 24  # an epoch is about 11
 STUDENTS = [

@@ -11,13 +11,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from engine.metrics import (
     EvaluationRecord,
     MetricsLog,
-    Progress,
     Record,
     StepRecord,
     Summary,
-    final_table,
     read_metrics,
 )
+from engine.progress import Progress
+from engine.summary import final_table
 
 
 def step_record(step: int, ce: float = 3.0) -> StepRecord:

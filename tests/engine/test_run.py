@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import run as run_module
 from engine import tokenizer as tokenization
+from engine.checkpoint import at_step, read_state
 from engine.config import Config, build
 from engine.corpus.grammar import minimal_pairs
 from engine.data import TokenFile
@@ -50,7 +51,7 @@ def test_milestones_are_exported_when_their_words_have_been_read(
             million * self.word_starts.count(self.file.tokens[start : start + self.file.predicted(start) + 1])
         ),
     )
-    train(tiny(tmp_path, "checkpoint.milestones=true"))
+    train(tiny(tmp_path, "checkpoint.milestones=true", "checkpoint.every=1", "checkpoint.keep=6"))
     steps, events = records(tmp_path, "step"), records(tmp_path, "event")
     reached = [next(s["step"] for s in steps if s["words"] >= n) for n in (100 * million, 200 * million)]
     assert [event["step"] for event in events] == reached
@@ -58,7 +59,11 @@ def test_milestones_are_exported_when_their_words_have_been_read(
     assert events[0]["text"] == (
         f"chck_100M: every student exported after {first['words']:,} words, {first['tokens']:,} tokens"
     )
-    milestones = tmp_path / "runs" / "tiny" / "milestones"
+    run = tmp_path / "runs" / "tiny"
+    for event in events:  # a run that goes on from a milestone's checkpoint keeps its record
+        position = read_state(at_step(run / "checkpoints", event["step"])).metrics_position
+        assert json.loads((run / "metrics.jsonl").read_bytes()[:position].splitlines()[-1]) == event
+    milestones = run / "milestones"
     assert sorted(path.relative_to(milestones).as_posix() for path in milestones.glob("*/*")) == [
         "one/chck_100M",
         "one/chck_200M",
