@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
-from kernels.ops.ensemble_kl.triton import (
+from kernels.ops.ensemble_kl.triton_kernel import (
     EDGE,
     FLOOR,
     INFINITE,
@@ -94,12 +94,12 @@ def top_k_kernel(
         tl.store(address, float("-inf"), mask=there)
         tl.debug_barrier()
 
-        blocks = tl.cdiv(width, LANES * VEC)
+        blocks, end = tl.cdiv(width, LANES * VEC), vocabulary if PADDED else None
         tops, totals = (tl.zeros((LANES,), tl.float32) + floor / 2,), (tl.zeros((LANES,), tl.float32),)
         for block in range(blocks):
-            raw = _load(logits, strides, row, block, width, 1, True, LANES, VEC, "evict_last")
-            _, tiles = _part(raw, logits, block, 0, vocabulary, floor, 1, PADDED, LANES, VEC, 1)
-            tops, totals, _, _ = _update(tiles, tops, totals, (), (), temperature, 0, 1, False, False)
+            raw = _load(logits, strides, row, block, width, True, LANES, VEC, "evict_last")
+            _, tiles = _part(raw, logits, block, 0, end, floor, LANES, VEC, 1)
+            tops, totals, _, _ = _update(tiles, tops, totals, (), (), temperature)
         scale = LOG2_E / temperature
         top = tl.max(tops[0], axis=0)
         total = tl.sum(totals[0] * tl.exp2((tops[0] - top) * scale), axis=0)
@@ -140,9 +140,9 @@ def top_k_kernel(
                 divisor = tl.where(total == 0, 1.0, total)  # 0: nothing is outside
                 for step in range(blocks):
                     block = blocks - 1 - step
-                    raw = _load(logits, strides, row, block, width, 1, True, LANES, VEC, "evict_first")
-                    columns, tiles = _part(raw, logits, block, 0, vocabulary, floor, 1, PADDED, LANES, VEC, 1)
-                    (r,) = _softmax(tiles, (top,), (divisor,), temperature, 1)
+                    raw = _load(logits, strides, row, block, width, True, LANES, VEC, "evict_first")
+                    columns, tiles = _part(raw, logits, block, 0, end, floor, LANES, VEC, 1)
+                    (r,) = _softmax(tiles, (top,), (divisor,), temperature)
                     places, inside = _address(gradient, row, columns, strides, 0, True), columns < width
                     so_far = tl.load(places, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
                     tl.store(places, (so_far + of_tail * r).to(gradient.dtype.element_ty), mask=inside)

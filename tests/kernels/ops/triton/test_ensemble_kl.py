@@ -14,7 +14,7 @@ from triton import jit as triton_jit
 import kernels
 from kernels import launch
 from kernels.launch import Launch
-from kernels.ops.ensemble_kl import reference, triton
+from kernels.ops.ensemble_kl import reference, triton, triton_kernel
 from tests.kernels.ops.triton.agreement import (
     DEVICE,
     assert_agrees,
@@ -405,8 +405,8 @@ def test_properties(seed, students, teachers, tokens, vocabulary, scale, tempera
 def _offsets_kernel(base, row_stride, column_stride, out):
     row, column = tl.program_id(0) + 3, tl.arange(0, 2)
     strides = (1, 1, row_stride, column_stride)
-    far = triton._address(base, row, column, strides, 1, False).to(tl.int64) - base.to(tl.int64)
-    near = triton._address(base, row, column, strides, 1, True).to(tl.int64) - base.to(tl.int64)
+    far = triton_kernel._address(base, row, column, strides, 1, False).to(tl.int64) - base.to(tl.int64)
+    near = triton_kernel._address(base, row, column, strides, 1, True).to(tl.int64) - base.to(tl.int64)
     tl.store(out + column, far)
     tl.store(out + 2 + column, near)
 

@@ -1,0 +1,548 @@
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# ruff: noqa: E501, RUF005, SIM108  (Triton compiles neither unpacking nor every ternary)
+"""`ensemble_kl` on a GPU: one kernel, one program per token, which reads the token's R rows of logits tile by tile.
+
+Shapes: N tokens, V vocabulary, S students, K teachers, R = S + K streams. A tile is [LANES, VEC]: VEC neighbouring
+logits (16 bytes) per lane, so that every sum over a tile stays inside a thread until the row is done. Of a device
+function's arguments those in capitals are constants.
+
+Three phases, of which a launch runs the ones it needs; `ensemble_kl_kernel` says what each reads and leaves behind.
+
+    statistics   per stream the largest logit m and Σ exp((x − m) / T), online; per student the same sum at T = 1
+    losses       Σ p·f(u), f(u) = u − 1 + e^{−u} >= 0, u = log p − log q from differences of logits (see reference.py)
+    gradients    per student i, with a = d/d ce_i and c_j = d/d kl_ij,
+                     a·(softmax(x_i) − onehot) + (1/T)·Σ_j c_j·g_ij
+                     forward  g_ij = p_i − p_j
+                     reverse  g_ij = p_i·(u_ij − E_i[u_ij])
+                     jsd      g_ij = ½·p_i·(v_ij − E_i[v_ij]),    v_ij = log p_i − log ((p_i + p_j) / 2)
+
+E_i is the mean under p_i. A shift that a row shares drops out of u − E[u], so for "reverse" T·u is taken to be x_i − x_j,
+whose mean is gathered with the statistics. So losses and gradients come from one pass after the statistics; only "jsd"
+needs the losses' pass finished before the gradients' begins. More than 4 students take a launch for each.
+
+Bytes of logits and gradients per (token, vocabulary) element, 2-byte storage, where the row is read again in each pass:
+
+    losses alone 4R    gradients alone 2(R + S)    both 2(2R + S), "jsd" or S > 4 2(3R + S)
+
+and where it stays on chip (`Launch.block` >= V): 2R, 2(R + S), 2(R + S). Later passes run over the row backwards, so
+that they begin with what the caches still hold.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from kernels.ops.ensemble_kl import reference
+
+EDGE = tl.constexpr(reference.EDGE)
+FLOOR = tl.constexpr(reference.FLOOR)
+INFINITE = tl.constexpr(reference.INFINITE)
+LOG2_E = tl.constexpr(1 / math.log(2))
+LN_2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def _put(items, index, value):
+    """The tuple with items[index] replaced."""
+    return items[:index] + (value,) + items[index + 1 :]
+
+
+@triton.jit
+def _repeat(value, times):
+    items = ()
+    for _ in tl.static_range(times):
+        items = items + (value,)
+    return items
+
+
+@triton.jit
+def _columns(start, LANES, VEC, TAKEN):
+    """TAKEN of the VEC columns of each lane."""
+    return start + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, TAKEN)[None, :]
+
+
+@triton.jit
+def _address(base, row, column, strides, r, UNIT):
+    """64-bit: N·V may pass 2³¹, and so may a column's offset where columns are not neighbours."""
+    start = base + row.to(tl.int64) * strides[2 * r]
+    if UNIT:
+        return start + column
+    else:
+        return start + column.to(tl.int64) * strides[2 * r + 1]
+
+
+@triton.jit
+def _pack(tile):
+    """[LANES, VEC / 2] int32 of 16-bit numbers, two to a register: the compiler would keep each in its own."""
+    if tile.dtype.primitive_bitwidth == 16:
+        pairs = tl.reshape(tile.to(tl.int16, bitcast=True), (tile.shape[0], tile.shape[1] // 2, 2))
+        first, second = tl.split(pairs)
+        tile = (second.to(tl.int32) << 16) | (first.to(tl.int32) & 0xFFFF)
+    return tile
+
+
+@triton.jit
+def _unpack(tile, dtype):
+    if dtype.primitive_bitwidth == 16:
+        first, second = tile.to(tl.int16).to(dtype, bitcast=True), (tile >> 16).to(tl.int16).to(dtype, bitcast=True)
+        tile = tl.reshape(tl.join(first, second), (tile.shape[0], 2 * tile.shape[1]))
+    return tile
+
+
+@triton.jit
+def _load(logits, strides, row, block, width, UNIT, LANES, VEC, POLICY):
+    """R tiles, packed."""
+    column = _columns(block * LANES * VEC, LANES, VEC, VEC)
+    tiles = ()
+    for r in tl.static_range(len(logits)):
+        address = _address(logits[r], row, column, strides, r, UNIT)
+        tile = tl.load(address, mask=column < width, other=float("-inf"), eviction_policy=POLICY)
+        tiles = tiles + (_pack(tile),)
+    return tiles
+
+
+@triton.jit
+def _pick(tiles, block, R):
+    """The R tiles of a block, out of those of a whole row: registers have no addresses, so by comparison."""
+    picked = ()
+    for r in tl.static_range(R):
+        tile = tiles[r]
+        for k in tl.static_range(1, len(tiles) // R):
+            tile = tl.where(block == k, tiles[k * R + r], tile)
+        picked = picked + (tile,)
+    return picked
+
+
+@triton.jit
+def _read(kept, logits, strides, row, block, width, UNIT, LANES, VEC, POLICY):
+    """The R tiles of a block, packed: `kept` ones, of a row that stays on chip, or from memory."""
+    if len(kept) > 0:
+        return _pick(kept, block, len(logits))
+    else:
+        return _load(logits, strides, row, block, width, UNIT, LANES, VEC, POLICY)
+
+
+@triton.jit
+def _half(tiles, half):
+    """The first or the last half of each lane: no data moves between threads."""
+    halves = ()
+    for r in tl.static_range(len(tiles)):
+        pair = tl.reshape(tiles[r], (tiles[r].shape[0], 2, tiles[r].shape[1] // 2))
+        first, last = tl.split(tl.permute(pair, (0, 2, 1)))
+        halves = halves + (tl.where(half == 0, first, last),)
+    return halves
+
+
+@triton.jit
+def _widen(tiles, logits, column, vocabulary, floor):
+    """Unpacked, fp32. −inf, and what lies past the vocabulary, is `floor`, so that differences are never NaN."""
+    wide = ()
+    for r in tl.static_range(len(tiles)):
+        tile = _unpack(tiles[r], logits[r].dtype.element_ty).to(tl.float32)
+        if vocabulary is not None:
+            tile = tl.where(column < vocabulary, tile, floor)
+        wide = wide + (tl.maximum(tile, floor, propagate_nan=tl.PropagateNan.ALL),)
+    return wide
+
+
+@triton.jit
+def _part(raw, logits, block, part, vocabulary, floor, LANES, VEC, PARTS):
+    """Columns and fp32 tiles of one of 1, 2, 4 or 8 parts of a block."""
+    PACKED: tl.constexpr = min(PARTS, 4)  # cuts of the packed tiles: pairs of 16-bit numbers stay together
+    if PACKED > 1:
+        raw = _half(raw, part * 2 // PARTS)
+    if PACKED > 2:
+        raw = _half(raw, part * 4 // PARTS % 2)
+    column = _columns(block * (LANES * VEC) + part * PACKED // PARTS * (VEC // PACKED), LANES, VEC, VEC // PACKED)
+    tiles = _widen(raw, logits, column, vocabulary, floor)
+    if PARTS > PACKED:
+        tiles = _half(tiles, part % 2)
+        column = _columns(block * (LANES * VEC) + part * (VEC // PARTS), LANES, VEC, VEC // PARTS)
+    return column, tiles
+
+
+@triton.jit
+def _update(tiles, top, total, plain, moment, temperature):
+    """Online, per lane: the largest logit, Σ exp((x − top) / T), that sum at T = 1, and Σ exp((x_i − top) / T)·(x_i − x_j).
+
+    The last two of students alone, and none where `plain` or `moment` is empty.
+    """
+    R: tl.constexpr = len(tiles)
+    scale = LOG2_E / temperature
+    new_top, new_total, new_plain = (), (), ()
+    for r in tl.static_range(R):
+        higher = tl.maximum(top[r], tl.max(tiles[r], axis=1))
+        below = tiles[r] - higher[:, None]
+        e = tl.exp2(below * scale)
+        fade = tl.exp2((top[r] - higher) * scale)
+        new_top = new_top + (higher,)
+        new_total = new_total + (total[r] * fade + tl.sum(e, axis=1),)
+        if r < len(plain):
+            faded = plain[r] * tl.exp2((top[r] - higher) * LOG2_E)
+            new_plain = new_plain + (faded + tl.sum(tl.exp2(below * LOG2_E), axis=1),)
+        if r * R < len(moment):
+            for j in tl.static_range(R):
+                if j != r:
+                    step = tl.sum(e * (tiles[r] - tiles[j]), axis=1)
+                    moment = _put(moment, r * R + j, moment[r * R + j] * fade + step)
+    return new_top, new_total, new_plain, moment
+
+
+@triton.jit
+def _softmax(tiles, top, total, temperature):
+    scale = LOG2_E / temperature
+    p = ()
+    for r in tl.static_range(len(tiles)):
+        p = p + (tl.exp2((tiles[r] - top[r]) * scale) * (1 / total[r]),)
+    return p
+
+
+@triton.jit
+def _log_ratio(x, y, x_top, y_top, x_log, y_log, temperature):
+    """log p − log q, whose error is one number for the whole row, but for the last rounding."""
+    return (x - y) * (1 / temperature) - ((x_top - y_top) / temperature + (x_log - y_log))
+
+
+@triton.jit
+def _kl_both_ways(u, p, q):
+    """p·f(u) and q·f(−u), the terms of KL(p ‖ q) and KL(q ‖ p), given u = log p − log q."""
+    square = u * u
+    even = square * (1 / 2 + square * (1 / 24 + square * (1 / 720)))  # cosh u − 1
+    odd = u * square * (1 / 6 + square * (1 / 120))  # sinh u − u
+    near = tl.abs(u) < EDGE
+    # not p·u − (p − q): that difference would be shared with the gradient's, and R² of them stay in registers
+    return tl.where(near, p * (even - odd), p * (u - 1) + q), tl.where(near, q * (even + odd), p - q * (u + 1))
+
+
+@triton.jit
+def _to_mean(u):
+    """v = log p − log m and w = log q − log m, m = (p + q) / 2, given u = log p − log q; and v·p + w·q over m near 0.
+
+    With h = u / 2: v, w = ±h − ln cosh h and v·p + w·q = 2m·(h·tanh h − ln cosh h), as p, q = m·(1 ± tanh h).
+    """
+    square = u * u * (1 / 4)
+    log_cosh = square * (1 / 2 - square * (1 / 12 - square * (1 / 45 - square * (17 / 2520))))
+    larger = -LN_2 * tl.log2(tl.exp2(-tl.abs(u) * LOG2_E) * (1 / 2) + 1 / 2)
+    # Already here the series: the logarithm, of what is near 1, errs by a rounding of 1, large beside |u| / 2.
+    larger = tl.where(tl.abs(u) < 1 / 2, tl.abs(u) * (1 / 2) - log_cosh, larger)
+    series = square * (1 - square * (1 / 2 - square * (2 / 9 - square * (17 / 180))))
+    return larger + tl.minimum(u, 0.0), larger - tl.maximum(u, 0.0), series
+
+
+@triton.jit
+def _add_losses(losses, means, tiles, p, top, logs, temperature, DIVERGENCE, SWEEP, SWEEPS):
+    """Per lane, the divergences' sums; for "jsd" 2·kl, in losses[i, j > i] alone, and Σ p·v in `means`."""
+    R: tl.constexpr = len(tiles)
+    S: tl.constexpr = len(losses) // R
+    for i in tl.static_range(S):
+        for j in tl.static_range(i + 1, R):
+            if (i + j) % SWEEPS == SWEEP:
+                u = _log_ratio(tiles[i], tiles[j], top[i], top[j], logs[i], logs[j], temperature)
+                if DIVERGENCE == "jsd":
+                    v, w, series = _to_mean(u)
+                    pv, pw = p[i] * v, p[j] * w
+                    term = tl.where(tl.abs(u) < EDGE, (p[i] + p[j]) * (1 / 2) * series, pv + pw)
+                    losses = _put(losses, i * R + j, losses[i * R + j] + tl.sum(term, axis=1))
+                    means = _put(means, i * R + j, means[i * R + j] + tl.sum(pv, axis=1))
+                    if j < S:
+                        means = _put(means, j * R + i, means[j * R + i] + tl.sum(pw, axis=1))
+                else:
+                    away, back = _kl_both_ways(u, p[i], p[j])
+                    if DIVERGENCE == "forward":
+                        away, back = back, away
+                    losses = _put(losses, i * R + j, losses[i * R + j] + tl.sum(away, axis=1))
+                    if j < S:
+                        losses = _put(losses, j * R + i, losses[j * R + i] + tl.sum(back, axis=1))
+    return losses, means
+
+
+@triton.jit
+def _ce_coefficients(weight, strides, row, on, S, CE):
+    """a: S numbers, d/d ce."""
+    a = _repeat(0.0, S)
+    for i in tl.static_range(S):
+        if CE and weight is not None:
+            place = weight + i * strides[0] + row.to(tl.int64) * strides[1]
+            a = _put(a, i, tl.where(on, tl.load(place).to(tl.float32), 0.0))
+    return a
+
+
+@triton.jit
+def _kl_coefficients(weight, strides, scale, row, on, S, R, KL):
+    """c: S × R numbers, d/d kl times what all gradients are multiplied by."""
+    c = _repeat(0.0, S * R)
+    for i in tl.static_range(S):
+        for j in tl.static_range(R):
+            if KL and j != i:
+                place = weight + i * strides[0] + j * strides[1] + row.to(tl.int64) * strides[2]
+                c = _put(c, i * R + j, tl.where(on, tl.load(place).to(tl.float32) * scale, 0.0))
+    return c
+
+
+@triton.jit
+def _weighted_means(means, c, S, R):
+    """Σ_j c_ij·E_i[v_ij]: +inf where a logit of −inf was met, so that no gradient is made up."""
+    sums = ()
+    for i in tl.static_range(S):
+        total = 0.0
+        for j in tl.static_range(R):
+            if j != i:
+                mean = tl.where(means[i * R + j] > INFINITE, float("inf"), means[i * R + j])
+                # a fused multiply-add, as in `_gradients`: rounded otherwise, the two would not cancel in a sure row
+                total += c[i * R + j] * tl.where(c[i * R + j] == 0, 0.0, mean)
+        sums = sums + (total,)
+    return sums
+
+
+@triton.jit
+def _gradients(tiles, p, top, logs, plain, means, a, c, temperature, DIVERGENCE, KL):
+    """S tiles, but for −a at the label. `means` are those of `_weighted_means`."""
+    S: tl.constexpr = len(a)
+    R: tl.constexpr = len(tiles)
+    tilts = _repeat(tl.zeros_like(tiles[0]), S)  # Σ_j c_ij·p_i·v_ij
+    if KL and DIVERGENCE != "forward":
+        for i in tl.static_range(S):
+            for j in tl.static_range(i + 1, R):
+                if DIVERGENCE == "jsd":
+                    u = _log_ratio(tiles[i], tiles[j], top[i], top[j], logs[i], logs[j], temperature)
+                    v, w, _ = _to_mean(u)
+                else:
+                    v = tiles[i] - tiles[j]
+                    w = -v
+                # p first: where v is huge, a logit being −inf, p is 0 or the gradient does not exist
+                tilts = _put(tilts, i, tilts[i] + (c[i * R + j] * p[i]) * v)
+                if j < S:
+                    tilts = _put(tilts, j, tilts[j] + (c[j * R + i] * p[j]) * w)
+    gradients = ()
+    for i in tl.static_range(S):
+        if len(plain) > 0:
+            gradient = a[i] * (tl.exp2((tiles[i] - top[i]) * LOG2_E) * (1 / plain[i]))
+        else:
+            gradient = a[i] * p[i]
+        if KL:
+            if DIVERGENCE == "forward":
+                for j in tl.static_range(R):
+                    if j != i:
+                        gradient += c[i * R + j] * (p[i] - p[j])
+            else:
+                gradient += tilts[i] - p[i] * means[i]
+        gradients = gradients + (gradient,)
+    return gradients
+
+
+@triton.jit
+def _store(gradients, places, strides, row, column, width, label, a, UNIT):
+    for i in tl.static_range(len(a)):
+        if places[i] is not None:
+            gradient = tl.where(column == label, gradients[i] - a[i], gradients[i])
+            address = _address(places[i], row, column, strides, i, UNIT)
+            tl.store(address, gradient.to(places[i].dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def _store_loss(place, value):
+    """+inf where a logit of −inf was met."""
+    tl.store(place, tl.where(value > INFINITE, float("inf"), value))
+
+
+@triton.jit
+def ensemble_kl_kernel(
+    logits,
+    strides,
+    gradients,
+    gradient_strides,
+    targets,
+    ce_rows,
+    kl_rows,
+    ce,
+    kl,
+    statistics,
+    mean_ratios,
+    ce_weight,
+    ce_weight_strides,
+    kl_weight,
+    kl_weight_strides,
+    kl_scale,
+    tokens,
+    vocabulary,
+    width,
+    temperature,
+    S: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SWEEPS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Losses of one row, or their gradients, or both.
+
+    Args:
+        logits: R pointers. strides: R × (row, column).
+        gradients: S pointers, None where not wanted; in place of the logits is allowed; None: losses alone.
+        gradient_strides: S × (row, column).
+        targets: [N], or None: no CE. ce_rows, kl_rows: [N] bool, the rows in which CE and KL count; None: every row.
+        ce [S, N], kl [S, R, N]: the losses, contiguous; ce is None: gradients alone; kl is: no divergence is wanted.
+        statistics [2R + S, N]: m, Σ at T, Σ at 1; mean_ratios [S, R, N]: E_i[x_i − x_j] for "reverse", E_i[v_ij] for
+            "jsd". Written (if not None) with losses, read without.
+        ce_weight, kl_weight: d/d ce and d/d kl, the latter to be multiplied by kl_scale; any strides; None: zeros.
+        width: columns up to which reading and writing is allowed. vocabulary: V if it is less: the columns in between
+            may hold anything and their gradient is 0; else None.
+        UNIT: every column stride is 1. BLOCKS: those of LANES·VEC in a row that stays on chip, each logit being read
+            once; 0: it does not.
+    """
+    row = tl.program_id(0)
+    R: tl.constexpr = len(logits)
+    LOSSES: tl.constexpr = ce is not None
+    GRADIENTS: tl.constexpr = gradients is not None
+    CE: tl.constexpr = targets is not None
+    KL: tl.constexpr = R > 1 and (kl is not None or kl_weight is not None)
+    MOMENTS: tl.constexpr = KL and DIVERGENCE == "reverse"
+    MEANS: tl.constexpr = KL and DIVERGENCE == "jsd"
+    SPLIT: tl.constexpr = MEANS and LOSSES and GRADIENTS
+    PARTS_OF_UPDATE: tl.constexpr = PARTS if MOMENTS and S > 4 else 1  # each fades all that is summed so far
+    BLOCK: tl.constexpr = LANES * VEC
+    blocks = tl.cdiv(width, BLOCK)
+
+    ce_on = tl.load(ce_rows + row) != 0 if CE else False
+    kl_on = KL
+    if KL and kl_rows is not None:
+        kl_on = tl.load(kl_rows + row) != 0
+
+    if ce_on or kl_on:
+        floor = FLOOR * tl.minimum(temperature, 1.0)
+        label = -1
+        label_logits = ()
+        if CE:
+            label = tl.load(targets + row, mask=ce_on, other=-1).to(tl.int32)
+            for i in tl.static_range(S if LOSSES else 0):  # read before a gradient is written over it
+                address = _address(logits[i], row, label, strides, i, UNIT)
+                label_logits = label_logits + (tl.load(address, mask=ce_on, other=0.0).to(tl.float32),)
+        nothing = tl.zeros((LANES,), tl.float32)
+
+        kept = ()
+        for k in tl.static_range(BLOCKS):
+            kept = kept + _load(logits, strides, row, k, width, UNIT, LANES, VEC, "evict_first")
+        top, total, plain, means = (), (), (), _repeat(0.0, S * R)
+        if LOSSES:
+            tops, totals = _repeat(nothing + floor / 2, R), _repeat(nothing, R)
+            plains, moments = _repeat(nothing, S if TEMPERED else 0), _repeat(nothing, S * R if MOMENTS else 0)
+            for block in range(blocks):
+                raw = _read(kept, logits, strides, row, block, width, UNIT, LANES, VEC, "evict_last")
+                for part in range(PARTS_OF_UPDATE):
+                    _, tiles = _part(raw, logits, block, part, vocabulary, floor, LANES, VEC, PARTS_OF_UPDATE)
+                    tops, totals, plains, moments = _update(tiles, tops, totals, plains, moments, temperature)
+            for r in tl.static_range(R):
+                highest = tl.max(tops[r], axis=0)
+                share = tl.exp2((tops[r] - highest) * (LOG2_E / temperature))
+                top = top + (highest,)
+                total = total + (tl.sum(totals[r] * share, axis=0),)
+                if r < S:
+                    if TEMPERED:
+                        plain = plain + (tl.sum(plains[r] * tl.exp2((tops[r] - highest) * LOG2_E), axis=0),)
+                    if MOMENTS:
+                        for j in tl.static_range(R):
+                            if j != r:
+                                mean = tl.sum(moments[r * R + j] * share, axis=0) / total[r]
+                                # refined once, by what the sums over lanes have rounded off
+                                rest = (moments[r * R + j] - mean * totals[r]) * share
+                                means = _put(means, r * R + j, mean + tl.sum(rest, axis=0) / total[r])
+            if statistics is not None:
+                for r in tl.static_range(R):
+                    tl.store(statistics + r * tokens + row, top[r])
+                    tl.store(statistics + (R + r) * tokens + row, total[r])
+                for i in tl.static_range(S if TEMPERED else 0):
+                    tl.store(statistics + (2 * R + i) * tokens + row, plain[i])
+                if MOMENTS:
+                    for k in tl.static_range(S * R):
+                        tl.store(mean_ratios + k * tokens + row, means[k])
+            if CE:
+                for i in tl.static_range(S):
+                    loss = (top[i] - label_logits[i]) + LN_2 * tl.log2(plain[i] if TEMPERED else total[i])
+                    _store_loss(ce + i * tokens + row, tl.where(ce_on, loss, 0.0))
+        else:
+            for r in tl.static_range(R):
+                top = top + (tl.load(statistics + r * tokens + row),)
+                total = total + (tl.load(statistics + (R + r) * tokens + row),)
+            for i in tl.static_range(S if TEMPERED else 0):
+                plain = plain + (tl.load(statistics + (2 * R + i) * tokens + row),)
+            if MEANS or MOMENTS:
+                for k in tl.static_range(S * R):
+                    means = _put(means, k, tl.load(mean_ratios + k * tokens + row))
+        logs = ()
+        for r in tl.static_range(R):
+            logs = logs + (LN_2 * tl.log2(total[r]),)
+
+        a, c, weighted = _repeat(0.0, S), _repeat(0.0, S * R), _repeat(0.0, S)
+        scale = kl_scale / temperature * (0.5 if DIVERGENCE == "jsd" else 1.0)
+        if DIVERGENCE == "reverse":
+            scale = scale / temperature
+        if GRADIENTS and not SPLIT:
+            a = _ce_coefficients(ce_weight, ce_weight_strides, row, ce_on, S, CE)
+            c = _kl_coefficients(kl_weight, kl_weight_strides, scale, row, kl_on, S, R, KL)
+            weighted = _weighted_means(means, c, S, R)
+
+        if KL or GRADIENTS:
+            for sweep in tl.static_range(SWEEPS if LOSSES else 1):
+                losses = _repeat(nothing, S * R if LOSSES and KL else 0)
+                sums = _repeat(nothing, S * R if LOSSES and MEANS else 0)
+                for step in range(blocks):
+                    block = blocks - 1 - step
+                    raw = _read(kept, logits, strides, row, block, width, UNIT, LANES, VEC, "evict_first")
+                    for part in range(PARTS):
+                        column, tiles = _part(raw, logits, block, part, vocabulary, floor, LANES, VEC, PARTS)
+                        p = _softmax(tiles, top, total, temperature)
+                        if LOSSES and KL:
+                            losses, sums = _add_losses(
+                                losses, sums, tiles, p, top, logs, temperature, DIVERGENCE, sweep, SWEEPS
+                            )
+                        if GRADIENTS and not SPLIT:
+                            made = _gradients(tiles, p, top, logs, plain, weighted, a, c, temperature, DIVERGENCE, KL)
+                            _store(made, gradients, gradient_strides, row, column, width, label, a, UNIT)
+                if LOSSES and KL:
+                    for i in tl.static_range(S):
+                        for j in tl.static_range(R):
+                            if j != i and (i + j) % SWEEPS == sweep:
+                                if DIVERGENCE != "jsd":
+                                    loss = tl.sum(losses[i * R + j], axis=0)
+                                elif i < j:
+                                    loss = tl.sum(losses[i * R + j], axis=0) / 2
+                                else:
+                                    loss = tl.sum(losses[j * R + i], axis=0) / 2
+                                if MEANS:
+                                    means = _put(means, i * R + j, tl.sum(sums[i * R + j], axis=0))
+                                _store_loss(kl + (i * R + j) * tokens + row, tl.where(kl_on, loss, 0.0))
+        if LOSSES and KL:
+            for i in tl.static_range(S):
+                tl.store(kl + (i * R + i) * tokens + row, 0.0)
+            if MEANS and mean_ratios is not None:
+                for k in tl.static_range(S * R):
+                    tl.store(mean_ratios + k * tokens + row, means[k])
+        if SPLIT:
+            a = _ce_coefficients(ce_weight, ce_weight_strides, row, ce_on, S, CE)
+            c = _kl_coefficients(kl_weight, kl_weight_strides, scale, row, kl_on, S, R, KL)
+            weighted = _weighted_means(means, c, S, R)
+            for block in range(blocks):
+                raw = _read(kept, logits, strides, row, block, width, UNIT, LANES, VEC, "evict_first")
+                for part in range(PARTS):
+                    column, tiles = _part(raw, logits, block, part, vocabulary, floor, LANES, VEC, PARTS)
+                    p = _softmax(tiles, top, total, temperature)
+                    made = _gradients(tiles, p, top, logs, plain, weighted, a, c, temperature, DIVERGENCE, KL)
+                    _store(made, gradients, gradient_strides, row, column, width, label, a, UNIT)
+    else:
+        if LOSSES:
+            for i in tl.static_range(S):
+                if CE:
+                    tl.store(ce + i * tokens + row, 0.0)
+                for j in tl.static_range(R if KL else 0):
+                    tl.store(kl + (i * R + j) * tokens + row, 0.0)
+        if GRADIENTS:
+            for block in range(tl.cdiv(width, BLOCK)):
+                column = _columns(block * BLOCK, LANES, VEC, VEC)
+                for i in tl.static_range(S):
+                    if gradients[i] is not None:
+                        address = _address(gradients[i], row, column, gradient_strides, i, UNIT)
+                        tl.store(address, tl.zeros_like(column).to(tl.float32), mask=column < width)
