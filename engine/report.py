@@ -87,7 +87,8 @@ class History:
 
     def ends(self) -> tuple[int, int]:
         """The first and the last step of which anything is known."""
-        steps = [*self.steps[:1], *self.steps[-1:], *(record["step"] for record in self.evaluations)]
+        others = (record["step"] for record in [*self.evaluations, *self.outer])
+        steps = [*self.steps[:1], *self.steps[-1:], *others]
         return min(steps), max(steps)
 
     def chart(self, title: str, unit: str, curves: list[Curve], **options: Any) -> Chart:

@@ -283,7 +283,8 @@ def test_drawings_take_their_colours_from_the_page_and_mark_events(run_dir: Path
         over_steps = ">step</text>" in drawing
         for colour in ("alarm", "quiet"):
             assert len(re.findall(rf"<use [^>]*stroke: var\(--{colour}\)", drawing)) == over_steps
-    variables = set(re.findall(r"var\((--[\w-]+)\)", source))
+    variables = set(re.findall(r"var\((--[\w-]+)\)", "".join(drawings)))
+    assert variables == {"--ink", "--quiet", "--grid", "--alarm", "--c0", "--c1", "--c2", "--c3"}
     light, dark = source.split("prefers-color-scheme: dark")
     for variable in variables:
         assert f"{variable}: #" in light
