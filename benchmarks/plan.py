@@ -220,7 +220,7 @@ class Measured:
 
 def read_measured(paths: Iterable[Path]) -> list[Measured]:
     """The rows of `ours`, without those of noisy minutes and of steps with an outer loop, which plans do not know.
-    ValueError where they come from several devices."""
+    ValueError where they come from several devices, or are of several precisions."""
     rows = [row for path in paths for row in csv.DictReader(path.open(newline="")) if row["variant"] == "ours"]
     kept = [row for row in rows if row["void"] == "False" and "outer" not in row["overrides"]]
     if len(kept) < len(rows):
@@ -228,6 +228,9 @@ def read_measured(paths: Iterable[Path]) -> list[Measured]:
     devices = sorted({row["device"] for row in kept})
     if len(devices) != 1:
         raise ValueError(f"measured on {' and '.join(devices) or 'nothing'}: give one device's files")
+    precisions = sorted({row["precision"] for row in kept})
+    if len(precisions) > 1:
+        raise ValueError(f"measured in {' and '.join(precisions)}: give the files of one precision")
     return [_measured(row) for row in kept]
 
 
@@ -308,11 +311,18 @@ def of_machine(cases: Sequence[Measured], cluster: Cluster) -> tuple[Cluster, np
 
 def assumed(device: str, precision: str) -> np.ndarray:
     """Seconds for one of each quantity on a GPU that nobody has measured."""
-    peak = listed_peak(device, "bf16" if precision == "bf16" else "tf32")
+    peak = listed_peak(device, precision)
     if device not in BANDWIDTH or peak is None:
         raise ValueError(f"--device {device}: expected one of {', '.join(BANDWIDTH)}")
     of_peak, of_bandwidth, a_pass, a_collective = ASSUMED
     return np.array([1 / (of_peak * peak), 1 / (of_bandwidth * BANDWIDTH[device]), a_pass, 1.0, a_collective])
+
+
+def rates_of(job: Job, rates: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Those of its precision; ValueError where nobody has measured them."""
+    if job.precision not in rates:
+        raise ValueError(f"train.precision={job.precision}: measured in {', '.join(rates)} alone; measure that too")
+    return rates[job.precision]
 
 
 # --- Recipes ----------------------------------------------------------------------------------------------------------
@@ -349,7 +359,7 @@ def figure(path: Path, recipes: Sequence[Path], cluster: Cluster, rates: Mapping
             for gpus in GPUS:
                 sized = replace(job, batch=held or job.batch * gpus)
                 where = replace(cluster, nodes=gpus // cluster.gpus)
-                found.append((gpus, sized, best(plans(sized, where, rates[job.precision]))))
+                found.append((gpus, sized, best(plans(sized, where, rates_of(job, rates)))))
             speeds = [sized.batch * sized.length / plan.seconds for _, sized, plan in found]
             (line,) = axis.plot(GPUS, speeds, marker="o", label=name)
             first = speeds[0] / GPUS[0]
@@ -429,7 +439,7 @@ def predict(chosen: argparse.Namespace, cases: Sequence[Measured]) -> None:
         if not cases:
             raise ValueError("--device measured: name what was measured with --measured")
         cluster, fitted = of_machine(cases, cluster)
-        rates: dict[str, np.ndarray] = {"fp32": fitted, "bf16": fitted}
+        rates = {cases[0].job.precision: fitted}
         about = f"rates fitted to {len(cases)} measured cases"
     else:
         rates = {precision: assumed(chosen.device, precision) for precision in ("fp32", "bf16")}
@@ -443,7 +453,7 @@ def predict(chosen: argparse.Namespace, cases: Sequence[Measured]) -> None:
     print(about)
     for recipe in chosen.recipes:
         job = job_of(recipe)
-        found = plans(job, cluster, rates[job.precision])
+        found = plans(job, cluster, rates_of(job, rates))
         print(f"{recipe}: {job.batch} sequences of {job.length} on {cluster.nodes} × {cluster.gpus}")
         for plan in found:
             print(

@@ -16,7 +16,8 @@
 
 Every variant lives in a process of its own, so that memory is its own, and takes a step when told; one at a time, as
 `benchmarks.timing` says. All variants of a configuration start from the same weights and read the same data, and are
-timed only if the losses of the first steps agree. A variant that cannot do a configuration is left out, with a line.
+timed only if the losses of the first steps agree. A variant that cannot do a configuration is left out, with a line; so
+is one that fails, and the exit status is then 1.
 
 Tasks: plain (S students, cross-entropy alone), distil (from K teachers), mutual. S students, K teachers, L positions, V
 vocabulary.
@@ -281,21 +282,30 @@ def processes(keys: Sequence[Key]) -> Iterator[dict[Key, Process]]:
         yield started
 
 
-def check_losses(found: Mapping[str, Process], agreement: float) -> None:
-    """ValueError where a variant's losses of the first steps are not those of the first variant that has losses."""
+def refusals(found: Mapping[str, Process], agreement: float) -> dict[str, str]:
+    """Why variants are not to be timed: they fail, or the losses of their first steps are not those of the first
+    variant. RuntimeError where that one fails, or one of several ranks, for whom the others would wait.
+    """
     expected: tuple[str, list[list[float]]] | None = None
+    refused = {}
     for name, process in found.items():
-        losses = [process.step().losses for _ in range(CHECKED_STEPS)]
+        try:
+            losses = [process.step().losses for _ in range(CHECKED_STEPS)]
+        except RuntimeError as error:
+            if ranks() > 1 or process is next(iter(found.values())):
+                raise
+            refused[name] = str(error).strip().splitlines()[-1]
+            continue
         if not losses[0]:
             continue
-        if expected is None:
-            expected = name, losses
+        expected = expected or (name, losses)
         difference = np.abs(np.array(losses) / np.array(expected[1]) - 1).max()
         if not difference <= agreement:
-            raise ValueError(
-                f"{name}'s losses {losses} differ from those of {expected[0]}, {expected[1]}, by {difference:.1e}: "
+            refused[name] = (
+                f"its losses {losses} differ from those of {expected[0]}, {expected[1]}, by {difference:.1e}: "
                 f"expected at most {agreement}; they do not do the same work"
             )
+    return refused
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
@@ -353,13 +363,17 @@ class Row:
     rounds: int
 
 
-def measure(keys: Sequence[Key], rounds: int) -> list[Row]:
-    """All of them interleaved."""
+def measure(keys: Sequence[Key], rounds: int) -> tuple[dict[Key, Row], dict[Key, str]]:
+    """All of them interleaved; and why some are missing."""
     cases = list(dict.fromkeys(case for case, _ in keys))
     with processes(keys) as found:
+        refused: dict[Key, str] = {}
         for case in cases:
             same = {name: process for (other, name), process in found.items() if other is case}
-            check_losses(same, AGREEMENT[case.config.train.precision])
+            for name, reason in refusals(same, AGREEMENT[case.config.train.precision]).items():
+                refused[case, name] = reason
+                found.pop((case, name)).close()
+        keys = list(found)
         for process in found.values():
             process.tell("forget")
         last: dict[int, Report] = {}
@@ -377,7 +391,7 @@ def measure(keys: Sequence[Key], rounds: int) -> list[Row]:
             for key, process in found.items()
             if key[1] == "ours"
         }
-    return [_row(key, labels, compared, reports[key], split.get(key, []), rounds) for key in keys]
+    return {key: _row(key, labels, compared, reports[key], split.get(key, []), rounds) for key in keys}, refused
 
 
 def _row(
@@ -576,17 +590,22 @@ def compare(cases: Sequence[Case], chosen: argparse.Namespace, first: bool) -> i
         writer = None if file is None else csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         if writer is not None:
             writer.writeheader()
+        complete = True
         for group in filter(None, groups):
-            rows = measure(group, chosen.rounds)
+            rows, refused = measure(group, chosen.rounds)
+            complete &= not refused
             if not first:
                 continue
             if file is not None and writer is not None:
-                writer.writerows(asdict(row) for row in rows)
+                writer.writerows(asdict(row) for row in rows.values())
                 file.flush()
-            print(f"{rows[0].device}, torch {torch.__version__}, {rows[0].commit}, {chosen.rounds} rounds")
+            one = next(iter(rows.values()))
+            print(f"{one.device}, torch {torch.__version__}, {one.commit}, {chosen.rounds} rounds")
             for case in dict.fromkeys(case for case, _ in group):
-                print(table(case, [row for row, key in zip(rows, group, strict=True) if key[0] is case]), flush=True)
-    return 0
+                print(table(case, [row for (other, _), row in rows.items() if other is case]), flush=True)
+                for name in (name for other, name in refused if other is case):
+                    print(f"  not timed: {name}: {refused[case, name]}", flush=True)
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

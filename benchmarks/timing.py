@@ -23,7 +23,7 @@ COLD_BYTES = 2**28  # input sets together exceed this, several times a core's sh
 MOST_SETS = 64
 MOST_REPEATS = 1000
 CYCLES_A_SECOND = 2e9  # of a GPU, about
-LONGEST_LAUNCH = 0.02  # seconds
+LONGEST_WAIT = 0.1  # seconds
 
 Clock = Callable[[Callable[[Any], object], Any], float]  # (run, state) -> seconds that run(state) took
 
@@ -156,7 +156,7 @@ def host_seconds(clock: Clock, run: Callable[[Any], object]) -> float | None:
 class _CudaClock:
     """The device's time, between CUDA events. It is kept busy until the host has launched all that is timed: first by
     overwriting a buffer larger than the L2 cache, which empties the cache, then by waiting for as long as the host took
-    twice over. So how long the host takes does not count here; `host` says it.
+    twice over, LONGEST_WAIT at most. So how long the host takes does not count here; `host` says it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -168,14 +168,14 @@ class _CudaClock:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         self._buffer.zero_()
-        torch.cuda._sleep(int(2 * self.host.get(run, 0.0) * CYCLES_A_SECOND))
+        torch.cuda._sleep(int(min(LONGEST_WAIT, 2 * self.host.get(run, 0.0)) * CYCLES_A_SECOND))
         begin.record()
         before = time.perf_counter()
         run(state)
         taken = time.perf_counter() - before
         end.record()
         end.synchronize()
-        self.host[run] = min(taken, self.host.get(run, LONGEST_LAUNCH))  # the first may compile
+        self.host[run] = min(taken, self.host.get(run, math.inf))  # the first may compile
         return begin.elapsed_time(end) / 1000
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -35,6 +36,16 @@ def test_outcomes():
     assert (failed["outcome"], failed["output"]) == ("failed with status 3", "why\n")
     silent = gpu.run(job(""), 10)
     assert silent["outcome"].startswith("no results")
+    cut = gpu.run(job("import sys; sys.stdout.buffer.write(b'2 \\xc3')"), 10)  # within a character
+    assert (cut["outcome"], cut["results"]) == ("passed", "2 \ufffd")
+    missing = gpu.run(Job("job", ["no-such-launcher"], 10, gpu.last_line), 10)
+    assert missing["outcome"].startswith("could not begin")
+
+
+def test_a_table_without_rows_is_no_result(tmp_path: Path):
+    (tmp_path / "rows.csv").write_text("variant,milliseconds\n")
+    record = gpu.run(job("print()", lambda _: gpu.rows(tmp_path / "rows.csv")), 10)
+    assert record["outcome"] == "no results: rows.csv has no rows"
 
 
 def test_a_job_that_does_not_end_is_ended_with_its_children(tmp_path: Path):
@@ -47,6 +58,37 @@ def test_a_job_that_does_not_end_is_ended_with_its_children(tmp_path: Path):
     mark.unlink()
     time.sleep(0.3)
     assert not mark.exists()
+
+
+def test_what_a_job_leaves_running_is_ended(tmp_path: Path):
+    mark = tmp_path / "alive"
+    child = f"import time, pathlib\nwhile True: pathlib.Path({str(mark)!r}).touch(); time.sleep(0.05)"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); raise SystemExit(1)"
+    assert gpu.run(job(parent), 10)["outcome"] == "failed with status 1; no results: list index out of range"
+    time.sleep(0.2)
+    mark.unlink(missing_ok=True)
+    time.sleep(0.3)
+    assert not mark.exists()
+
+
+def test_what_a_job_leaves_of_its_limit_the_next_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    limits = {}
+
+    def run(job: Job, limit: float) -> dict[str, object]:
+        limits[job.name] = limit
+        return {"name": job.name, "outcome": "passed", "seconds": 0.0}
+
+    jobs = [Job("first", [], 180, gpu.last_line), Job("second", [], 140, gpu.last_line)]
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu, "machine", lambda: {"device": "none"})
+    monkeypatch.setattr(gpu, "untimed", lambda _: [Job("beside", [], 150, gpu.last_line)])
+    monkeypatch.setattr(gpu, "timed", lambda _: jobs)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu.main(["--out", str(tmp_path / "gpu.json")]) == 0
+    age = time.time() - psutil.Process().create_time()
+    assert limits["beside"] == 150
+    assert limits["first"] == pytest.approx(gpu.SECONDS - age - 140, abs=5) or limits["first"] == 1
+    assert limits["second"] == pytest.approx(gpu.SECONDS - age, abs=5) or limits["second"] == 1
 
 
 def test_the_jobs_end_within_ten_minutes_and_name_what_exists(tmp_path: Path):

@@ -109,6 +109,9 @@ def test_what_is_read_of_measurements(tmp_path: Path, capsys: pytest.CaptureFixt
     other = write(tmp_path / "b.csv", device="another")
     with pytest.raises(ValueError, match="one device's files"):
         plan.read_measured([tmp_path / "a.csv", other])
+    mixed = write(tmp_path / "c.csv", precision="bf16", zero_stage=1)
+    with pytest.raises(ValueError, match="files of one precision"):
+        plan.read_measured([tmp_path / "a.csv", mixed])
     assert plan.main(["--measured", str(other)]) == 2
     assert "1 measured cases for 5 rates" in capsys.readouterr().err
 
@@ -120,3 +123,7 @@ def test_the_papers_recipes_are_planned(capsys: pytest.CaptureFixture[str]):
     assert printed.count(", best") == len(plan.PAPERS)
     assert printed.count("predicted") == 3 * len(plan.PAPERS)
     assert plan.main([str(recipes / plan.PAPERS[0]), "--device", "measured"]) == 2
+    in_bf16 = plan.job_of(recipes / plan.PAPERS[0])
+    with pytest.raises(ValueError, match="measured in fp32 alone"):
+        plan.rates_of(in_bf16, {"fp32": plan.assumed("H100", "fp32")})
+    assert plan.assumed("H100", "fp32")[0] > 10 * plan.assumed("H100", "bf16")[0], "no TF32: nobody asks for it"

@@ -1,6 +1,7 @@
 """The processes that take steps, and what is made of what they say."""
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,17 +78,57 @@ def test_a_command_with_processes(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "1x32x2" in capsys.readouterr().err
 
 
-def test_losses_that_differ_are_refused():
-    class Fake:
-        def __init__(self, loss: float) -> None:
-            self.loss = loss
+class Fake:
+    """A process whose second student has this loss; None: it fails."""
 
-        def step(self) -> Report:
-            return Report(1.0, [1.0, self.loss], 0)
+    def __init__(self, loss: float | None) -> None:
+        self.loss = loss
 
-    throughput.check_losses({"ours": Fake(2.0), "peer": Fake(2.00001)}, 1e-5)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"peer's losses .* differ from those of ours"):
-        throughput.check_losses({"ours": Fake(2.0), "peer": Fake(2.0001)}, 1e-5)  # pyright: ignore[reportArgumentType]
+    def step(self) -> Report:
+        if self.loss is None:
+            raise RuntimeError("Traceback:\n  in a line\nOutOfMemoryError: 80 GiB")
+        return Report(1.0, [1.0, self.loss], 0)
+
+
+def refused(**losses: float | None) -> dict[str, str]:
+    return throughput.refusals({name: Fake(loss) for name, loss in losses.items()}, 1e-5)  # pyright: ignore[reportArgumentType]
+
+
+def test_variants_that_fail_or_differ_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert refused(ours=2.0, peer=2.00001) == {}
+    found = refused(ours=2.0, differs=2.0001, agrees=2.0, fails=None, diverges=math.nan)
+    assert list(found) == ["differs", "fails", "diverges"]
+    assert "differ from those of ours" in found["differs"]
+    assert found["fails"] == "OutOfMemoryError: 80 GiB"
+    with pytest.raises(RuntimeError, match="80 GiB"):
+        refused(ours=None, peer=2.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="80 GiB"):
+        refused(ours=2.0, peer=None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Liger's kernels run on this machine")
+def test_what_is_refused_is_said_and_the_rest_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(throughput, "why_not", lambda name, case: None)
+    path = tmp_path / "rows.csv"
+    small = [
+        "--task",
+        "plain",
+        "--vocabulary",
+        "61",
+        "--shape",
+        "1x32x2x40",
+        "--set",
+        "train.length=16",
+        "train.batch=2",
+    ]
+    assert throughput.main([*small, "--variants", "products", "liger", "--rounds", "2", "--csv", str(path)]) == 1
+    assert "not timed: liger: " in capsys.readouterr().out
+    with path.open(newline="") as file:
+        assert [row["variant"] for row in csv.DictReader(file)] == ["products"]
 
 
 def test_what_must_be_held_between_steps(make_case: Make, monkeypatch: pytest.MonkeyPatch):

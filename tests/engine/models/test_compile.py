@@ -19,8 +19,10 @@ SHAPES = {
     "gpt2": GPT2Shape(**SIZE),
     "roberta": RobertaShape(**SIZE),
 }
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 TRITON = pytest.param(
-    "triton", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+    "triton", marks=pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter")
 )
 
 
@@ -29,7 +31,8 @@ TRITON = pytest.param(
 def test_a_model_is_one_graph(shape: Shape, backend: str) -> None:
     model = model_of(shape)
     initialise(model, seed=0)
-    tokens_BL = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
+    model.to(DEVICE)
+    tokens_BL = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     weights = [p for p in model.parameters() if p.requires_grad]
 
@@ -52,7 +55,7 @@ def test_another_backend_is_another_graph() -> None:
         return graph
 
     compiled = torch.compile(lambda x: kernels.swiglu(x, x), fullgraph=True, backend=recording)
-    x = torch.ones(2, 4)
+    x = torch.ones(2, 4, device=DEVICE)
     for backend in ("reference", "auto", "auto"):
         with kernels.backend(backend):
             compiled(x)
