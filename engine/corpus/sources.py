@@ -156,7 +156,7 @@ def _download(wheel: Path) -> None:
 
 
 def _dataset(path: str) -> Source:
-    """The `text` column of a dataset's `train` split, a document a row."""
+    """The `text` column of a dataset's `train` split, a document a row: without the row's own blank lines."""
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError:
@@ -174,7 +174,13 @@ def _dataset(path: str) -> Source:
         raise ValueError(
             f"data.path={path}: no column `text` among {', '.join(rows.column_names)}; name another dataset"
         )
-    text = "\n\n".join(rows["text"])
+    documents = []
+    for number, row in enumerate(rows["text"]):
+        if not isinstance(row, str):
+            kind = type(row).__name__
+            raise ValueError(f"data.path={path}: row {number} (from 0) has no text but {kind}; name another dataset")
+        documents.append(re.sub(r"\n\s*\n", "\n", f"\n{row}\n").strip("\n"))
+    text = "\n\n".join(documents)
     if not text.strip():
         raise ValueError(f"data.path={path}: no text in its train split; name another dataset")
     file = SourceFile(path, _sha256(text.encode()), lambda: text)

@@ -11,6 +11,7 @@ from engine.config import DataConfig
 from engine.corpus import sources
 from engine.corpus.grammar import generate
 from engine.corpus.sources import find
+from engine.corpus.split import cut
 
 
 def folder(path: Path, **files: bytes) -> DataConfig:
@@ -74,6 +75,7 @@ def test_the_grammar_is_known_by_its_text_and_entropy():
 
 def test_a_dataset_is_a_document_a_row(monkeypatch: pytest.MonkeyPatch):
     calls = []
+    text: list[str | None] = ["one\ntwo", "three"]
 
     class Rows(dict):
         column_names = ("text", "id")
@@ -81,12 +83,18 @@ def test_a_dataset_is_a_document_a_row(monkeypatch: pytest.MonkeyPatch):
 
     def load_dataset(*args, **kwargs):
         calls.append((args, kwargs))
-        return Rows(text=["one\ntwo", "three"])
+        return Rows(text=text)
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     source = find(DataConfig(path="owner/name:small"))
     assert calls == [(("owner/name", "small"), {"split": "train"})]
     assert (source.name, source.files[0].read(), source.licence) == ("owner-name-small", "one\ntwo\n\nthree", "mit")
+    text[:] = [" \n\none\r\n \r\n\n  two\n\n", "\n", "three\nfour"]
+    found = [block.text for block in cut(find(DataConfig(path="owner/name")).files[0].read(), 100)]
+    assert found == ["one\r\n  two", "three\nfour"]
+    text.append(None)
+    with pytest.raises(ValueError, match=r"owner/name: row 3 \(from 0\) .* NoneType.*; name another dataset"):
+        find(DataConfig(path="owner/name"))
     monkeypatch.setattr(Rows, "column_names", ("sentence",))
     with pytest.raises(ValueError, match="no column `text` among sentence"):
         find(DataConfig(path="owner/name"))
