@@ -296,8 +296,11 @@ def _aside(folder: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        if not folder.exists():  # another process may have been faster
+        try:
             aside.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if made:

@@ -244,6 +244,20 @@ def test_a_preparation_that_fails_leaves_nothing(
     assert inside(config.folder) == before
 
 
+def test_another_preparation_may_be_faster(config: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    """By a moment: it is there between this one's last look and its rename."""
+    rename = Path.rename
+
+    def be_overtaken(self: Path, target: Path) -> Path:
+        shutil.copytree(self, target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", be_overtaken)
+    prepared = prepare(dataclasses.replace(config, seed=5), say=lambda _: None)
+    assert inside(config.folder) > {prepared.folder.name}
+    assert not any(name.startswith(".") for name in inside(config.folder))
+
+
 def test_large_vocabularies_are_32_bit(made: tuple[DataConfig, Prepared], tmp_path: Path, monkeypatch):
     """Nobody trains 65,537 pieces in a test: the size is what the width is chosen by."""
     monkeypatch.setattr(preparation, "SIXTEEN_BITS", 399)
