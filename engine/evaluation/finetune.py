@@ -159,10 +159,13 @@ def finetune(
     results = [folder / f"{one.name}-{_identity(model, one, optimizer, settings)}.json" for one, settings in jobs]
     for (one, settings), file in zip(jobs, results, strict=True):
         runtime.barrier()  # what rank 0 has written, all see
+        state = file.with_suffix(".pt")
         if not file.is_file():
-            history = _Job(one, settings, optimizer, model, tokenizer, runtime, say).run(file.with_suffix(".pt"))
+            history = _Job(one, settings, optimizer, model, tokenizer, runtime, say).run(state)
             if runtime.is_main:
                 _replace(file, lambda path, history=history: path.write_text(json.dumps(history)))
+        if runtime.is_main:
+            state.unlink(missing_ok=True)  # not before the result is there
     runtime.barrier()
     found = [
         _judge(one, settings, json.loads(file.read_text())) for (one, settings), file in zip(jobs, results, strict=True)
@@ -244,7 +247,7 @@ class _Job:
         self.history: list[list[int]] = []  # the predictions after every epoch
 
     def run(self, state: Path) -> list[list[int]]:
-        """The predictions after every epoch, from what `state` holds on; it is gone at the end. A collective call."""
+        """The predictions after every epoch, from what `state` holds on. A collective call."""
         student = self._student(state)
         cohort = Cohort([student], self.runtime)
         while len(self.history) < self.settings.epochs:
@@ -258,8 +261,6 @@ class _Job:
             saved = {"history": self.history, "record": student.record()}
             if self.runtime.is_main:
                 _replace(state, lambda path, saved=saved: torch.save(saved, path))
-        if self.runtime.is_main:
-            state.unlink(missing_ok=True)
         return self.history
 
     def _student(self, state: Path) -> Student:

@@ -118,6 +118,28 @@ def test_a_stopped_job_ends_where_it_would_have_ended(
     assert (parts.name, parts.read_text()) == (whole.name, whole.read_text()), "and nothing else is left behind"
 
 
+def test_a_job_killed_as_its_result_is_written_is_not_done_again(
+    model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = module._replace
+
+    def die_at_the_result(file: Path, content: Callable[[Path], object]) -> None:
+        if file.suffix == ".json":
+            raise KeyboardInterrupt
+        write(file, content)
+
+    monkeypatch.setattr(module, "_replace", die_at_the_result)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tokenizer, place, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(module._Job, "_epoch", lambda *_: pytest.fail("done before"))
+    score = run(model, tokenizer, place, tmp_path)
+    [result] = tmp_path.iterdir()
+    result.with_suffix(".pt").touch()  # as a kill after the result leaves it
+    assert run(model, tokenizer, place, tmp_path) == score
+    assert list(tmp_path.iterdir()) == [result]
+
+
 def test_results_are_kept_for_the_same_job_alone(
     model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
