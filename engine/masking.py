@@ -44,20 +44,17 @@ class Masking:
         replaced_L = predicted_L & (fate_L >= MASKED) & (fate_L < MASKED + RANDOM)
         return np.where(replaced_L, draws.choice(self.ordinary, len(tokens_L)), hidden_L), predicted_L
 
-    def predicted(self, tokens_L: np.ndarray, sample: int, first: int = 0) -> int:
-        """How many tokens `hide` would have predicted."""
-        return int(self.hide(tokens_L, sample, first)[1].sum())
-
-    def batch(self, tokens_BL: np.ndarray, samples: Sequence[int], firsts: Sequence[int] | None = None) -> Batch:
-        """Hidden tokens, and of the rows to predict alone the targets; on the CPU."""
+    def batch(
+        self, tokens_BL: np.ndarray, samples: Sequence[int], device: torch.device, firsts: Sequence[int] | None = None
+    ) -> Batch:
+        """Hidden tokens, and of the rows to predict alone the targets."""
         sequences = zip(tokens_BL, samples, firsts or [0] * len(samples), strict=True)
         hidden, predicted = zip(*(self.hide(*sequence) for sequence in sequences), strict=True)
         rows_N = np.stack(predicted).ravel().nonzero()[0]
         return Batch(
-            torch.from_numpy(np.stack(hidden).astype(np.int64)),
-            torch.from_numpy(tokens_BL.ravel()[rows_N].astype(np.int64)),
-            rows_N=torch.from_numpy(rows_N),
-            samples_B=torch.tensor(samples),
+            to_device(torch.from_numpy(np.stack(hidden).astype(np.int64)), device),
+            to_device(torch.from_numpy(tokens_BL.ravel()[rows_N].astype(np.int64)), device),
+            rows_N=to_device(torch.from_numpy(rows_N), device),
         )
 
 
@@ -75,18 +72,12 @@ class MaskedFile(TokenFile):
 
     def targets(self, start: int, sample: int) -> int:
         tokens_L, first = self._read(start)
-        return self.masking.predicted(tokens_L, sample, first)
+        return int(self.masking.hide(tokens_L, sample, first)[1].sum())
 
     def batch(self, starts: Sequence[int], device: torch.device, samples: Sequence[int] = ()) -> Batch:
         """Inputs [B, L] and, of the tokens to predict alone, rows and targets; masked as the samples' numbers say."""
         read, firsts = zip(*map(self._read, starts), strict=True)
-        batch = self.masking.batch(np.stack(read), samples, firsts)
-        assert batch.rows_N is not None
-        return Batch(
-            to_device(batch.tokens_BL, device),
-            to_device(batch.targets_N, device),
-            rows_N=to_device(batch.rows_N, device),
-        )
+        return self.masking.batch(np.stack(read), samples, device, firsts)
 
     def _read(self, start: int) -> tuple[np.ndarray, int]:
         """A whole sequence, near the end from so much earlier, and where in it the part begins that may be hidden."""

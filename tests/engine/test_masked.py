@@ -94,7 +94,7 @@ def test_weighted_mutual_learning_learns_and_resumes_bitwise(tmp_path: Path, mon
 
 
 def test_ranks_stages_and_micro_batches_change_nothing(tmp_path: Path) -> None:
-    chosen = ("train.steps=3", "outer.every=null", "students.0.dropout=0")
+    chosen = ("train.steps=3", "outer={}", "students.0.dropout=0")
     train(settings(tmp_path, "plain", *chosen))
     train(settings(tmp_path, "sharded", *chosen, "train.zero_stage=3", "train.micro_batch=1"))
     plain, sharded = final(tmp_path, "plain"), final(tmp_path, "sharded")
@@ -104,7 +104,7 @@ def test_ranks_stages_and_micro_batches_change_nothing(tmp_path: Path) -> None:
 
 
 def test_a_micro_batch_without_a_mask_counts_for_nothing(tmp_path: Path) -> None:
-    chosen = ("train.steps=3", "outer.every=null", "train.length=4")
+    chosen = ("train.steps=3", "outer={}", "train.length=4")
     train(settings(tmp_path, "empty", *chosen, "train.micro_batch=1"))
     train(settings(tmp_path, "together", *chosen, "train.micro_batch=4"))
     ce = [
@@ -117,7 +117,7 @@ def test_a_run_is_scored_by_pseudo_log_likelihood_and_teaches_its_own_kind(tmp_p
     pairs = tmp_path / "pairs.jsonl"
     lines = [{"sentence_good": p.good, "sentence_bad": p.bad, "phenomenon": "all"} for p in minimal_pairs(5, 1)]
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    train(settings(tmp_path, "taught", "train.steps=2", f"evaluation.pairs={pairs}", "outer.every=null"))
+    train(settings(tmp_path, "taught", "train.steps=2", f"evaluation.pairs={pairs}", "outer={}"))
     evaluation = next(r for r in records(tmp_path, "taught") if r["kind"] == "evaluation")
     assert 0 < evaluation["ensemble"]["pairs_accuracy"] < 1
     teacher = tmp_path / "runs" / "taught" / "students" / "two"

@@ -9,11 +9,12 @@ from engine.masking import MaskedFile, Masking
 
 V, SPECIAL, MASK = 50, (0, 1, 2), 49
 TEXT = np.random.default_rng(0).integers(V - 1, size=(64, 512)).astype(np.uint16)
+CPU = torch.device("cpu")
 MASKING = Masking(V, MASK, SPECIAL, seed=3)
 
 
 def test_of_fifteen_percent_eight_in_ten_are_masked_one_is_random_and_one_stays() -> None:
-    batch = MASKING.batch(TEXT, range(len(TEXT)))
+    batch = MASKING.batch(TEXT, range(len(TEXT)), CPU)
     assert batch.rows_N is not None
     before = torch.from_numpy(TEXT.astype(np.int64)).flatten()
     after = batch.tokens_BL.flatten()
@@ -29,23 +30,23 @@ def test_of_fifteen_percent_eight_in_ten_are_masked_one_is_random_and_one_stays(
 
 
 def test_special_tokens_are_neither_predicted_nor_drawn() -> None:
-    batch = MASKING.batch(TEXT, range(len(TEXT)))
+    batch = MASKING.batch(TEXT, range(len(TEXT)), CPU)
     assert batch.rows_N is not None
     assert not np.isin(batch.targets_N, SPECIAL).any()
     assert not np.isin(batch.tokens_BL.flatten()[batch.rows_N], SPECIAL).any()
-    nothing = MASKING.batch(np.zeros_like(TEXT[:1]), [5])
+    nothing = MASKING.batch(np.zeros_like(TEXT[:1]), [5], CPU)
     assert nothing.targets_N.numel() == 0
     assert not nothing.tokens_BL.any()
 
 
 def test_a_sequence_is_masked_alike_in_any_company_and_anew_in_every_epoch() -> None:
-    whole = MASKING.batch(TEXT[:8], range(8))
-    alone = [Masking(V, MASK, SPECIAL, seed=3).batch(TEXT[i : i + 1], [i]) for i in range(8)]
+    whole = MASKING.batch(TEXT[:8], range(8), CPU)
+    alone = [Masking(V, MASK, SPECIAL, seed=3).batch(TEXT[i : i + 1], [i], CPU) for i in range(8)]
     assert torch.equal(whole.tokens_BL, torch.cat([batch.tokens_BL for batch in alone]))
     assert torch.equal(whole.targets_N, torch.cat([batch.targets_N for batch in alone]))
-    assert [MASKING.predicted(TEXT[i], i) for i in range(8)] == [len(batch.targets_N) for batch in alone]
-    assert not torch.equal(MASKING.batch(TEXT[:1], [1]).tokens_BL, MASKING.batch(TEXT[:1], [0]).tokens_BL)
-    assert not torch.equal(Masking(V, MASK, SPECIAL, seed=4).batch(TEXT[:8], range(8)).tokens_BL, whole.tokens_BL)
+    assert [MASKING.hide(TEXT[i], i)[1].sum() for i in range(8)] == [len(batch.targets_N) for batch in alone]
+    assert not torch.equal(MASKING.batch(TEXT[:1], [1], CPU).tokens_BL, MASKING.batch(TEXT[:1], [0], CPU).tokens_BL)
+    assert not torch.equal(Masking(V, MASK, SPECIAL, seed=4).batch(TEXT[:8], range(8), CPU).tokens_BL, whole.tokens_BL)
 
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:
@@ -70,7 +71,7 @@ def test_a_step_is_the_same_for_any_ranks_and_micro_batches(file: MaskedFile) ->
             random_offsets=False,
             rank=rank,
             world=world,
-            device=torch.device("cpu"),
+            device=CPU,
         )
         found = []
         for step in data.steps(3, 6):
@@ -95,7 +96,7 @@ def test_every_token_may_be_hidden_once_an_epoch_and_the_last_chunks_context_nev
     assert [file.predicted(start) for start in starts] == [16, 16, 16, 16, 6]
     hidden = set()
     for sample in range(200):
-        batch = file.batch([64], torch.device("cpu"), [sample])
+        batch = file.batch([64], CPU, [sample])
         assert batch.rows_N is not None
         assert len(batch.targets_N) == file.targets(64, sample)
         assert batch.targets_N.tolist() == file.tokens[64 + 6 - 16 + batch.rows_N.numpy()].tolist()
