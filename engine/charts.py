@@ -116,9 +116,10 @@ class Chart:
                 axis.set_major_formatter(lambda value, _: format_value(value))
             axes.set_xlim(self.first, max(self.last, self.first + 1))
             axes.set_ylim(*self.span)
-            for curve in self.curves if self.bands else ():  # after the limits, which are the lines' own
-                paint = {"color": STAND_INS[curve.colour], "alpha": 0.11, "linewidth": 0}
-                axes.fill_between(curve.x, curve.low, curve.high, **paint)
+            for curve in self.curves:  # after the limits, which are the lines' own
+                if self.bands and (curve.high > curve.low).any():
+                    paint = {"color": STAND_INS[curve.colour], "alpha": 0.11, "linewidth": 0}
+                    axes.fill_between(curve.x, curve.low, curve.high, **paint)
             for colour, places in self.marks.items():
                 shares = np.unique(np.interp(places, axes.get_xlim(), (0, BUCKETS)).round()) / BUCKETS
                 paint = {"color": STAND_INS[colour], "markersize": 16, "markeredgewidth": 1.5}

@@ -8,9 +8,9 @@ from random import Random
 
 import pytest
 
-from engine.charts import BOTTOM, BUCKETS, LEFT, NAME_HEIGHT, RIGHT, TOP, Chart, curve
+from engine.charts import BOTTOM, BUCKETS, LEFT, NAME_HEIGHT, NAME_LETTERS, RIGHT, TOP, Chart, curve
 from engine.metrics import MetricsLog, Record, StepRecord, StudentStep, Summary
-from engine.report import write_report
+from engine.report import compute, read_history, write_report
 
 STUDENTS = {"baby-4x128": 2.45, "baby-6x192": 2.3, "<b>&": 2.2}  # name: the loss it tends to
 TEACHER = "gpt2 <i>705M</i>"
@@ -243,6 +243,7 @@ def test_report_of_a_finished_run(run_dir: Path):
         "2.1200 2.6500",  # the entropy, in nats per token and per word
         "subject verb agreement 100.0% 89.4% 82.1%",
         "learner baby-4x128 baby-6x192 <b>& gpt2 <i>705M</i>",
+        "baby-4x128 0.101 0.151 0.598 baby-6x192 0.102 0.0998 0.595 <b>& 0.149 0.103 0.618",  # the KL matrix
         "mean over the last 50 recorded steps",
         "step 3,210",
         "baby-6x192: the loss is nan",
@@ -257,6 +258,7 @@ def test_report_of_a_finished_run(run_dir: Path):
     ):
         assert page.says(text), text
     assert "b" in page.tags, "the test below would hold on an empty page"
+    assert re.findall('class="best">([^<]*)', source) == ["2.3158", "2.8947", "+0.2447", "95.9%"]
     assert not re.search("<b>&(?!amp;)|<friends>|<i>705M|<happy>|<grammar>", source)
 
     assert "2.57 baby-4x128 2.42 baby-6x192 2.32 <b>& 2.12 best possible" in page.figure("Cross-entropy")
@@ -278,6 +280,7 @@ def test_drawings_take_their_colours_from_the_page_and_mark_events(run_dir: Path
     source = write_report(run_dir).read_text()
     drawings = re.findall("<svg.*?</svg>", source, re.DOTALL)
     assert len(drawings) == 13  # that of the loss twice: for wide screens and for narrow
+    assert drawings[0].count("fill-opacity: 0.11") == 3  # the bands
     for drawing in drawings:
         assert not re.search("(?:stroke|fill|color): *(?:#|rgb|black)", drawing)
         over_steps = ">step</text>" in drawing
@@ -291,6 +294,26 @@ def test_drawings_take_their_colours_from_the_page_and_mark_events(run_dir: Path
         assert f"{variable}: #" in dark
 
 
+def test_loss_is_drawn_over_the_teachers_training_too(run_dir: Path):
+    history, summary = read_history(run_dir / "metrics.jsonl"), json.loads((run_dir / "summary.json").read_text())
+    (chart,) = compute(history, summary)
+    assert (chart.first, chart.last) == (501e12, 5.5e15)
+    assert [found.x[0] for found in chart.curves] == [750e12] * 3  # the first evaluation, after 250 steps
+    (without,) = compute(history, None)
+    assert without.last == 5e15
+
+
+def test_scores_below_chance_have_another_colour(run_dir: Path, tmp_path: Path):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for student, score in zip(summary["students"], (0.25, 0.5, 1.0), strict=True):
+        student["pairs_by_phenomenon"] = {"questions": score}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    synthetic = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(synthetic[:300]))
+    cells = re.findall(r'--colour: var\(--(c.)\); --share: (\d+)%">([\d.]+)%', page_of(tmp_path).source)
+    assert cells == [("c1", "24", "25.0"), ("c0", "4", "50.0"), ("c0", "44", "100.0")]
+
+
 def test_size_does_not_grow_with_the_run(run_dir: Path, tmp_path: Path):
     synthetic_run(tmp_path, 1500, every=75, skipped=None)
     assert len(page_of(run_dir).source) < 1.1 * len(page_of(tmp_path).source)
@@ -300,6 +323,7 @@ def test_size_does_not_grow_with_the_run(run_dir: Path, tmp_path: Path):
             log.write({"kind": "event", "step": 1 + step, "text": "resumed"})
     page = page_of(tmp_path)
     assert page.says("and 1,301 more in metrics.jsonl")
+    assert page.tags.count("li") == 201
     assert len(page.source) < 1_000_000
 
 
@@ -356,6 +380,7 @@ def test_report_of_one_student_or_eight_whatever_they_measure(tmp_path: Path, st
     page = page_of(tmp_path)
     for name in names:
         assert f"10 {name}" in page.figure("Tokens per second")
+        assert f">10 {name[:NAME_LETTERS]}</text>" in page.source
         assert (name in page.figure("Cross-entropy")) == math.isfinite(value)
     assert page.says("KL divergence") == (students == 8)
     assert page.says("– – –") == (students == 8 and math.isnan(value))
