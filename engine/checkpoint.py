@@ -37,6 +37,7 @@ class State:
     """Everything a run needs to go on beside its students."""
 
     data: str  # hash of the prepared data
+    teachers: tuple[str, ...] = ()  # of each one's folder (engine.teachers)
     place: str = ""  # ranks and ZeRO stage, for the record: neither matters to what is stored
     step: int = 0  # finished
     tokens: int = 0  # of the text, so far

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from engine.config import Config, ObjectiveConfig, OuterConfig, RunConfig, as_dict, build, read_yaml
+from engine.config import Config, ObjectiveConfig, OptimizerConfig, OuterConfig, RunConfig, as_dict, build, read_yaml
 from engine.export import require_folder
 from engine.models.families import shape_of
 from engine.outer_loop import check as check_outer
@@ -38,6 +38,8 @@ def check(config: Config, *, teachers: bool = True) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"students: {name!r} stands {names.count(name)} times; give each a name of its own")
+    if "ensemble" in names and len(names) > 1:
+        raise ValueError("students: 'ensemble' is what all of them together are called; choose another name")
     for student in config.students:
         try:
             shape_of(student, vocabulary=1)
@@ -58,6 +60,12 @@ def check(config: Config, *, teachers: bool = True) -> None:
         check_warmup(config, config.train.steps)
     if config.evaluation.tasks and config.evaluation.data is None:
         raise ValueError("evaluation.tasks needs evaluation.data, the folder of the tasks' files: name it")
+    if config.evaluation.data is not None and not config.evaluation.tasks:
+        raise ValueError("evaluation.data is the folder of evaluation.tasks' files, and there are none: name some")
+    if config.optimizer.decay != OptimizerConfig().decay and config.optimizer.schedule != "trapezoid":
+        raise ValueError(f"optimizer.decay is of a trapezoid, and schedule={config.optimizer.schedule}: drop it")
+    if config.optimizer.floor > 0 and config.optimizer.schedule == "constant":
+        raise ValueError(f"optimizer.floor={config.optimizer.floor}: a constant rate falls to no floor: drop it")
     if config.train.precision == "bf16" and config.train.zero_stage == 0:
         raise ValueError(
             "train.zero_stage=0 with train.precision=bf16: DeepSpeed keeps no fp32 weights that can be read there; "
@@ -109,6 +117,8 @@ def _check_objective(config: Config) -> None:
         )
     if teachers and objective.teachers == 0:
         raise ValueError("objective.teachers=0 with teachers: nobody would learn from them; raise it, or drop them")
+    if not teachers and objective.teachers not in (0, ObjectiveConfig().teachers):
+        raise ValueError(f"objective.teachers={objective.teachers} without teachers: name them, or drop it")
     if teachers < 2 and objective.mix != "logits":
         raise ValueError(f"objective.mix={objective.mix} with {teachers} teacher(s): drop it, or name more teachers")
     if config.cache is not None and not teachers:
@@ -125,6 +135,10 @@ def _check_objective(config: Config) -> None:
     if not objective.weighted and config.outer != OuterConfig():
         raise ValueError("outer says how the students' weights are learnt, and they have none: objective.weighted=true")
     check_outer(config.outer, len(config.students))
+    if objective.kl_everywhere and config.outer.every is not None:
+        raise ValueError(
+            "objective.kl_everywhere with outer.every: the outer loop knows only rows with a target; drop one of them"
+        )
     alone = not teachers and (len(config.students) == 1 or objective.peers == 0)
     plain = ObjectiveConfig()
     for name in ("temperature", "divergence", "reduction", "kl_everywhere"):

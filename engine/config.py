@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -361,7 +362,9 @@ def build(cls: type[C], settings: dict[str, Any], overrides: Sequence[str] = ())
 def save(config: Config, path: Path, **extra: str) -> None:
     """Write the resolved settings as YAML, with `extra` (the git commit) as leading comment lines."""
     comments = "".join(f"# {key}: {value}\n" for key, value in extra.items())
-    path.write_text(comments + yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(comments + yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(aside, path)  # a full disk leaves what was there
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -393,8 +396,9 @@ def _override(settings: dict[str, Any], override: str) -> None:
         raise ValueError(f"{override!r}: expected key=value, such as train.steps=1000")
     *parents, last = path.split(".")
     place: Any = settings
-    for depth, key in enumerate(parents):
-        place = place[_index(place, key, path)] if isinstance(place, list) else place.setdefault(key, {})
+    for depth, (key, following) in enumerate(pairwise([*parents, last])):
+        new: Any = [] if following == "0" else {}
+        place = place[_index(place, key, path, new)] if isinstance(place, list) else place.setdefault(key, new)
         if not isinstance(place, dict | list):
             raise ValueError(f"{override!r}: {'.'.join(parents[: depth + 1])} is a value and has no {last!r}")
     try:
@@ -402,14 +406,17 @@ def _override(settings: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ValueError(f"{override!r}: the value is not YAML; put quotes around text with special signs") from None
     if isinstance(place, list):
-        place[_index(place, last, path)] = value
+        place[_index(place, last, path, None)] = value
     else:
         place[last] = value
 
 
-def _index(items: list[Any], key: str, path: str) -> int:
-    if not key.isdecimal() or int(key) >= len(items):
-        raise ValueError(f"{path}: {key!r} is not one of its {len(items)} places (0 to {len(items) - 1})")
+def _index(items: list[Any], key: str, path: str, new: Any) -> int:
+    """The place of an item; behind the last one, where `new` is put."""
+    if not key.isdecimal() or int(key) > len(items):
+        raise ValueError(f"{path}: {key!r} is neither one of its {len(items)} places nor the next, {len(items)}")
+    if int(key) == len(items):
+        items.append(new)
     return int(key)
 
 

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,56 @@ from engine.models.roberta import Roberta, RobertaShape
 from engine.tokenizer import Tokenizer
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
+OMEGA = "omega.json"  # beside a run's students: their weights, by their names, where they have any
+
+
+@dataclass(frozen=True)
+class _Family:
+    """An architecture as Hugging Face's folders describe it."""
+
+    name: str
+    title: str
+    architecture: str
+    prefix: str  # of all weights but the head's
+    keys: tuple[str, ...]  # of config.json: our _FIELDS in its words
+    fixed: dict[str, Any]  # what it may say in several ways, and we have in one
+    dropouts: tuple[str, ...] = ()
+
+
+_FIELDS = ("layers", "hidden", "heads", "ffn", "positions", "norm_eps")
+_USUAL = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+_FAMILIES: dict[type[Shape], _Family] = {
+    LlamaShape: _Family(
+        *("llama", "LLaMA", "LlamaForCausalLM", "model."),
+        keys=(*_USUAL, "rms_norm_eps"),
+        fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    ),
+    GPT2Shape: _Family(
+        *("gpt2", "GPT-2", "GPT2LMHeadModel", "transformer."),
+        keys=("n_layer", "n_embd", "n_head", "n_inner", "n_positions", "layer_norm_epsilon"),
+        fixed={
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    ),
+    RobertaShape: _Family(
+        *("roberta", "RoBERTa", "RobertaForMaskedLM", "roberta."),
+        keys=(*_USUAL, "layer_norm_eps"),
+        fixed={
+            "hidden_act": "gelu",
+            "position_embedding_type": "absolute",
+            "type_vocab_size": 1,
+            "tie_word_embeddings": True,
+            "is_decoder": False,
+        },
+        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    ),
+}
 _HEAD = "lm_head."
 _TIED = ("lm_head.weight", "lm_head.decoder.weight", "lm_head.decoder.bias")  # what is there twice
-_PREFIX = {LlamaShape: "model.", GPT2Shape: "transformer.", RobertaShape: "roberta."}
 _BUFFERS = re.compile(
     r"\battn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|embeddings\.position_ids$|^roberta\.pooler\."
 )  # which older folders store beside the weights that are used
@@ -80,7 +127,7 @@ def export_run(
     students: Collection[str] | None = None,
 ) -> list[Path]:
     """Write the students of a run's checkpoint (None: the last), or the named ones, as Hugging Face folders under `to`
-    (run/students).
+    (run/students), and their weights beside them.
 
     Raises ValueError where the checkpoint is missing or damaged, or was trained on other data: its tokenizer is gone.
     """
@@ -94,14 +141,16 @@ def export_run(
             f"{source} was trained on data {state.data[:8]}, but data.path={config.data.path} now gives "
             f"{prepared.identity[:8]}, and with it another tokenizer: restore the text"
         )
-    folders = []
+    to, folders = to or run / "students", []
     for student in config.students:
         if students is not None and student.name not in students:
             continue
-        folders.append((to or run / "students") / student.name)
-        export_record(
-            folders[-1], student, checkpoint.read_student(source, student.name), prepared.tokenizer, state.ledger
-        )
+        folders.append(to / student.name)
+        record = checkpoint.read_student(source, student.name)
+        export_record(folders[-1], student, record, prepared.tokenizer, state.ledger)
+    if state.omega:
+        weights = dict(zip((student.name for student in config.students), state.omega, strict=True))
+        (to / OMEGA).write_text(json.dumps(weights, indent=1) + "\n")
     return folders
 
 
@@ -175,7 +224,7 @@ def _read(
         stored = load_file(folder / "model.safetensors")
     except SafetensorError as error:
         raise ValueError(f"{key}: model.safetensors is damaged ({error}); fetch it again") from None
-    tensors = {n.removeprefix(_PREFIX[type(shape)]): t for n, t in stored.items() if not _BUFFERS.search(n)}
+    tensors = {n.removeprefix(_FAMILIES[type(shape)].prefix): t for n, t in stored.items() if not _BUFFERS.search(n)}
     del stored
     if shape.tied:
         for name in _TIED:
@@ -217,7 +266,7 @@ def _transposed(shape: Shape, name: str) -> bool:
 def hf_weights(shape: Shape, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A model's parameters by Hugging Face's names, fp32, laid out as there."""
     return {
-        name if name.startswith(_HEAD) else _PREFIX[type(shape)] + name: (
+        name if name.startswith(_HEAD) else _FAMILIES[type(shape)].prefix + name: (
             (weight.T if _transposed(shape, name) else weight).float().contiguous()
         )
         for name, weight in weights.items()
@@ -225,137 +274,52 @@ def hf_weights(shape: Shape, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _hf_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
-    common = {
+    family = _FAMILIES[type(shape)]
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        **{theirs: getattr(shape, ours) for ours, theirs in zip(_FIELDS, family.keys, strict=True)},
+        **family.fixed,
         "vocab_size": shape.vocabulary,
         "tie_word_embeddings": shape.tied,
         "bos_token_id": tokenizer.boundary,
         "eos_token_id": tokenizer.boundary,
         "dtype": "float32",
     }
-    if isinstance(shape, GPT2Shape):
-        return {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "n_embd": shape.hidden,
-            "n_inner": shape.ffn,
-            "n_layer": shape.layers,
-            "n_head": shape.heads,
-            "n_positions": shape.positions,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": shape.norm_eps,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout),
-            **common,
-        }
+    if isinstance(shape, LlamaShape):
+        rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+        own = {"num_key_value_heads": shape.kv_heads, "head_dim": shape.head_width}
+        return config | own | {"rope_theta": shape.rope_theta, "rope_parameters": rope}
+    config |= dict.fromkeys(family.dropouts, shape.dropout)
     if isinstance(shape, RobertaShape):
-        return {
-            "architectures": ["RobertaForMaskedLM"],
-            "model_type": "roberta",
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.ffn,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "hidden_act": "gelu",
-            "max_position_embeddings": shape.positions + shape.padding + 1,
-            "pad_token_id": shape.padding,
-            "type_vocab_size": 1,
-            "layer_norm_eps": shape.norm_eps,
-            **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), shape.dropout),
-            **common,
-        }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_width,
-        "hidden_act": "silu",
-        "max_position_embeddings": shape.positions,
-        "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "attention_bias": False,
-        "mlp_bias": False,
-        **common,
-    }
+        config |= {"pad_token_id": shape.padding, "max_position_embeddings": shape.positions + shape.padding + 1}
+    return config
 
 
 def _shape_of(config: dict[str, Any], key: str) -> Shape:
+    """With no dropout: that is a setting of training."""
     kind = config.get("model_type")
-    if kind == "llama":
-        return _llama_shape(config, key)
-    if kind == "gpt2":
-        return _gpt2_shape(config, key)
-    if kind == "roberta":
-        return _roberta_shape(config, key)
-    raise ValueError(f"{key}: model_type={kind!r}: expected 'llama', 'gpt2' or 'roberta'")
-
-
-def _gpt2_shape(config: dict[str, Any], key: str) -> GPT2Shape:
-    """With no dropout: that is a setting of training."""
-    for name, value in (
-        ("activation_function", "gelu_new"),
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("add_cross_attention", False),
-    ):
+    shape = next((shape for shape, family in _FAMILIES.items() if family.name == kind), None)
+    if shape is None:
+        raise ValueError(f"{key}: model_type={kind!r}: expected 'llama', 'gpt2' or 'roberta'")
+    family, rope = _FAMILIES[shape], config.get("rope_parameters") or config.get("rope_scaling") or {}
+    expected = dict(family.fixed)
+    if shape is LlamaShape:
+        expected["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        if rope.get("rope_type", rope.get("type", "default")) != "default":  # folders of transformers 4 say `type`
+            raise ValueError(f"{key}: scaled rotary positions, which this LLaMA does not have")
+    for name, value in expected.items():
         if config.get(name) not in (None, value):
-            raise ValueError(f"{key}: {name}={config[name]!r}: this GPT-2 has {value!r} alone")
-    return GPT2Shape(
-        layers=config["n_layer"],
-        hidden=config["n_embd"],
-        heads=config["n_head"],
-        ffn=config.get("n_inner") or 4 * config["n_embd"],
-        vocabulary=config["vocab_size"],
-        positions=config["n_positions"],
-        tied=config.get("tie_word_embeddings", True),
-        norm_eps=config["layer_norm_epsilon"],
-    )
-
-
-def _roberta_shape(config: dict[str, Any], key: str) -> RobertaShape:
-    """With no dropout: that is a setting of training."""
-    for name, value in (
-        ("hidden_act", "gelu"),
-        ("position_embedding_type", "absolute"),
-        ("type_vocab_size", 1),
-        ("tie_word_embeddings", True),
-        ("is_decoder", False),
-    ):
-        if config.get(name) not in (None, value):
-            raise ValueError(f"{key}: {name}={config[name]!r}: this RoBERTa has {value!r} alone")
-    return RobertaShape(
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        heads=config["num_attention_heads"],
-        ffn=config["intermediate_size"],
-        vocabulary=config["vocab_size"],
-        positions=config["max_position_embeddings"] - config["pad_token_id"] - 1,
-        norm_eps=config["layer_norm_eps"],
-        padding=config["pad_token_id"],
-    )
-
-
-def _llama_shape(config: dict[str, Any], key: str) -> LlamaShape:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))  # folders of transformers 4 say `type`
-    if rope_type != "default" or config.get("attention_bias") or config.get("mlp_bias"):
-        raise ValueError(f"{key}: scaled rotary positions or biases, which this LLaMA does not have")
-    width = config["hidden_size"] // config["num_attention_heads"]
-    for name, value in (("hidden_act", "silu"), ("head_dim", width)):
-        if config.get(name) not in (None, value):
-            raise ValueError(f"{key}: {name}={config[name]!r}: this LLaMA has {value!r} alone")
-    return LlamaShape(
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        heads=config["num_attention_heads"],
-        kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        ffn=config["intermediate_size"],
-        vocabulary=config["vocab_size"],
-        positions=config["max_position_embeddings"],
-        tied=config.get("tie_word_embeddings", False),
-        rope_theta=rope.get("rope_theta") or config.get("rope_theta", 10000.0),
-        norm_eps=config["rms_norm_eps"],
-    )
+            raise ValueError(f"{key}: {name}={config[name]!r}: this {family.title} has {value!r} alone")
+    if shape is GPT2Shape:
+        config = {"tie_word_embeddings": True} | config | {"n_inner": config.get("n_inner") or 4 * config["n_embd"]}
+    fields = {ours: config[theirs] for ours, theirs in zip(_FIELDS, family.keys, strict=True)}
+    fields["vocabulary"] = config["vocab_size"]
+    if shape is RobertaShape:
+        padding = config["pad_token_id"]
+        return RobertaShape(**fields | {"padding": padding, "positions": fields["positions"] - padding - 1})
+    fields["tied"] = config.get("tie_word_embeddings", False)
+    if shape is LlamaShape:
+        fields["kv_heads"] = config.get("num_key_value_heads") or fields["heads"]
+        fields["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
+    return shape(**fields)

@@ -80,6 +80,8 @@ class Journal:
                 "seconds": update.seconds,
             }
         )
+        if not all(math.isfinite(x) for term in update.gradient.values() for x in term):
+            self.event(step, "the hypergradient is not finite: the students' weights stay as they are")
 
     def evaluation(self, step: int, found: Sequence[StudentEvaluation]) -> None:
         """`found`: of each student and, where there are several, last their ensemble."""

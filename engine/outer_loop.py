@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -134,10 +134,9 @@ def hypergradient(
         weigh: the coefficients of the inner loss; its affine dependence on ω is read off at 0 and the unit vectors.
 
     Raises:
-        ValueError: rows whose divergences count without their cross-entropy, or a teacher's weight that depends on ω.
+        ValueError: a teacher's weight that depends on ω.
     """
-    if any(batch.kl_mask_N is not None for batch in train.micro_batches):
-        raise ValueError("the outer loop takes divergences of rows with a target alone: drop the open-ended sequences")
+    assert all(batch.kl_mask_N is None for batch in train.micro_batches), "rows whose divergences alone count"
     students, device = len(streams), omega.device
     loss, direct_S, gradients = _held_out_gradient(streams, after, omega, held_out, ensemble, terms == "both")
     inner_SS = torch.zeros(students, students, dtype=torch.float64, device=device)
@@ -430,6 +429,14 @@ def check(config: OuterConfig, students: int) -> None:
         raise ValueError(f"outer.floor={config.floor}: expected between 0 and 1/{students}, the equal weight")
     if config.every is not None and students == 1:
         raise ValueError("outer.every: there is one student and nothing to weigh; drop it, or add a student")
+    idle, why = (), ""
+    if config.every is None:
+        idle, why = [f.name for f in fields(config) if f.name not in ("initial", "every")], "without outer.every"
+    elif config.terms == "first":
+        idle, why = ("inner", "precondition", "method"), "with outer.terms=first"
+    for name in idle:
+        if getattr(config, name) != getattr(OuterConfig(), name):
+            raise ValueError(f"outer.{name}={getattr(config, name)} has no effect {why}: drop it")
 
 
 class OuterLoop:

@@ -10,7 +10,7 @@
         summary.json      the final table
         profile/          engine.profiling, where asked for
         report.html
-        ranks.pid         the ranks' process ids while it trains: where to send SIGTERM or SIGUSR1
+        ranks.pid         process ids of the ranks on rank 0's node while it trains: where to send SIGTERM or SIGUSR1
 
 S students, R streams.
 """
@@ -19,11 +19,13 @@ import fcntl
 import json
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +57,7 @@ from engine.progress import Progress
 from engine.report import write_report
 from engine.runtime import Runtime, git_commit
 from engine.summary import final_table, summarise
-from engine.teachers import NO_TEACHERS, STORAGE, Teachers, folder_of, load_teachers
+from engine.teachers import NO_TEACHERS, STORAGE, Teachers, folder_of, identity, load_teachers
 
 HELD_OUT_SEED = 0  # of its masks, in every run
 MILESTONES = [digit * 10**decade for decade in (6, 7, 8) for digit in range(1, 10)] + [10**9]  # words
@@ -110,7 +112,7 @@ class Run:
                 f"{self.folder} was trained on data {self.state.data[:8]}, and data.path={config.data.path} is now "
                 f"{self.prepared.identity[:8]}: restore the text, or choose another run.name"
             )
-        self.teachers = self._teachers()
+        self.teachers = self._teachers(found)
         self.cohort = self._cohort(found)
         self.outer_data = self._outer_data(held_out_file)
         outer_state = OuterState(self.state.omega, self.state.outer_updates) if self.state.omega else None
@@ -169,9 +171,16 @@ class Run:
             device=self.runtime.device,
         )
 
-    def _teachers(self) -> Teachers:
+    def _teachers(self, found: Path | None) -> Teachers:
         if not self.config.teachers:
             return NO_TEACHERS
+        identities = tuple(identity(folder_of(teacher)) for teacher in self.config.teachers)
+        if found is not None and self.state.teachers != identities:
+            paths = ", ".join(teacher.path for teacher in self.config.teachers)
+            raise ValueError(
+                f"{self.folder} has learnt from others than {paths} now hold: restore them, or choose another run.name"
+            )
+        self.state = replace(self.state, teachers=identities)
         if self.config.cache is not None:
             return teacher_cache.teachers(self.config, self.prepared, self.data, self.runtime)
         return load_teachers(self.config, self.prepared.tokenizer, self.runtime.device)
@@ -213,12 +222,13 @@ class Run:
 
     def _begin_folder(self, found: Path | None, stack: ExitStack) -> Journal:
         log: MetricsLog | None = None
-        pids: list[int | None] = [None] * self.runtime.world
-        dist.all_gather_object(pids, os.getpid())
+        ranks: list[Any] = [None] * self.runtime.world
+        dist.all_gather_object(ranks, (socket.gethostname(), os.getpid()))
         with self.runtime.main_first():
             if self.runtime.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock(pids, stack)
+                # Of rank 0's node: on another, the same number is another process. One that is told tells all.
+                self._lock([pid for host, pid in ranks if host == socket.gethostname()], stack)
                 settings.save(self.config, self.folder / "config.yaml", git_commit=git_commit())
                 log = stack.enter_context(MetricsLog(self.folder, self.state.metrics_position))
         progress = stack.enter_context(Progress(self.steps, start=self.state.step, rank=self.runtime.rank))
@@ -236,8 +246,8 @@ class Run:
             journal.event(self.state.step, f"goes on with {place}, after {before}")
         return journal
 
-    def _lock(self, pids: list[int | None], stack: ExitStack) -> None:
-        """Leave the ranks' process ids in the folder, and hold it: ValueError where another run does."""
+    def _lock(self, pids: list[int], stack: ExitStack) -> None:
+        """Leave the process ids in the folder, and hold it: ValueError where another run does."""
         path = self.folder / "ranks.pid"
         file = stack.enter_context(path.open("a+"))
         try:
@@ -292,7 +302,7 @@ class Run:
         last = step.number == self.steps
         evaluate = evaluate or last or step.number % self.config.evaluation.every == 0
         save = last or outcome.stop or step.number % self.config.checkpoint.every == 0
-        if skipped or evaluate or save or step.number % self.config.run.log_every == 0:
+        if skipped or evaluate or save or milestones or step.number % self.config.run.log_every == 0:
             self.state = self.journal.step(self.state, step, tally, outcome, self.learning_rates(step))
         if self.outer.last is not None:
             self.journal.outer(self.state.step, self.outer.last)

@@ -80,7 +80,7 @@ NO_TEACHERS = Teachers([], [], [], [])
 def folder_of(teacher: TeacherConfig) -> Path:
     """The Hugging Face folder that `teacher.path` names; ValueError where it names none, or it is not whole."""
     path, key = Path(teacher.path), f"teachers: {teacher.path}"
-    students = sorted(folder.parent for folder in path.glob("students/*/config.json"))
+    students = sorted(folder.parent for folder in path.glob("students/[!.]*/config.json"))
     if not (path / "config.json").is_file() and students:
         if len(students) > 1:
             raise ValueError(f"{key} is a run of {len(students)} students: name one of them, such as {students[0]}")

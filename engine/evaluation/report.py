@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from engine.config import ScoreConfig, as_dict
+from engine.config import ScoreConfig, as_dict, read_yaml
 from engine.evaluation import results
 from engine.evaluation.finetune import CLASSIFICATION, finetune, read_classification
 from engine.evaluation.scoring import model_log_probabilities
 from engine.evaluation.tasks import ZERO_SHOT, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
-from engine.export import load_model
+from engine.export import OMEGA, load_model
 from engine.models.families import Model
 from engine.models.llama import Llama
 from engine.models.roberta import Roberta
@@ -69,7 +69,7 @@ def load_models(path: Path) -> tuple[dict[str, Model], Tokenizer]:
     if (path / "config.json").is_file():
         model, tokenizer = load_model(path)
         return {path.resolve().name: model}, tokenizer
-    folders = sorted(folder for folder in path.glob("students/*") if (folder / "config.json").is_file())
+    folders = sorted(file.parent for file in path.glob("students/[!.]*/config.json"))
     if not folders:
         raise ValueError(
             f"model={path}: expected a Hugging Face folder (config.json, model.safetensors, tokenizer.json), or a run "
@@ -88,12 +88,19 @@ def load_models(path: Path) -> tuple[dict[str, Model], Tokenizer]:
 
 
 def omega_of(path: Path) -> list[float] | None:
-    """The weights of a run's students in their ensemble, in the order of their names; None: alike."""
-    summary = _summary(path)
-    if "omega" not in summary:
-        return None
-    weights = dict(zip((student["name"] for student in summary["students"]), summary["omega"], strict=True))
-    return [weights[name] for name in sorted(weights)]
+    """The weights of a run's students in their ensemble, in the order of their names; None: alike.
+
+    Raises ValueError where they were exported without.
+    """
+    if (path / "students" / OMEGA).is_file():
+        weights = json.loads((path / "students" / OMEGA).read_text())
+        return [weights[name] for name in sorted(weights)]
+    settings = read_yaml(path / "config.yaml") if (path / "config.yaml").is_file() else {}
+    if settings.get("objective", {}).get("weighted"):
+        raise ValueError(
+            f"model={path}: its students have weights, and {OMEGA} is missing: recipes/export.py writes it"
+        )
+    return None
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -142,11 +142,12 @@ def largest_difference(ours: list[dict], theirs: list[dict]) -> float:
     def seen(name: str, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) if name.endswith("c_attn.bias") else x
 
-    return max(
-        ((seen(name, a[name]) - seen(name, b[name])).norm() / seen(name, b[name]).norm()).item()
+    differences = [
+        (seen(name, a[name]) - seen(name, b[name])).norm() / seen(name, b[name]).norm()
         for a, b in zip(ours, theirs, strict=True)
         for name in b
-    )
+    ]
+    return torch.stack(differences).max().item()  # Python's own would pass over a NaN
 
 
 def parity(

@@ -122,7 +122,7 @@ def weights(records: list[dict[str, Any]]) -> dict[str, Any]:
     """How often ω was updated, how far it got from equal, and by how much each step's loss is not
     S·ω_i·ce·CE_i + Σ_j S·ω_j·peers·KL_ij, ω the last before it: relative."""
     names = [student["name"] for student in STUDENTS]
-    omega, updates, error = dict.fromkeys(names, 1 / len(names)), 0, 0.0
+    omega, updates, errors = dict.fromkeys(names, 1 / len(names)), 0, []
     for record in records:
         if record["kind"] == "outer":
             omega, updates = record["omega"], updates + 1
@@ -132,8 +132,13 @@ def weights(records: list[dict[str, Any]]) -> dict[str, Any]:
             student, rows = record["students"][name], zip(names, record["kl"][i], strict=True)
             taught = sum(omega[peer] * kl for peer, kl in rows if peer != name)
             expected = len(names) * 0.5 * (omega[name] * student["ce"] + taught)
-            error = max(error, abs(student["loss"] / expected - 1))
-    return {"updates": updates, "moved": abs(omega[names[0]] - 1 / len(names)), "error": error}
+            errors.append(abs(student["loss"] / expected - 1))
+    return {"updates": updates, "moved": abs(omega[names[0]] - 1 / len(names)), "error": greatest(errors)}
+
+
+def greatest(values: list[float]) -> float:
+    """NaN if one is: Python's own max would pass over it."""
+    return torch.tensor(values, dtype=torch.float64).max().item()
 
 
 def main(folder: Path) -> None:
@@ -184,10 +189,10 @@ def main(folder: Path) -> None:
                 for name in a["students"]
             ]
             findings["bf16"] = same_bits(folder, "bf16", "bf16-broken")
-            findings["moved_losses"] = max(abs(a / b - 1) for a, b in pairs)
+            findings["moved_losses"] = greatest([abs(a / b - 1) for a, b in pairs])
             one, other = final(folder, "whole-1"), final(folder, "moved")
-            findings["moved_weights"] = max(
-                ((one[k] - other[k]).norm() / one[k].norm()).item() for k in one if "/weight/" in k
+            findings["moved_weights"] = greatest(
+                [((one[k] - other[k]).norm() / one[k].norm()).item() for k in one if "/weight/" in k]
             )
         (folder / f"findings-{place.world}.json").write_text(json.dumps(findings))
 

@@ -35,6 +35,9 @@ def test_overrides_reach_nested_keys_and_list_places_over_the_yaml_over_the_defa
     assert found.optimizer.betas == (0.8, 0.99)
     assert found.data.boundary is False
     assert found.data.path == "a=b"
+    taught = config("teachers.0.path=a", "teachers.1.path=b", "teachers.1.weight=2", "evaluation.tasks.0=blimp")
+    assert [(teacher.path, teacher.weight) for teacher in taught.teachers] == [("a", 1.0), ("b", 2.0)]
+    assert taught.evaluation.tasks == ("blimp",)
     assert config("optimizer.betas.1=0.5", optimizer={"betas": [0.9, 0.98]}).optimizer.betas == (0.9, 0.5)
 
 
@@ -62,9 +65,10 @@ def test_overrides_reach_nested_keys_and_list_places_over_the_yaml_over_the_defa
         ("students.0.name=../x", "students.0.name='../x': string should match"),
         ("run.name=2024", "run.name=2024: input should be a valid string"),
         ("students.0.preset=gpt-5", "preset 'gpt-5' is not known: expected one of baby-llama-58m"),
-        ("students.2.layers=4", "students.2.layers: '2' is not one of its 2 places (0 to 1)"),
-        ("students.-1.layers=4", "students.-1.layers: '-1' is not one of its 2 places (0 to 1)"),
-        ("students.a.layers=4", "students.a.layers: 'a' is not one of its 2 places (0 to 1)"),
+        ("students.2.layers=4", "students.2.name is missing: give it a value"),
+        ("students.3.layers=4", "students.3.layers: '3' is neither one of its 2 places nor the next, 2"),
+        ("students.-1.layers=4", "students.-1.layers: '-1' is neither one of its 2 places nor the next, 2"),
+        ("students.a.layers=4", "students.a.layers: 'a' is neither one of its 2 places nor the next, 2"),
         ("train.steps", "'train.steps': expected key=value"),
         ("=4", "'=4': expected key=value"),
         ("train.steps=[", "'train.steps=[': the value is not YAML"),

@@ -204,7 +204,7 @@ def truncate(name: str) -> Callable[[Path], object]:
         (edit_config(num_hidden_layers=3), r"shape .*layers=3.* is not the student's .*layers=2"),
         (edit_config(rms_norm_eps=1e-6), r"shape .*norm_eps=1e-06.* is not the student's"),
         (drop_setting("num_hidden_layers"), r"config\.json .*num_hidden_layers"),
-        (edit_config(attention_bias=True), "biases"),
+        (edit_config(attention_bias=True), "attention_bias=True: this LLaMA has False alone"),
         (edit_config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}), "rotary"),
         (edit_config(rope_parameters=None, rope_theta=500.0, rope_scaling={"type": "linear", "factor": 2.0}), "rotary"),
         (edit_config(hidden_act="gelu"), "hidden_act"),

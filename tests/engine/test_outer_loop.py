@@ -227,6 +227,12 @@ def test_mirror_descent_multiplies_by_exponentials() -> None:
         (OuterConfig(initial=(1.0, 1.0)), 3, "outer.initial has 2 weights for 3 students"),
         (OuterConfig(floor=0.5), 2, "outer.floor=0.5: expected between 0 and 1/2"),
         (OuterConfig(every=5), 1, "there is one student"),
+        (OuterConfig(step_size=0.5), 2, "outer.step_size=0.5 has no effect without outer.every"),
+        (
+            OuterConfig(every=5, terms="first", method="central"),
+            2,
+            "outer.method=central has no effect with outer.terms",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(config: OuterConfig, students: int, message: str) -> None:

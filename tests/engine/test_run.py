@@ -1,6 +1,7 @@
 """What a run does beside training: milestones by words, and evaluation while it trains."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine import outer_loop
 from engine import run as run_module
 from engine import tokenizer as tokenization
 from engine.checkpoint import at_step, read_state
@@ -76,11 +78,27 @@ def test_milestones_are_exported_when_their_words_have_been_read(
     early, late = (load_file(milestones / "one" / name / "model.safetensors") for name in ("chck_100M", "chck_200M"))
     assert not torch.equal(early["model.norm.weight"], late["model.norm.weight"])
 
+    train(tiny(tmp_path, "run.name=rare", "checkpoint.milestones=true", "run.log_every=100", "evaluation.every=6"))
+    lines = (tmp_path / "runs" / "rare" / "metrics.jsonl").read_text().splitlines()
+    logged = {record["step"] for record in map(json.loads, lines) if record["kind"] == "step"}
+    assert logged == {*reached, 2, 4, 6}, "before a milestone the clock and the meter are read"
+
     prepared = next((tmp_path / "prepared").iterdir())
     file = TokenFile(prepared / "train.bin", "<u2", 32)
     tokenizer = tokenization.load(prepared / "tokenizer")
     assert file.chunks > 24, "one epoch at most, so that no token is read twice"
     assert steps[-1]["words"] <= million * len(tokenizer.decode(np.asarray(file.tokens).tolist()).split())
+
+
+def test_a_hypergradient_that_is_not_finite_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = torch.tensor([math.nan, 0.0], dtype=torch.float64)
+    none = torch.zeros(2, dtype=torch.float64)
+    found = outer_loop.Hypergradient(2.0, broken, none, none)
+    monkeypatch.setattr(outer_loop, "hypergradient", lambda *_, **__: found)
+    train(tiny(tmp_path, "objective.weighted=true", "outer.every=3", "outer.sequences=2"))
+    assert [event["step"] for event in records(tmp_path, "event")] == [3, 6]
+    assert "stay as they are" in records(tmp_path, "event")[0]["text"]
+    assert [record["omega"] for record in records(tmp_path, "outer")] == [{"one": 0.5, "two": 0.5}] * 2
 
 
 def test_students_and_ensemble_are_evaluated_every_so_many_words(tmp_path: Path) -> None:

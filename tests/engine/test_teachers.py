@@ -156,6 +156,17 @@ def test_dropout_and_teachers_resume_bit_for_bit(folder: Path, monkeypatch: pyte
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
+def test_a_run_does_not_go_on_with_another_teacher(folder: Path) -> None:
+    train(distilled(folder, "taught"))
+    path = folder / "runs/llama/students/one/model.safetensors"
+    tensors = load_file(path)
+    save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, path)
+    with pytest.raises(ValueError, match=r"has learnt from others than .*llama.* now hold: restore them"):
+        train(distilled(folder, "taught"))
+    save_file(tensors, path, metadata={"format": "pt"})
+    train(distilled(folder, "taught"))
+
+
 def spoil_weights(folder: Path) -> None:
     path = folder / "runs/llama/students/one/model.safetensors"
     tensors = load_file(path)

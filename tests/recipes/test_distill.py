@@ -39,7 +39,7 @@ def test_a_teacher_and_its_student(tmp_path: Path) -> None:
 
     taught = run(tmp_path, "pretrain.py")
     assert taught.returncode == 0, taught.stderr
-    student = ("run.name=student", "teachers=[{path: runs/teacher}]", "objective.ce=0.5")
+    student = ("run.name=student", "teachers.0.path=runs/teacher", "objective.ce=0.5")
     refused = run(tmp_path, "pretrain.py", *student)
     assert refused.returncode == 2
     assert "this recipe trains one model alone" in refused.stderr

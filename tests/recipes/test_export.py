@@ -20,6 +20,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "students": [{"name": "slow", **TINY, "learning_rate": 1e-9}, {"name": "keen", **TINY, "learning_rate": 1e-2}],
         "run": {"name": "two", "folder": str(folder / "runs")},
         "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"pieces": 400}},
+        "objective": {"weighted": True},
+        "outer": {"initial": [1, 3]},
         "optimizer": {"warmup": 1},
         "train": {"steps": 4, "batch": 4, "length": 32},
         "evaluation": {"every": 4, "tokens": 200, "pairs": "none", "samples": 0},
@@ -47,7 +49,8 @@ def test_every_student_is_exported_or_the_one_asked_for(
     arguments: list[str], expected: set[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(monkeypatch, run, *arguments, "--to", tmp_path)
-    assert {folder.name for folder in tmp_path.iterdir()} == expected
+    assert {path.name for path in tmp_path.iterdir()} == expected | {"omega.json"}
+    assert json.loads((tmp_path / "omega.json").read_text()) == {"slow": 0.25, "keen": 0.75}
     for name in expected:
         assert json.loads((tmp_path / name / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 

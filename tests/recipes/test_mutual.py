@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from engine import checkpoint
 from engine.config import Config, as_dict, build
+from engine.run import Run
 from engine.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +102,20 @@ def test_a_finished_run_asked_again_ends_with_the_same_table(
         (["objective.peers=0", "objective.temperature=2"], ["objective.temperature", "raise objective.peers"]),
         (["students.0.init=nowhere"], ["students.one.init=nowhere", "no config.json"]),
         (["run.resume=always"], ["no checkpoint", "run.resume=auto"]),
+        (["students.1.name=ensemble"], ["'ensemble'", "another name"]),
+        (["evaluation.data=."], ["evaluation.tasks", "none"]),
+        (["objective.teachers=0.5"], ["objective.teachers=0.5", "without teachers"]),
+        (["optimizer.decay=0.5"], ["optimizer.decay", "trapezoid", "schedule=cosine"]),
+        (["optimizer.schedule=constant", "optimizer.floor=0.1"], ["optimizer.floor=0.1", "constant"]),
+        (["objective.weighted=true", "outer.sequences=4"], ["outer.sequences=4", "no effect without outer.every"]),
+        (
+            ["objective.weighted=true", "outer.every=2", "outer.terms=first", "outer.inner=lagged"],
+            ["outer.inner=lagged", "no effect with outer.terms=first"],
+        ),
+        (
+            ["objective.weighted=true", "outer.every=2", "objective.kl_everywhere=true"],
+            ["objective.kl_everywhere", "outer.every", "drop one"],
+        ),
         (["evaluation.pairs=nowhere.jsonl"], ["evaluation.pairs=nowhere.jsonl", "expected a file or folder"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -185,8 +202,6 @@ def test_a_full_disk_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.run import Run
-
     monkeypatch.setattr(Run, "learning_rates", lambda self, step: [1e30] * 2)  # the first step ruins all weights
     message = refusal(tiny(tmp_path, "train.skip_limit=2", "checkpoint.every=100", "evaluation.every=100"))
     assert "2 steps in a row" in message
@@ -197,8 +212,6 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.run import Run
-
     rates = Run.learning_rates
     ruinous = float("inf")
     monkeypatch.setattr(
@@ -219,6 +232,25 @@ def test_a_run_that_is_being_trained_is_left_alone(trained: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         message = refusal(tiny(trained))
     assert "is being trained right now, by processes 4711" in message
+
+
+def test_processes_to_signal_are_those_of_this_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another one their numbers are other processes'."""
+    gather, seen, record = dist.all_gather_object, [], Run.record
+
+    def with_another_node(found: list[object], own: object) -> None:
+        gather(found, own)
+        if isinstance(own, tuple):
+            found.append(("elsewhere", 1))
+
+    def recording(self: Run, *arguments: Any) -> None:
+        seen.append((self.folder / "ranks.pid").read_text())
+        record(self, *arguments)
+
+    monkeypatch.setattr(dist, "all_gather_object", with_another_node)
+    monkeypatch.setattr(Run, "record", recording)
+    train(tiny(tmp_path, "train.steps=2"))
+    assert seen == [f"{os.getpid()}\n"] * 2
 
 
 def environment() -> dict[str, str]:

@@ -95,14 +95,17 @@ def test_a_run_is_scored_with_its_ensemble(
 def test_the_ensemble_of_a_weighted_run_has_its_weights(run: Path, data: Path, tmp_path: Path) -> None:
     weighted = tmp_path / "weighted"
     shutil.copytree(run, weighted)
-    summary = {"students": [{"name": "two"}, {"name": "one"}], "omega": [1.0, 0.0]}
-    (weighted / "summary.json").write_text(json.dumps(summary))
+    (weighted / "students" / "omega.json").write_text(json.dumps({"two": 1.0, "one": 0.0}))
     score("--model", weighted, "--tasks", "blimp_supplement", "--data", data, f"folder={tmp_path / 'scores'}")
     found = {
         name: json.loads((tmp_path / "scores" / f"weighted-{name}" / "scores.json").read_text())["tasks"]
         for name in ("one", "two", "ensemble")
     }
     assert found["ensemble"] == found["two"] != found["one"]
+    (weighted / "students" / "omega.json").unlink()
+    (weighted / "config.yaml").write_text("objective: {weighted: true}")
+    with pytest.raises(ValueError, match=r"omega.json is missing: recipes/export.py writes it"):
+        score("--model", weighted, "--tasks", "blimp_supplement", "--data", data, f"folder={tmp_path / 'scores'}")
 
 
 def broken(student: Path, folder: Path) -> Path:
