@@ -58,9 +58,11 @@ def profiled(
             with nullcontext() if running is None else record_function(f"step {step.number}"):
                 yield step
             if step.number == last and running is not None:
-                running = _finish(running, folder, runtime, memory=memory)
+                finished, running = running, None
+                with runtime.together():
+                    _finish(finished, folder, runtime, memory=memory)
     finally:
-        if running is not None:
+        if running is not None:  # the run stops, perhaps on this rank alone
             _finish(running, folder, runtime, memory=memory)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import deepspeed
 import psutil
@@ -22,6 +23,8 @@ from torch.distributed import distributed_c10d
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PATIENCE = timedelta(hours=2)  # ranks wait for one another, at the longest while rank 0 prepares a large text
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -47,27 +50,50 @@ class Runtime:
         if self.world > 1:
             dist.barrier()
 
+    def broadcast(self, value: Value) -> Value:
+        """Rank 0's `value`, on every rank."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 runs the block before the others. If it fails there, no other rank begins: all raise ValueError."""
+        problem: str | None = None
         if not self.is_main:
-            problem = [None]
-            dist.broadcast_object_list(problem, src=0)
-            if problem[0] is not None:
-                raise ValueError(problem[0])
+            problem = self.broadcast(problem)
+            if problem is not None:
+                raise ValueError(problem)
             yield
             return
-        problem: list[str | None] = [None]
         try:
             yield
         except BaseException as error:
-            problem[0] = str(error) or type(error).__name__
+            problem = str(error) or type(error).__name__
             if isinstance(error, OSError):
-                raise ValueError(problem[0]) from error
+                raise ValueError(problem) from error
             raise
         finally:
-            if self.world > 1:
-                dist.broadcast_object_list(problem, src=0)
+            self.broadcast(problem)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Every rank runs the block and waits at its end for the others. Where a ValueError or OSError ends it on one,
+        all raise ValueError, which names that rank."""
+        problem: str | None = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if self.world == 1:
+                raise ValueError(str(error)) from error
+            problem = f"rank {self.rank}: {error}"
+        if self.world > 1:
+            problems: list[str | None] = [None] * self.world
+            dist.all_gather_object(problems, problem)
+            told = [problem for problem in problems if problem is not None]
+            if told:
+                raise ValueError(told[0])
 
 
 def keep_freed_memory() -> None:

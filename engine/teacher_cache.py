@@ -3,17 +3,19 @@
     <path>/
         manifest.json     all that decides the predictions, by name: hashes of the data, the tokenizer and the teachers,
                           their mix, the temperature, k, the length of a chunk
-        part-00000.bin    how many chunks, 256 but for the last part's; where the record of each ends; the records (the
-                      numbers uint64, in bytes)
+        part-00000.bin    how many chunks, 256 but for the last part's; where the record of each ends; the records; the
+                      CRC-32 of all that (numbers uint64, ends in bytes)
 
 A record holds, for L positions of each of K streams, −log p of the k most probable tokens and of the tail in steps of
 2⁻⁹ nats, the tokens' as differences (they ascend), and the tokens themselves; two bytes each, first bytes before second
-ones, deflated. A part is written aside and comes into place by a rename, so that a killed run goes on from there.
+ones, deflated. A part is written aside and comes into place by a rename, so that a killed run goes on from there, and
+two may fill one cache.
 
 B sequences, L positions, N = B·L tokens, K teacher streams, V vocabulary, k tokens kept.
 """
 
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +29,12 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.corpus.prepare import Prepared
-from engine.data import Batch, Step, TokenFile, TrainingData, to_device
+from engine.data import Batch, Step, TrainingData, to_device
 from engine.runtime import Runtime
 from engine.teachers import Teachers, folder_of, identity, load_teachers, streams_of
 from kernels import Projected, TopK
 
-FORMAT = 1
+FORMAT = 2
 STEPS_A_NAT = 512  # half a step is 0.1% of a probability
 LARGEST = 2**16 - 1  # −log p in steps: 128 nats
 CHUNKS_A_PART = 256
@@ -93,26 +95,32 @@ def teachers(config: Config, prepared: Prepared, data: TrainingData, runtime: Ru
             f"cache.k={config.cache.k} of {prepared.tokenizer.size} pieces: expected fewer than there are, of at most "
             f"{2**16}; lower it"
         )
-    _require_same(folder, manifest)
     parts = [folder / f"part-{number:05d}.bin" for number in range(-(-chunks // CHUNKS_A_PART))]
-    missing = [part for part in parts if not part.is_file()]
-    for part in parts:
-        if part.is_file():
+    missing = runtime.broadcast([part for part in parts if not part.is_file()])
+    with runtime.together():
+        _require_same(folder, manifest)
+        for part in [part for part in parts if part not in missing][runtime.rank :: runtime.world]:
             _require_whole(part)
-    runtime.barrier()  # all have looked before one writes
     if missing:
         live = load_teachers(config, prepared.tokenizer, runtime.device)
         with runtime.main_first():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for turn, part in enumerate(missing[runtime.rank :: runtime.world]):
-            first = parts.index(part) * CHUNKS_A_PART
-            wanted = range(first, min(first + CHUNKS_A_PART, chunks))
-            kept = _write(part, data.file, wanted, live, config.cache.k, config.objective.temperature, runtime.device)
             if runtime.is_main:
-                number = turn * runtime.world + 1
-                print(f"teachers' predictions: part {number} of {len(missing)}, {kept:.0%} of their mass", flush=True)
-        runtime.barrier()
+                folder.mkdir(parents=True, exist_ok=True)
+                _place(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        with runtime.together():
+            for number in range(runtime.rank, len(missing), runtime.world):
+                part = missing[number]
+                if part.is_file():
+                    continue  # another run has been faster
+                first = parts.index(part) * CHUNKS_A_PART
+                wanted = range(first, min(first + CHUNKS_A_PART, chunks))
+                kept = _write(part, data, wanted, live, config.cache.k, config.objective.temperature)
+                if runtime.is_main:
+                    which = f"part {number + 1} of {len(missing)}"
+                    print(f"teachers' predictions: {which}, {kept:.0%} of their mass", flush=True)
+    if runtime.is_main:
+        for aside in folder.glob("*.partial"):  # a killed run's; one that lives finds the part in its place
+            aside.unlink(missing_ok=True)
     return CachedTeachers(*streams_of(config), parts, manifest)
 
 
@@ -136,7 +144,7 @@ def manifest_of(config: Config, prepared: Prepared, chunks: int) -> dict[str, An
 def _require_same(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / "manifest.json"
     if not path.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(file.suffix != ".partial" for file in folder.iterdir()):
             raise ValueError(f"cache.path={folder}: a folder of something else, without manifest.json; name another")
         return
     try:
@@ -153,9 +161,12 @@ def _require_same(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _require_whole(part: Path) -> None:
     size, ends = part.stat().st_size, ends_of(part)
-    if len(ends) == 0 or size != ends[-1]:
-        expected = f"{ends[-1]:,}" if len(ends) else "more"
+    if len(ends) == 0 or size != ends[-1] + 8:
+        expected = f"{ends[-1] + 8:,}" if len(ends) else "more"
         raise ValueError(f"{part} has {size:,} bytes, expected {expected}: delete it, and it is made again")
+    content = np.memmap(part, np.uint8, "r").data
+    if zlib.crc32(content[:-8]) != int.from_bytes(content[-8:], "little"):
+        raise ValueError(f"{part} is damaged: delete it, and it is made again")
 
 
 def ends_of(part: Path) -> np.ndarray:
@@ -167,26 +178,37 @@ def ends_of(part: Path) -> np.ndarray:
         return np.frombuffer(file.read(8 * count), "<u8")
 
 
-def _write(
-    part: Path, file: TokenFile, chunks: range, live: Teachers, k: int, temperature: float, device: torch.device
-) -> float:
+def _write(part: Path, data: TrainingData, chunks: range, live: Teachers, k: int, temperature: float) -> float:
     """The share of the teachers' probability that was kept: where it is small, the cache teaches little."""
+    file = data.file
     records: list[bytes] = []
     tails: list[Tensor] = []
     batch = max(1, TOKENS_AT_ONCE // file.length)
     for first in range(chunks.start, chunks.stop, batch):
         some = range(first, min(first + batch, chunks.stop))
-        streams = [top_of(s, k, temperature) for s in live(file.batch([c * file.length for c in some], device))]
+        streams = [top_of(s, k, temperature) for s in live(file.batch([c * file.length for c in some], data.device))]
         tails += [stream.tail for stream in streams]
         records += [
             pack([[x[i * file.length : (i + 1) * file.length] for x in stream] for stream in streams])
             for i in range(len(some))
         ]
     ends = 8 * (1 + len(records)) + np.cumsum([len(record) for record in records])
-    aside = part.with_suffix(".partial")
-    aside.write_bytes(np.array([len(records), *ends], "<u8").tobytes() + b"".join(records))
-    aside.rename(part)
+    content = np.array([len(records), *ends], "<u8").tobytes() + b"".join(records)
+    _place(part, content + zlib.crc32(content).to_bytes(8, "little"))
     return 1 - torch.cat(tails).mean().item()
+
+
+def _place(path: Path, content: bytes) -> None:
+    """Whole or not at all; where another run does the same, the later one wins."""
+    aside = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        aside.write_bytes(content)
+        aside.rename(path)
+    except FileNotFoundError:
+        if not path.is_file():  # else the other has it all in place and has cleared this away
+            raise
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,28 @@ def test_chosen_steps_are_traced_and_learn_the_same(tmp_path: Path) -> None:
         for name in ("traced", "plain")
     ]
     assert [one["one"]["loss"] for one in losses[0][1:5]] == [one["one"]["loss"] for one in losses[1][1:5]]
+
+
+DISK = """
+import sys
+from pathlib import Path
+import pytest
+from engine import runtime
+from engine.data import Step
+from engine.profiling import profiled
+place, folder = runtime.start(), Path(sys.argv[1]) / "profile"
+if place.rank == 1:
+    (folder / "rank-1.txt").mkdir(parents=True)
+with pytest.raises(ValueError, match="^rank 1: .*Is a directory: .*rank-1"):
+    list(profiled((Step(n, 0, 1, 1, 0, []) for n in (1, 2, 3)), (2, 2), folder, place, memory=False))
+runtime.leave()
+"""
+
+
+def test_a_trace_that_cannot_be_written_is_told_by_rank_0_too(spawn_ranks: Callable[..., None], tmp_path: Path) -> None:
+    script = tmp_path / "disk.py"
+    script.write_text(DISK)
+    spawn_ranks(script, 2, tmp_path)
 
 
 def test_what_cannot_be_traced_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How a rank learns that it should stop."""
+"""How a rank learns that it should stop, and that another has failed."""
 
 import os
 import signal
@@ -68,4 +68,30 @@ assert not dist.is_initialized()
 def test_nobody_leaves_while_a_collective_is_in_flight(spawn_ranks: Callable[..., None], tmp_path: Path) -> None:
     script = tmp_path / "leaving.py"
     script.write_text(LEAVING)
+    spawn_ranks(script, 2)
+
+
+SHARING = """
+import pytest
+from engine import runtime
+place = runtime.start()
+assert place.broadcast(f"from {place.rank}") == "from 0"
+for block in (place.main_first, place.together):
+    with block():
+        pass
+with pytest.raises(ValueError, match="^.*Is a directory: '/'$"), place.main_first():
+    assert place.is_main, "no other rank begins"
+    open("/")
+for rank in range(2):
+    with pytest.raises(ValueError, match=f"^rank {rank}: .*Is a directory: '/'$"), place.together():
+        if place.rank == rank:
+            open("/")
+place.barrier()
+runtime.leave()
+"""
+
+
+def test_what_goes_wrong_on_one_rank_is_told_to_all(spawn_ranks: Callable[..., None], tmp_path: Path) -> None:
+    script = tmp_path / "sharing.py"
+    script.write_text(SHARING)
     spawn_ranks(script, 2)
