@@ -51,6 +51,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels import TopK, launch
 from kernels.ops.ensemble_kl import triton as ensemble_kl
+from kernels.ops.ensemble_kl.objective import Objective
 from kernels.ops.linear_ensemble_kl.triton_top_k import add_divergence
 from kernels.ops.rms_norm import triton as rms_norm
 from kernels.ops.rotary import triton as rotary
@@ -158,7 +159,7 @@ def elementwise_cases() -> Iterator[Case]:
         q.transpose(1, 2), k.transpose(1, 2), table.repeat(1, 2), table.repeat(1, 2)))  # fmt: skip
     gate = meta(N, width)
     yield from (
-        Case("swiglu", "forward", "creche", N * width, lambda _: swiglu.run_forward(gate, gate)),
+        Case("swiglu", "forward", "creche", N * width, lambda _: swiglu.swiglu(gate, gate)),
         Case("swiglu", "forward", "liger", N * width, lambda _: _liger("swiglu").swiglu_forward(gate, gate)),
         Case("swiglu", "backward", "creche", N * width, lambda _: swiglu.run_backward(gate, gate, gate)),
         Case("swiglu", "backward", "liger", N * width, lambda _: _liger("swiglu").swiglu_backward(gate, gate, gate)),
@@ -190,7 +191,7 @@ def _launch_ensemble(
     R, fp32 = S + K, torch.float32
     logits, rows = [meta(N, width, dtype=dtype) for _ in range(R)], meta(N, dtype=torch.bool)
     ce, kl = meta(S, N, dtype=fp32), meta(S, R, N, dtype=fp32)
-    positional, constants = ensemble_kl.arguments(
+    ensemble_kl.run(
         logits,
         students=S,
         targets=meta(N, dtype=torch.int64),
@@ -203,10 +204,8 @@ def _launch_ensemble(
         vocabulary=V,
         temperature=2.0,
         divergence=divergence,
-        lanes=chip.target.warp_size,
-        paired=chip.target.backend == "cuda" and int(chip.target.arch) >= 100,
+        gpu=ensemble_kl.Gpu(chip.target.warp_size, chip.target.backend == "cuda" and int(chip.target.arch) >= 100),
     )
-    ensemble_kl.ensemble_kl_kernel[(N,)](*positional, **constants)
 
 
 def top_k_cases() -> Iterator[Case]:
@@ -223,19 +222,16 @@ def top_k_cases() -> Iterator[Case]:
 
 def _launch_top_k(k: int, V: int, divergence: str, dtype: torch.dtype | None, chip: Chip) -> None:
     """dtype: the gradient's; None: losses alone."""
-    fp32, width = torch.float32, -(-V // 64) * 64
+    fp32, width, rows = torch.float32, -(-V // 64) * 64, meta(N, dtype=torch.bool)
     add_divergence(
         meta(N, width, dtype=fp32),
         None if dtype is None else meta(N, width, dtype=dtype),
         TopK(meta(N, k, dtype=fp32), meta(N, k, dtype=torch.int32), meta(N, dtype=fp32)),
-        meta(N, dtype=torch.bool),
-        meta(1, 2, dtype=fp32),
+        Objective(meta(N), meta(1), meta(1, 2, dtype=fp32), rows, rows, 2.0, divergence),
         meta(1, 2, N, dtype=fp32),
         first=0,
         pair=(0, 1),
         vocabulary=V,
-        temperature=2.0,
-        divergence=divergence,
         lanes=chip.target.warp_size,
     )
 

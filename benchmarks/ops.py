@@ -44,6 +44,7 @@ from benchmarks.peers import eager
 from benchmarks.timing import Variant
 from engine.runtime import device_name, keep_freed_memory
 from kernels import dispatch
+from kernels.ops.ensemble_kl.objective import Objective
 
 BACKENDS = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -179,19 +180,17 @@ def ensemble_kl_at_once(
     """
     rows_N, students = targets_N != -100, len(ce_weight_S)
     module = dispatch.implementation("ensemble_kl", targets_N)
-    options: dict[str, Any] = {"temperature": 1.0, "divergence": "forward"}
-    weights_and_rows = (targets_N, ce_weight_S, kl_weight_SR, rows_N, rows_N)
+    objective = Objective(targets_N, ce_weight_S, kl_weight_SR, rows_N, rows_N, 1.0, "forward")
     wanted = [True] * students
     if dispatch.current() == "native":
-        ce_SN, kl_SRN = module.loss_and_grad_(logits_RNV, *weights_and_rows, wanted=wanted, **options)
+        ce_SN, kl_SRN = module.loss_and_grad_(logits_RNV, objective, wanted)
         return ce_SN, kl_SRN, logits_RNV[:students]
     if dispatch.current() == "triton":
         gradients = logits_RNV[:students]
-        vocabulary = logits_RNV[0].shape[1]
-        ce_SN, kl_SRN = module.loss_and_grad(logits_RNV, gradients, *weights_and_rows, vocabulary=vocabulary, **options)
+        ce_SN, kl_SRN = module.loss_and_grad(logits_RNV, gradients, objective, logits_RNV[0].shape[1])
         return ce_SN, kl_SRN, gradients
     wide = [eager.wide(logits) for logits in logits_RNV]
-    return module.loss_and_grad(wide, *weights_and_rows, wanted=wanted, **options)
+    return module.loss_and_grad(wide, objective, wanted)
 
 
 def linear_ensemble_kl(

@@ -39,6 +39,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 import kernels
 from benchmarks.peers import eager
 from kernels.ops.ensemble_kl import triton as ensemble_kl
+from kernels.ops.ensemble_kl.objective import Objective
 from kernels.ops.rms_norm import triton as rms_norm
 from kernels.ops.rotary import triton as rotary
 from kernels.ops.swiglu import triton as swiglu
@@ -244,10 +245,8 @@ def ensemble_cases(S: int, K: int, V: int, on_chip: bool) -> Iterator[Case]:
     def single(divergence: str) -> None:
         rows = torch.ones(N, dtype=torch.bool)
         gradients = [torch.empty_like(x) for x in logits[:S]]
-        ensemble_kl.loss_and_grad(
-            logits, gradients, targets, torch.ones(S), torch.ones(S, R), rows, rows,
-            vocabulary=V, temperature=1.0, divergence=divergence,
-        )  # fmt: skip
+        objective = Objective(targets, torch.ones(S), torch.ones(S, R), rows, rows, 1.0, divergence)
+        ensemble_kl.loss_and_grad(logits, gradients, objective, V)
 
     def deferred(divergence: str) -> None:
         leaves = [x.requires_grad_() for x in (y.detach() for y in logits[:S])]

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel's launch: `block` elements of a row at a time by `warps` warps, loops pipelined `stages` deep."""
+    """A kernel's launch: `block` elements of a row at a time by `warps` warps."""
 
     block: int
     warps: int
-    stages: int = 1
     parts: int = 1  # into which a thread cuts its share of a block, to be worked on one after the other
     sweeps: int = 1  # over a row, for the sums that do not fit in registers together
 

@@ -8,12 +8,15 @@ cancel one another, and an error that a whole row shares (its log-sum-exp's) dro
 its power series. Where p = 0, p·f(u) is its limit q, not 0.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.ops.ensemble_kl.objective import Objective
 
 LOG_2 = math.log(2)
 
@@ -36,9 +39,7 @@ def ensemble_kl(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.ensemble_kl`. Differentiable twice, backward and forward."""
-    dtype = torch.float32
-    for logits in streams:
-        dtype = torch.promote_types(dtype, logits.dtype)
+    dtype = widest(streams)
     logits_RNV = [logits.to(dtype) for logits in streams]
     if targets is None:
         ce_SN = logits_RNV[0].new_zeros(students, len(logits_RNV[0]))
@@ -60,6 +61,11 @@ def ensemble_kl(
         for i in range(students)
     ]
     return ce_SN, torch.stack(kl_RN)
+
+
+def widest(tensors: Iterable[Tensor | None]) -> torch.dtype:
+    """fp32, or float64 where one of them is."""
+    return functools.reduce(torch.promote_types, [x.dtype for x in tensors if x is not None], torch.float32)
 
 
 def _divergence(learner_NV: Tensor, peer_NV: Tensor, temperature: float, divergence: str) -> Tensor:
@@ -104,21 +110,11 @@ def _log_ratio_to_mean(u: Tensor) -> Tensor:
 
 @torch.no_grad()
 def loss_and_grad(
-    logits_RNV: Sequence[Tensor],
-    targets: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor | None,
-    ce_rows: Tensor,
-    kl_rows: Tensor,
-    *,
-    temperature: float,
-    divergence: str,
-    wanted: Sequence[bool],
+    logits_RNV: Sequence[Tensor], objective: Objective, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """Per-token losses, and the gradient of every student's weighted sum of them, without autograd.
 
-    Student i's sum is Σ_n [ce_weight[i]·CE_i,n + T²·Σ_j kl_weight[i, j]·KL_ij,n] over the rows that count. With
-    s the logits, p = softmax(s / T) and u = log p_i − log p_j, its gradient with respect to s_i is
+    With s the logits, p = softmax(s / T) and u = log p_i − log p_j, the gradient with respect to s_i is
 
         ce_weight[i]·(softmax(s_i) − onehot) + T·Σ_j kl_weight[i, j]·g_ij,
         forward  g_ij = p_i − p_j
@@ -129,16 +125,13 @@ def loss_and_grad(
 
     Args:
         logits_RNV: R tensors [N, V], the students' first, fp32 or float64; −inf in them is overwritten.
-        targets: [N] int64; rows outside `ce_rows` may hold anything.
-        ce_weight: [S], in the logits' dtype.
-        kl_weight: [S, R], or None: no divergence is computed. The diagonal is not read.
-        ce_rows, kl_rows: [N] bool, the rows that count; the others are 0 in losses and gradients.
-        temperature, divergence: as in `kernels.ensemble_kl`.
+        objective: its weights in the logits' dtype.
         wanted: S flags: which students' gradients to compute.
 
     Returns:
         ce [S, N] and kl [S, R, N] (None without `kl_weight`) in nats, unweighted; S gradients [N, V] or None.
     """
+    targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, _ = objective
     students = len(wanted)
     for logits in logits_RNV:
         logits.clamp_(min=FLOOR)
@@ -160,8 +153,7 @@ def loss_and_grad(
             tempered = plain + [_softmax(logits) for logits in logits_RNV[students:]]
         else:
             tempered = [_softmax((logits / temperature).clamp_(min=FLOOR)) for logits in logits_RNV]
-        kl_SRN = _add_divergences(gradients, logits_RNV, tempered, kl_weight, kl_rows, temperature, divergence)
-        kl_SRN = _restore(kl_SRN, kl_rows)
+        kl_SRN = _restore(_add_divergences(gradients, logits_RNV, tempered, kl_weight, objective), kl_rows)
     return _restore(ce_SN, ce_rows), kl_SRN, gradients
 
 
@@ -170,12 +162,10 @@ def _add_divergences(
     logits_RNV: Sequence[Tensor],
     tempered: Sequence[tuple[Tensor, Tensor]],
     kl_weight: Tensor,
-    kl_rows: Tensor,
-    temperature: float,
-    divergence: str,
+    objective: Objective,
 ) -> Tensor:
     """kl [S, R, N]; adds its gradient to the students' in place. Each pair of streams is visited once."""
-    students, streams = kl_weight.shape
+    (students, streams), kl_rows, temperature = kl_weight.shape, objective.kl_rows, objective.temperature
     kl_SRN = logits_RNV[0].new_zeros(students, streams, len(kl_rows))
     weight_SRN1 = temperature * kl_weight[:, :, None, None] * kl_rows[:, None]
     u, *scratch = logits_RNV[0].new_empty(5, *logits_RNV[0].shape)  # allocating anew for each pair costs page faults
@@ -189,7 +179,7 @@ def _add_divergences(
             u.sub_((p_lse - q_lse)[:, None])
             roles = [(i, j, p), (j, i, q)] if j < students else [(i, j, p)]  # learner, peer, learner's probabilities
 
-            if divergence == "jsd":
+            if objective.divergence == "jsd":
                 v, w = _log_ratios_to_mean(u)
                 mean = (p + q).mul_(0.5)
                 p_to_mean, q_to_mean = (_kl_both_ways(ratio, own, mean, scratch)[0] for ratio, own in ((v, p), (w, q)))
@@ -204,13 +194,13 @@ def _add_divergences(
             for (learner, peer, own), from_learner, to_learner in zip(
                 roles, (p_to_q, q_to_p), (q_to_p, p_to_q), strict=False
             ):
-                if divergence == "forward":
+                if objective.divergence == "forward":
                     kl_SRN[learner, peer] = to_learner
                 else:
                     kl_SRN[learner, peer] = from_learner
                     ratio = u if learner == i else -u
                     _add_expectation(gradients[learner], own, ratio, from_learner, weight_SRN1[learner, peer])
-    if divergence == "forward":
+    if objective.divergence == "forward":
         _add_differences(gradients, [p for p, _ in tempered], weight_SRN1)
     return kl_SRN
 

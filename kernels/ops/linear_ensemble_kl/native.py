@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from kernels.ops.ensemble_kl.native import loss_and_grad_
+from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.reference import widest
 from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
-from kernels.ops.linear_ensemble_kl.reference import weighted_losses
 
 BUDGET = 96 * 2**20  # bytes of logits at a time: below it the products lose more than the cache gains (LOG.md)
 
@@ -24,37 +25,25 @@ BUDGET = 96 * 2**20  # bytes of logits at a time: below it the products lose mor
 def losses_and_gradients(
     students: Sequence[Projected],
     teachers: Sequence[Projected | TopK],
-    targets: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor | None,
-    ce_rows: Tensor,
-    kl_rows: Tensor,
+    objective: Objective,
     normalizer: int | Tensor,
-    temperature: float,
-    divergence: str,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]:
     """As `losses_and_gradients` in `reference.py`."""
     streams, dense, kept = top_k.split(students, teachers)
-    dtype = torch.float32
-    for x in (x for stream in streams for x in stream if x is not None):
-        dtype = torch.promote_types(dtype, x.dtype)
-    heads = [_Head(stream, dtype) for stream in streams]
-    counted = ce_rows if kl_weight is None else ce_rows | kl_rows
-    ce_weight = ce_weight.to(dtype) / normalizer
-    if kl_weight is not None:
-        kl_weight = kl_weight.to(dtype) / normalizer
-    wanted = [any(own) for own in needs]
+    dtype = widest(x for stream in streams for x in stream)
+    heads = [(_TiledHead if _tiled(stream, dtype) else _Head)(stream, dtype) for stream in streams]
+    objective = objective.over(normalizer, dtype)
+    counted, wanted, of_dense = objective.counted, [any(own) for own in needs], objective.among(dense)
 
-    dense_weight = None if kl_weight is None or len(dense) == 1 else kl_weight[:, dense]
-    tokens, vocabulary = len(targets), len(streams[0].weight)
+    tokens, vocabulary = len(counted), len(streams[0].weight)
     chunk = _chunk(tokens, bytes_per_token=(len(streams) + len(students) * len(kept)) * vocabulary * dtype.itemsize)
     logits_RnV = [torch.empty(chunk, vocabulary, dtype=dtype) for _ in streams]
     gradients = [
         _empty_gradients(student, own, dtype, head) for student, own, head in zip(students, needs, heads, strict=False)
     ]
     ce_SN = torch.zeros(len(students), tokens, dtype=dtype)
-    kl_SRN = None if kl_weight is None else ce_SN.new_zeros(*kl_weight.shape, tokens)
+    kl_SRN = None if objective.kl_weight is None else ce_SN.new_zeros(*objective.kl_weight.shape, tokens)
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)
         # Rows that do not count may hold anything: as zeros they cannot spread a NaN through the products.
@@ -66,24 +55,9 @@ def losses_and_gradients(
         for h, head, out in zip(hidden, heads, logits, strict=True):
             head.project(h, out)
         d_logits = [head.gradient_place(x) for head, x in zip(heads, logits[: len(students)], strict=False)]
-        added: list[Tensor | None] = [None] * len(students)
-        if kept and kl_SRN is not None:  # before gradients take the logits' place
-            into = kl_SRN[:, :, rows]
-            added = top_k.losses_and_gradients(
-                logits[: len(students)], kept, rows, kl_weight, kl_rows, into, temperature, divergence, wanted
-            )
-        ce_SN[:, rows], kl_SRn = loss_and_grad_(
-            logits,
-            targets[rows],
-            ce_weight,
-            dense_weight,
-            ce_rows[rows],
-            kl_rows[rows],
-            temperature=temperature,
-            divergence=divergence,
-            wanted=wanted,
-            into=d_logits,
-        )
+        # Before gradients take the logits' place.
+        added = top_k.losses_and_gradients(logits[: len(students)], kept, objective, rows, kl_SRN, wanted)
+        ce_SN[:, rows], kl_SRn = loss_and_grad_(logits, of_dense.on(rows), wanted, into=d_logits)
         if kl_SRN is not None and kl_SRn is not None:
             kl_SRN[:, dense, rows] = kl_SRn
         for d, extra in zip(d_logits, added, strict=True):
@@ -98,49 +72,69 @@ def losses_and_gradients(
                 total = torch.sum(d, 0, dtype=dtype)
                 torch.add(d_bias, total, out=d_bias) if start else d_bias.copy_(total)
 
-    return weighted_losses(ce_weight, ce_SN, kl_weight, kl_SRN, temperature), ce_SN, kl_SRN, gradients
+    return objective.sums(ce_SN, kl_SRN), ce_SN, kl_SRN, gradients
 
 
 class _Head:
     """A stream's head and its products: [n, V] logits, and what their gradients give."""
 
+    by_columns = False  # whether the weight's gradient is written so
+
     def __init__(self, stream: Projected, dtype: torch.dtype) -> None:
-        both_bf16 = stream.hidden.dtype == stream.weight.dtype == torch.bfloat16
-        self.tiled = both_bf16 and dtype == torch.float32 and torch.ops.creche_native.has_tiles()
-        self.dtype = torch.bfloat16 if self.tiled else dtype
-        self._weight = stream.weight.to(self.dtype)
+        self.dtype = dtype  # of the products' operands
+        self._weight = stream.weight.to(dtype)
         self._bias = None if stream.bias is None else stream.bias.to(dtype)
-        if self.tiled:
-            self._by_hidden = torch.ops.creche_native.tiled(self._weight.T)
 
     def project(self, hidden_nD: Tensor, out_nV: Tensor) -> None:
-        if self.tiled:
-            if self._bias is not None:
-                out_nV.copy_(self._bias.expand_as(out_nV))
-            _mm_(hidden_nD, self._by_hidden, out_nV, add=self._bias is not None)
-        elif self._bias is None:
+        if self._bias is None:
             torch.mm(hidden_nD, self._weight.T, out=out_nV)
         else:
             torch.addmm(self._bias, hidden_nD, self._weight.T, out=out_nV)
 
     def gradient_place(self, logits_nV: Tensor) -> Tensor:
-        return logits_nV.view(torch.bfloat16)[:, : logits_nV.shape[1]] if self.tiled else logits_nV
+        return logits_nV
 
     def hidden_gradient(self, d_nV: Tensor, out_nD: Tensor) -> None:
-        if self.tiled:
-            _mm_(d_nV, self._by_gradient, out_nD)
-        else:
-            torch.mm(d_nV, self._weight, out=out_nD)
+        torch.mm(d_nV, self._weight, out=out_nD)
 
     def weight_gradient(self, d_nV: Tensor, hidden_nD: Tensor, out_VD: Tensor, *, add: bool) -> None:
-        if self.tiled:
-            _mm_(hidden_nD.T, torch.ops.creche_native.tiled(d_nV), out_VD.T, add=add)
-        else:
-            torch.addmm(out_VD, d_nV.T, hidden_nD, beta=int(add), out=out_VD)
+        torch.addmm(out_VD, d_nV.T, hidden_nD, beta=int(add), out=out_VD)
+
+
+class _TiledHead(_Head):
+    """The same by matrix tiles."""
+
+    by_columns = True  # the rows of its product are of D
+
+    def __init__(self, stream: Projected, dtype: torch.dtype) -> None:
+        self.dtype = torch.bfloat16
+        self._weight = stream.weight
+        self._bias = None if stream.bias is None else stream.bias.to(dtype)
+        self._by_hidden = torch.ops.creche_native.tiled(self._weight.T)
+
+    def project(self, hidden_nD: Tensor, out_nV: Tensor) -> None:
+        if self._bias is not None:
+            out_nV.copy_(self._bias.expand_as(out_nV))
+        _mm_(hidden_nD, self._by_hidden, out_nV, add=self._bias is not None)
+
+    def gradient_place(self, logits_nV: Tensor) -> Tensor:
+        return logits_nV.view(self.dtype)[:, : logits_nV.shape[1]]
+
+    def hidden_gradient(self, d_nV: Tensor, out_nD: Tensor) -> None:
+        _mm_(d_nV, self._by_gradient, out_nD)
+
+    def weight_gradient(self, d_nV: Tensor, hidden_nD: Tensor, out_VD: Tensor, *, add: bool) -> None:
+        _mm_(hidden_nD.T, torch.ops.creche_native.tiled(d_nV), out_VD.T, add=add)
 
     @functools.cached_property
     def _by_gradient(self) -> Tensor:
         return torch.ops.creche_native.tiled(self._weight)
+
+
+def _tiled(stream: Projected, dtype: torch.dtype) -> bool:
+    """Whether the stream's products go by tiles."""
+    both_bf16 = stream.hidden.dtype == stream.weight.dtype == torch.bfloat16
+    return both_bf16 and dtype == torch.float32 and torch.ops.creche_native.has_tiles()
 
 
 def _mm_(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -160,7 +154,7 @@ def _empty_gradients(student: Projected, needs: Sequence[bool], dtype: torch.dty
     make = torch.empty if len(student.hidden) else torch.zeros
 
     def like(x: Tensor) -> Tensor:
-        by_columns = head.tiled and x is student.weight  # the rows of its product are of D
+        by_columns = head.by_columns and x is student.weight
         return make(x.T.shape, dtype=dtype).T if by_columns else make(x.shape, dtype=dtype)
 
     return [None if x is None or not need else like(x) for x, need in zip(student, needs, strict=True)]

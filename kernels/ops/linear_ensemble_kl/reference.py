@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.ops.ensemble_kl.reference import loss_and_grad
+from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.reference import loss_and_grad, widest
 from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
 
 # What the [n, V] tensors of one chunk may take. On a CPU small chunks stay in cache; a GPU wants ≥ 1,000 rows.
@@ -19,20 +20,14 @@ TEMPORARIES = 6  # [n, V] tensors alive within `loss_and_grad` beside logits, pr
 def losses_and_gradients(
     students: Sequence[Projected],
     teachers: Sequence[Projected | TopK],
-    targets: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor | None,
-    ce_rows: Tensor,
-    kl_rows: Tensor,
+    objective: Objective,
     normalizer: int | Tensor,
-    temperature: float,
-    divergence: str,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]:
     """The losses of `kernels.linear_ensemble_kl` and their gradients, without autograd (call it under no_grad).
 
     Args:
-        ce_rows, kl_rows: [N] bool, the rows in which CE and KL count.
+        teachers: none if the objective has no `kl_weight`.
         needs: per student, whether the gradients of (hidden, weight, bias) are wanted.
         Otherwise as `kernels.linear_ensemble_kl`.
 
@@ -41,15 +36,9 @@ def losses_and_gradients(
         bias), None where not wanted. All fp32, or float64 where a stream is.
     """
     streams, dense, kept = top_k.split(students, teachers)
-    dtype = torch.float32
-    for x in (x for stream in streams for x in stream if x is not None):
-        dtype = torch.promote_types(dtype, x.dtype)
+    dtype = widest(x for stream in streams for x in stream)
     heads = [(weight.to(dtype), None if bias is None else bias.to(dtype)) for _, weight, bias in streams]
-    ce_weight = ce_weight.to(dtype) / normalizer
-    counted = ce_rows
-    if kl_weight is not None:
-        kl_weight = kl_weight.to(dtype) / normalizer
-        counted = ce_rows | kl_rows
+    objective = objective.over(normalizer, dtype)
     gradients = [
         [
             torch.zeros_like(x, dtype=dtype) if x is not None and need else None
@@ -57,11 +46,11 @@ def losses_and_gradients(
         ]
         for stream, own in zip(students, needs, strict=True)
     ]
-    dense_weight = None if kl_weight is None or len(dense) == 1 else kl_weight[:, dense]
 
-    device, (tokens, vocabulary) = targets.device, (len(targets), len(heads[0][0]))
+    counted, wanted, of_dense = objective.counted, [any(own) for own in needs], objective.among(dense)
+    device, tokens, vocabulary = counted.device, len(counted), len(heads[0][0])
     ce_SN = torch.zeros(len(students), tokens, dtype=dtype, device=device)
-    kl_SRN = None if kl_weight is None else ce_SN.new_zeros(*kl_weight.shape, tokens)
+    kl_SRN = None if objective.kl_weight is None else ce_SN.new_zeros(*objective.kl_weight.shape, tokens)
     per_row = (2 * len(streams) + (2 + len(kept)) * len(students) + TEMPORARIES) * vocabulary * dtype.itemsize
     chunk = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // per_row)
     for start in range(0, tokens, chunk):
@@ -69,24 +58,8 @@ def losses_and_gradients(
         # Rows that do not count may hold anything: as zeros they cannot spread a NaN through the GEMMs.
         hidden = [stream.hidden[rows].to(dtype).masked_fill(~counted[rows, None], 0) for stream in streams]
         logits = [torch.nn.functional.linear(h, *head) for h, head in zip(hidden, heads, strict=True)]
-        added: list[Tensor | None] = [None] * len(students)
-        if kept and kl_SRN is not None:
-            into = kl_SRN[:, :, rows]
-            own = [any(need) for need in needs]
-            added = top_k.losses_and_gradients(
-                logits[: len(students)], kept, rows, kl_weight, kl_rows, into, temperature, divergence, own
-            )
-        ce_SN[:, rows], kl, d_logits = loss_and_grad(
-            logits,
-            targets[rows],
-            ce_weight,
-            dense_weight,
-            ce_rows[rows],
-            kl_rows[rows],
-            temperature=temperature,
-            divergence=divergence,
-            wanted=[any(own) for own in needs],
-        )
+        added = top_k.losses_and_gradients(logits[: len(students)], kept, objective, rows, kl_SRN, wanted)
+        ce_SN[:, rows], kl, d_logits = loss_and_grad(logits, of_dense.on(rows), wanted)
         if kl_SRN is not None and kl is not None:
             kl_SRN[:, dense, rows] = kl
         d_logits = [
@@ -102,19 +75,4 @@ def losses_and_gradients(
             if d_bias is not None:
                 d_bias.add_(d.sum(0))
 
-    return weighted_losses(ce_weight, ce_SN, kl_weight, kl_SRN, temperature), ce_SN, kl_SRN, gradients
-
-
-def weighted_losses(
-    ce_weight: Tensor, ce_SN: Tensor, kl_weight: Tensor | None, kl_SRN: Tensor | None, temperature: float
-) -> Tensor:
-    """[S], of losses per token and weights that hold 1 / normalizer."""
-    losses = _weighted(ce_weight, ce_SN.sum(-1))
-    if kl_weight is not None and kl_SRN is not None:
-        losses += temperature**2 * _weighted(kl_weight, kl_SRN.sum(-1)).sum(-1)
-    return losses
-
-
-def _weighted(weight: Tensor, loss: Tensor) -> Tensor:
-    """Their product; 0 where the weight is 0, even if the loss is infinite."""
-    return torch.where(weight == 0, 0, weight * loss)
+    return objective.sums(ce_SN, kl_SRN), ce_SN, kl_SRN, gradients

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.ops.ensemble_kl.objective import Objective
 from kernels.ops.ensemble_kl.reference import _kl, _log_ratio_to_mean
 from kernels.ops.linear_ensemble_kl import Projected, TopK
 
@@ -39,24 +40,25 @@ def split(
 def losses_and_gradients(
     logits_SnV: Sequence[Tensor],
     kept: Kept,
+    objective: Objective,
     rows: slice,
-    kl_weight: Tensor | None,
-    kl_rows: Tensor,
-    kl_SRn: Tensor,
-    temperature: float,
-    divergence: str,
+    kl_SRN: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The students' divergences from the `kept` teachers into kl [S, R, n], and what those add to the gradients of the
-    students' logits, weighted by `kl_weight` [S, R] and T²: per student [n, V], None where not wanted or nothing."""
+    """The students' divergences from the `kept` teachers in some rows into kl [S, R, N], and what those add to the
+    gradients of the students' logits, weighted: per student [n, V], None where not wanted or nothing. Without
+    `kl_weight` and kl none is kept."""
     gradients: list[Tensor | None] = []
     for i, (logits_nV, want) in enumerate(zip(logits_SnV, wanted, strict=True)):
         gradient = None
         for r, (log_prob_Nk, index_Nk, tail_N) in kept:
-            assert kl_weight is not None
+            assert objective.kl_weight is not None
+            assert kl_SRN is not None
+            kl_rows = objective.kl_rows[rows]
+            weight_n = objective.kl_weight[i, r] * kl_rows
             top = log_prob_Nk[rows].to(logits_nV.dtype), index_Nk[rows].long(), tail_N[rows].to(logits_nV.dtype)
-            kl_n, own_nV = _one(logits_nV, *top, kl_weight[i, r] * kl_rows[rows], temperature, divergence, want)
-            kl_SRn[i, r] = torch.where(kl_rows[rows], kl_n, 0)
+            kl_n, own_nV = _one(logits_nV, *top, weight_n, objective.temperature, objective.divergence, want)
+            kl_SRN[i, r, rows] = torch.where(kl_rows, kl_n, 0)
             if own_nV is not None:
                 gradient = own_nV if gradient is None else gradient.add_(own_nV)
         gradients.append(gradient)

@@ -11,14 +11,14 @@ below fp16's range: the products' alpha does that, in fp32. Sums over chunks are
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from kernels.ops.ensemble_kl.objective import Objective
 from kernels.ops.ensemble_kl.triton import loss_and_grad
 from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
-from kernels.ops.linear_ensemble_kl.reference import weighted_losses
 from kernels.ops.linear_ensemble_kl.triton_top_k import add_divergence
 from kernels.registration import op
 
@@ -30,14 +30,8 @@ ALIGNMENT = 64  # columns: rows begin on 128 bytes, and every load of 16 bytes i
 def losses_and_gradients(
     students: Sequence[Projected],
     teachers: Sequence[Projected | TopK],
-    targets: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor | None,
-    ce_rows: Tensor,
-    kl_rows: Tensor,
+    objective: Objective,
     normalizer: int | Tensor,
-    temperature: float,
-    divergence: str,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]:
     """As `losses_and_gradients` in `reference.py`.
@@ -52,23 +46,19 @@ def losses_and_gradients(
                 f"stream {r} holds torch.float64: the Triton kernel computes in fp32; convert it, or choose"
                 " kernels.backend('reference')"
             )
-    order = [*dense, *(r for r, _ in kept)]
+    order, kl_weight = [*dense, *(r for r, _ in kept)], objective.kl_weight
     ce, kl, *made = _sweep(
-        [stream.hidden for stream in streams],
-        [stream.weight for stream in streams],
-        [stream.bias for stream in streams],
-        [top.log_prob for _, top in kept],
-        [top.index for _, top in kept],
-        [top.tail for _, top in kept],
-        targets,
-        ce_weight.float(),
+        [x for stream in streams for x in stream],
+        [x for _, top in kept for x in top],
+        objective.targets,
+        objective.ce_weight.float(),
         None if kl_weight is None else _in_order(kl_weight.float(), order),
-        ce_rows,
-        kl_rows,
+        objective.ce_rows,
+        objective.kl_rows,
+        float(objective.temperature),
+        objective.divergence,
         normalizer if isinstance(normalizer, Tensor) else None,
         1.0 if isinstance(normalizer, Tensor) else 1 / normalizer,
-        float(temperature),
-        divergence,
         [need for own in needs for need in own],
     )
     remaining = iter(made)
@@ -77,48 +67,41 @@ def losses_and_gradients(
         for student, own in zip(students, needs, strict=True)
     ]
     kl = None if kl_weight is None else _in_order(kl, [order.index(r) for r in range(len(order))])
-    losses = weighted_losses(
-        ce_weight.float() / normalizer,
-        ce,
-        None if kl_weight is None else kl_weight.float() / normalizer,
-        kl,
-        temperature,
-    )
-    return losses, ce, kl, gradients
+    return objective.over(normalizer, torch.float32).sums(ce, kl), ce, kl, gradients
 
 
 @op("linear_ensemble_kl")
 def _sweep(
-    hidden: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
-    log_prob: Sequence[Tensor],
-    index: Sequence[Tensor],
-    tail: Sequence[Tensor],
+    streams: Sequence[Tensor | None],
+    top_ks: Sequence[Tensor],
     targets: Tensor,
     ce_weight: Tensor,
     kl_weight: Tensor | None,
     ce_rows: Tensor,
     kl_rows: Tensor,
-    divisor: Tensor | None,
-    alpha: float,
     temperature: float,
     divergence: str,
+    divisor: Tensor | None,
+    alpha: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """[ce, kl, *gradients]; the gradients are multiplied by alpha / divisor. Those not needed are left out.
 
-    log_prob, index, tail: of the teachers known by them; theirs are the last columns of kl_weight and kl.
-    needs: per student of hidden, weight, bias.
+    streams: hidden, weight, bias of each; needs: the same of each student.
+    top_ks: log_prob, index, tail of the teachers known by them; theirs are the last columns of kl_weight and kl.
     """
+    hidden, weight, bias = (cast(Sequence[Any], streams[k::3]) for k in range(3))
     S, N, V, dense = len(ce_weight), len(targets), len(weight[0]), len(hidden)
-    ce, kl, *made = outputs = _allocate(hidden, weight, bias, len(log_prob), ce_weight, needs)
+    ce, kl, *made = outputs = _allocate(streams, top_ks, targets, ce_weight, needs)
     if kl_weight is None:
         kl.zero_()
     else:
         kl_weight = kl_weight.contiguous()
-    kept = [TopK(*(x.contiguous() for x in top)) for top in zip(log_prob, index, tail, strict=True)]
-    counted = ce_rows if kl_weight is None else ce_rows | kl_rows
+    kept = [TopK(*(x.contiguous() for x in top_ks[k : k + 3])) for k in range(0, len(top_ks), 3)]
+    targets, ce_rows, kl_rows = targets.contiguous(), ce_rows.contiguous(), kl_rows.contiguous()
+    objective = Objective(targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence)
+    of_dense = objective if kl_weight is None else objective._replace(kl_weight=kl_weight[:, :dense])
+    counted = objective.counted
     heads = [_head(h, w) for h, w in zip(hidden, weight, strict=True)]
     wanted = [any(needs[3 * i : 3 * i + 3]) for i in range(S)]
     apart = [bool(kept) or w.dtype != torch.float32 for w in heads]  # whether gradients do not take the logits' place
@@ -129,7 +112,6 @@ def _sweep(
         None if not want else torch.empty_like(logits, dtype=w.dtype) if aside else logits
         for logits, w, want, aside in zip(logits_RnW, heads, wanted, apart, strict=False)
     ]
-    targets, ce_rows, kl_rows = targets.contiguous(), ce_rows.contiguous(), kl_rows.contiguous()
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         n = rows.stop - start
@@ -142,36 +124,13 @@ def _sweep(
                 out.copy_(b.expand(n, V))
             _add_product(out, x, w.T, beta=0 if b is None else 1)
         d = [None if d_nW is None else d_nW[:n] for d_nW in d_SnW]
-        ce[:, rows], kl_SRn = loss_and_grad(
-            [logits[:n] for logits in logits_RnW],
-            d,
-            targets[rows],
-            ce_weight,
-            None if kl_weight is None else kl_weight[:, :dense],
-            ce_rows[rows],
-            kl_rows[rows],
-            vocabulary=V,
-            temperature=temperature,
-            divergence=divergence,
-        )
+        ce[:, rows], kl_SRn = loss_and_grad([logits[:n] for logits in logits_RnW], d, of_dense.on(rows), V)
         if kl_SRn is not None:
             kl[:, :dense, rows] = kl_SRn
         for r, teacher in enumerate(kept if kl_weight is not None else (), start=dense):
-            assert kl_weight is not None
             for i in range(S):
-                add_divergence(
-                    logits_RnW[i][:n],
-                    d[i],
-                    teacher,
-                    kl_rows,
-                    kl_weight,
-                    kl,
-                    first=start,
-                    pair=(i, r),
-                    vocabulary=V,
-                    temperature=temperature,
-                    divergence=divergence,
-                )
+                logits = logits_RnW[i][:n]
+                add_divergence(logits, d[i], teacher, objective, kl, first=start, pair=(i, r), vocabulary=V)
         remaining = iter(made)
         for i, d_nW in enumerate(d):
             if d_nW is None:
@@ -192,32 +151,21 @@ def _sweep(
 
 @_sweep.register_fake
 def _(
-    hidden: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
-    log_prob: Sequence[Tensor],
-    index: Sequence[Tensor],
-    tail: Sequence[Tensor],
-    targets: Tensor,
-    ce_weight: Tensor,
-    *rest: Any,
+    streams: Sequence[Tensor | None], top_ks: Sequence[Tensor], targets: Tensor, ce_weight: Tensor, *rest: Any
 ) -> list[Tensor]:
-    needs: Sequence[bool] = rest[-1]
-    return _allocate(hidden, weight, bias, len(log_prob), ce_weight, needs)
+    return _allocate(streams, top_ks, targets, ce_weight, needs=rest[-1])
 
 
 def _allocate(
-    hidden: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
-    kept: int,
+    streams: Sequence[Tensor | None],
+    top_ks: Sequence[Tensor],
+    targets: Tensor,
     ce_weight: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    S, R, N = len(ce_weight), len(hidden) + kept, len(hidden[0])
+    S, R, N = len(ce_weight), (len(streams) + len(top_ks)) // 3, len(targets)
     ce = ce_weight.new_empty(S, N)
-    inputs = [x for i in range(S) for x in (hidden[i], weight[i], bias[i])]
-    gradients = [ce.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if x is not None and need]
+    gradients = [ce.new_empty(x.shape) for x, need in zip(streams, needs, strict=False) if x is not None and need]
     return [ce, ce.new_empty(S, R, N), *gradients]
 
 

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
+from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.triton import gpu_of
 from kernels.ops.ensemble_kl.triton_kernel import (
     EDGE,
     FLOOR,
@@ -158,15 +160,12 @@ def add_divergence(
     logits_nW: Tensor,
     gradient_nW: Tensor | None,
     teacher: TopK,
-    kl_rows: Tensor,
-    kl_weight: Tensor,
+    objective: Objective,
     kl_SRN: Tensor,
     *,
     first: int,
     pair: tuple[int, int],
     vocabulary: int,
-    temperature: float,
-    divergence: str,
     lanes: int | None = None,
 ) -> None:
     """The divergence of student i from the teacher, stream r, into kl[i, r], and its gradient's part, times T² and the
@@ -174,13 +173,12 @@ def add_divergence(
 
     Args:
         logits_nW: fp32, of the n tokens from `first` on. gradient_nW: fp32, bf16 or fp16; None: not wanted. Contiguous.
-        teacher, kl_rows, kl_weight, kl_SRN: of all N tokens, contiguous; kl_weight and kl_SRN fp32. In rows outside
-            `kl_rows` the teacher may hold anything. A token outside [0, V) makes its row's loss and gradient NaN.
+        teacher, objective, kl_SRN: of all N tokens, contiguous; `kl_weight` and kl_SRN fp32. In rows outside `kl_rows`
+            the teacher may hold anything. A token outside [0, V) makes its row's loss and gradient NaN.
         pair: (i, r). vocabulary: V. lanes: threads of a warp; None: those of the logits' device.
     """
     n, width = logits_nW.shape
-    if lanes is None:
-        lanes = torch.cuda.get_device_properties(logits_nW.device).warp_size if logits_nW.is_cuda else 32
+    lanes = lanes or gpu_of(logits_nW.device).lanes
     narrower = logits_nW if gradient_nW is None else gradient_nW
     tile = launch.ensemble_kl_top_k(narrower.element_size(), lanes)
     with torch.cuda.device_of(logits_nW):
@@ -189,8 +187,8 @@ def add_divergence(
             logits_nW.stride(),
             gradient_nW,
             *teacher,
-            kl_rows,
-            kl_weight,
+            objective.kl_rows,
+            objective.kl_weight,
             kl_SRN,
             first,
             pair[0] * kl_SRN.shape[1] + pair[1],
@@ -198,12 +196,12 @@ def add_divergence(
             teacher.index.shape[1],
             vocabulary,
             width,
-            temperature,
-            DIVERGENCE=divergence,
+            objective.temperature,
+            DIVERGENCE=objective.divergence,
             PADDED=width != vocabulary,
             BUCKETS=triton.next_power_of_2(teacher.index.shape[1] + 1),
             LANES=lanes * tile.warps,
             VEC=tile.block // (lanes * tile.warps),
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=1,
         )

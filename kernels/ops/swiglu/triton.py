@@ -17,44 +17,9 @@ from kernels import launch
 from kernels.registration import op
 
 
+@op("swiglu")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See `kernels.swiglu`. Differentiable once."""
-    return _swiglu(gate, up)
-
-
-@op("swiglu")
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return run_forward(gate, up)
-
-
-@op("swiglu_backward")
-def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up."""
-    return run_backward(grad, gate, up)
-
-
-@_swiglu.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@_backward.register_fake
-def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
-
-
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return _backward(grad, *ctx.saved_tensors)
-
-
-_swiglu.register_autograd(_differentiate, setup_context=_save)
-
-
-def run_forward(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(gate.shape)
     if out.numel():
         gate_ND, up_ND = _rows(gate, up)
@@ -62,18 +27,14 @@ def run_forward(gate: Tensor, up: Tensor) -> Tensor:
         constants = _constants()
         with torch.cuda.device_of(gate):
             _forward_kernel[(N * triton.cdiv(D, constants["BLOCK"]),)](
-                gate_ND,
-                up_ND,
-                out,
-                D,
-                gate_ND.stride(0),
-                up_ND.stride(0),
-                **constants,
+                gate_ND, up_ND, out, D, gate_ND.stride(0), up_ND.stride(0), **constants
             )
     return out
 
 
+@op("swiglu_backward")
 def run_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
     gate_grad, up_grad = gate.new_empty(gate.shape), up.new_empty(up.shape)
     if grad.numel():
         grad_ND, gate_ND, up_ND = _rows(grad, gate, up)
@@ -93,6 +54,27 @@ def run_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
                 **constants,
             )
     return gate_grad, up_grad
+
+
+@swiglu.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@run_backward.register_fake
+def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return run_backward(grad, *ctx.saved_tensors)
+
+
+swiglu.register_autograd(_differentiate, setup_context=_save)
 
 
 def _constants() -> dict[str, Any]:
@@ -122,16 +104,7 @@ def _forward_kernel(gate_ptr, up_ptr, out_ptr, D, gate_stride, up_stride, BLOCK:
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr,
-    gate_ptr,
-    up_ptr,
-    gate_grad_ptr,
-    up_grad_ptr,
-    D,
-    grad_stride,
-    gate_stride,
-    up_stride,
-    BLOCK: tl.constexpr,
+    grad_ptr, gate_ptr, up_ptr, gate_grad_ptr, up_grad_ptr, D, grad_stride, gate_stride, up_stride, BLOCK: tl.constexpr
 ):
     blocks, column = tl.cdiv(D, BLOCK), tl.arange(0, BLOCK)
     row, start = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64) * BLOCK

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kernels.native
 from kernels import Projected, TopK
+from kernels.ops.ensemble_kl.objective import Objective
 from kernels.ops.linear_ensemble_kl import native, reference
 from tests.kernels.yardstick import assert_near, stored_gradients
 
@@ -57,10 +58,10 @@ def losses_and_gradients(
     targets = (torch.arange(tokens) * 5 % vocabulary).masked_fill(~ce_rows, -100)
     weights = draw(students, len(streams) + 1, seed=3, dtype=dtype).abs()
     needs = needs or [[x is not None for x in one] for one in streams[:students]]
+    objective = Objective(targets, weights[:, 0], weights[:, 1:], ce_rows, kl_rows, 2.0, divergence)
     losses, ce, kl, gradients = backend.losses_and_gradients(
-        streams[:students], streams[students:], targets, weights[:, 0], weights[:, 1:], ce_rows, kl_rows, 3, 2.0,
-        divergence, needs,
-    )  # fmt: skip
+        streams[:students], streams[students:], objective, 3, needs
+    )
     return [losses, ce, kl, *(g for own in gradients for g in own if g is not None)]
 
 
@@ -84,7 +85,7 @@ def test_students_and_teachers(chunk: int, divergence: str, monkeypatch: pytest.
     """Of which one is in fp32, and one has an odd width."""
     monkeypatch.setattr(native, "BUDGET", chunk * 4 * 200 * 4)
     streams = [stream(40, 200, 16), stream(40, 200, 24, bias=False), stream(40, 200, 8, FP32, FP32), stream(40, 200, 9)]
-    assert [native._Head(s, FP32).tiled for s in streams] == [True, True, False, True]
+    assert [native._tiled(s, FP32) for s in streams] == [True, True, False, True]
     assert_as_exact(2, streams, divergence)
     assert_as_exact(4, [streams[2], streams[0], streams[3], streams[1]], divergence)
 

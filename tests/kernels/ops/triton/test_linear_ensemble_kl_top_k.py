@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from kernels import Projected, TopK
+from kernels.ops.ensemble_kl.objective import Objective
 from kernels.ops.linear_ensemble_kl import reference, triton
 from tests.kernels.ops.triton.agreement import DEVICE, honest_memory_and_casts
 from tests.kernels.ops.triton.test_linear_ensemble_kl import check, flat, make, run
@@ -35,15 +36,14 @@ def given(
 ) -> tuple[Tensor, Tensor]:
     """kl [N] of a student whose logits are these, and their gradient."""
     (N, V), dtype = logits_NV.shape, logits_NV.dtype
-    rows = torch.ones(N, dtype=torch.bool, device=DEVICE)
+    rows, ones_12 = torch.ones(N, dtype=torch.bool, device=DEVICE), torch.ones(1, 2, device=DEVICE, dtype=dtype)
     with honest_memory_and_casts():
         _, _, kl, ((gradient, *_),) = backend.losses_and_gradients(
             [Projected(logits_NV, torch.eye(V, dtype=dtype, device=DEVICE))],
             [top],
-            rows.long(),
-            torch.zeros(1, device=DEVICE, dtype=dtype),
-            torch.full((1, 2), weight, device=DEVICE, dtype=dtype),
-            *(rows, rows, 1, 1.0, divergence, [[True, False, False]]),
+            Objective(rows.long(), ones_12[0, :1] * 0, ones_12 * weight, rows, rows, 1.0, divergence),
+            1,
+            [[True, False, False]],
         )
     assert kl is not None
     assert gradient is not None
@@ -193,10 +193,9 @@ def test_the_public_function_takes_it() -> None:
 def losses_and_gradients(
     student: Projected, teachers: list[Projected | TopK], targets: Tensor, ones_1: Tensor, ones_13: Tensor
 ):
-    rows, needs = targets == 0, [[True, True, False]]
-    return flat(
-        triton.losses_and_gradients([student], teachers, targets, ones_1, ones_13, rows, rows, 2, 1.0, "jsd", needs)
-    )
+    rows = targets == 0
+    objective = Objective(targets, ones_1, ones_13, rows, rows, 1.0, "jsd")
+    return flat(triton.losses_and_gradients([student], teachers, objective, 2, [[True, True, False]]))
 
 
 def test_torch_compile_traces_it() -> None:
