@@ -35,29 +35,7 @@ _REMEDY = {
 _process_default: str | None = None  # None: not chosen by this process, so the environment decides
 
 
-class _Backend:
-    """The choice made by `backend(name)`: in force from construction; undone on leaving a `with` block."""
-
-    def __init__(self, name: str | None) -> None:
-        global _process_default
-        self._before = _process_default
-        if name is not None:
-            _check(name, source="backend")
-            _process_default = name
-        self.name = current()
-
-    def __enter__(self) -> "_Backend":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        global _process_default
-        _process_default = self._before
-
-    def __repr__(self) -> str:
-        return f"backend({self.name!r})"
-
-
-def backend(name: str | None = None) -> _Backend:
+class backend:
     """Choose the backend of every op, in every thread of the process.
 
     `backend("reference")` alone sets the process's default. `with backend("reference"):` puts the previous choice back
@@ -72,7 +50,24 @@ def backend(name: str | None = None) -> _Backend:
     Raises:
         ValueError: an unknown name, or a backend which no op has in this installation.
     """
-    return _Backend(name)
+
+    def __init__(self, name: str | None = None) -> None:
+        global _process_default
+        self._before = _process_default
+        if name is not None:
+            _check(name, source="backend")
+            _process_default = name
+        self.name = current()
+
+    def __enter__(self) -> "backend":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _process_default
+        _process_default = self._before
+
+    def __repr__(self) -> str:
+        return f"backend({self.name!r})"
 
 
 def current() -> str:

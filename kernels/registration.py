@@ -54,9 +54,7 @@ def op(name: str) -> Callable[[Callable[..., Any]], Op]:
 
 
 def _function(
-    compute: Callable[..., Any],
-    differentiate: Callable[..., Any],
-    setup_context: Callable[..., None],
+    compute: Callable[..., Any], differentiate: Callable[..., Any], setup_context: Callable[..., None]
 ) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         # One `forward` with ctx: with a `setup_context` of its own, torch inspects the signature at every call.

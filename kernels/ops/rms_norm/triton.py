@@ -35,76 +35,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     """
     if len(weight) > WIDEST:
         raise ValueError(f"x has {len(weight)} columns: expected at most {WIDEST}; choose backend 'reference'")
-    return _normed(x, weight, eps) if residual is None else _normed_sum(x, weight, eps, residual)
+    normed, total = run_forward(x, weight, eps, residual)
+    return normed if residual is None else (normed, total)
 
 
 @op("rms_norm")
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return run_forward(x, weight, eps, None)[0]
-
-
-@op("rms_norm_residual")
-def _normed_sum(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
-    return run_forward(x, weight, eps, residual)
-
-
-@op("rms_norm_backward")
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, total_grad: Tensor | None, weight_wanted: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the weight (empty if not wanted), x being the sum where there was a residual."""
-    return run_backward(grad, x, weight, eps, total_grad, weight_wanted)
-
-
-@_normed.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _empty(x, torch.promote_types(x.dtype, weight.dtype))
-
-
-@_normed_sum.register_fake
-def _(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty(x, torch.promote_types(x.dtype, weight.dtype)), _empty(x, x.dtype)
-
-
-@_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, total_grad: Tensor | None, weight_wanted: bool
-) -> tuple[Tensor, Tensor]:
-    return _empty(x, x.dtype), weight.new_empty(weight.shape if weight_wanted else 0)
-
-
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _save_sum(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _, weight, ctx.eps, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], weight)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple:
-    x, weight = ctx.saved_tensors
-    x_grad, weight_grad = _backward(grad, x, weight, ctx.eps, None, ctx.needs_input_grad[1])
-    return x_grad, weight_grad if ctx.needs_input_grad[1] else None, None
-
-
-def _differentiate_sum(ctx: Any, grad: Tensor | None, total_grad: Tensor | None) -> tuple:
-    if grad is None:  # the normed output is not used
-        return total_grad, None, None, total_grad
-    total, weight = ctx.saved_tensors
-    x_grad, weight_grad = _backward(grad, total, weight, ctx.eps, total_grad, ctx.needs_input_grad[1])
-    return x_grad, weight_grad if ctx.needs_input_grad[1] else None, None, x_grad
-
-
-_normed.register_autograd(_differentiate, setup_context=_save)
-_normed_sum.register_autograd(_differentiate_sum, setup_context=_save_sum)
-
-
 def run_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    normed = _empty(x, torch.promote_types(x.dtype, weight.dtype))
-    total = x if residual is None else _empty(x, x.dtype)
+    """The normed input, and x + residual (empty without one)."""
+    normed, total = _allocate(x, weight, residual)
     if x.numel():
         x_ND, residual_ND = _rows(x), None if residual is None else _rows(residual)
         N, D = x_ND.shape
@@ -124,9 +62,11 @@ def run_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) 
     return normed, total
 
 
+@op("rms_norm_backward")
 def run_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, total_grad: Tensor | None, weight_wanted: bool
 ) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight (empty if not wanted), x being the sum where there was a residual."""
     x_grad = _empty(x, x.dtype)
     if not x.numel():
         weight_grad = weight.new_zeros(weight.shape if weight_wanted else 0)
@@ -155,10 +95,46 @@ def run_backward(
     return x_grad, weight_grad
 
 
+@run_forward.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _allocate(x, weight, residual)
+
+
+@run_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, total_grad: Tensor | None, weight_wanted: bool
+) -> tuple[Tensor, Tensor]:
+    return _empty(x, x.dtype), weight.new_empty(weight.shape if weight_wanted else 0)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, ctx.eps, residual = inputs
+    ctx.is_sum = residual is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1] if ctx.is_sum else x, weight)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, total_grad: Tensor | None) -> tuple:
+    if grad is None:  # the normed output is not used
+        return total_grad, None, None, total_grad
+    x, weight = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[1]
+    x_grad, weight_grad = run_backward(grad, x, weight, ctx.eps, total_grad if ctx.is_sum else None, wanted)
+    return x_grad, weight_grad if wanted else None, None, x_grad if ctx.is_sum else None
+
+
+run_forward.register_autograd(_differentiate, setup_context=_save)
+
+
 def _constants(D: int, eps: float) -> dict[str, Any]:
     columns = int(triton.next_power_of_2(D))
     tile = launch.rms_norm(columns)
     return {"D": D, "eps": eps, "BLOCK_N": tile.block // columns, "BLOCK_D": columns, "num_warps": tile.warps}
+
+
+def _allocate(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    normed = _empty(x, torch.promote_types(x.dtype, weight.dtype))
+    return normed, x.new_empty(0) if residual is None else _empty(x, x.dtype)
 
 
 def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,31 +32,10 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         raise ValueError(
             "cos or sin requires a gradient: expected constants; detach them, or choose backend 'reference'"
         )
-    return _rotate(q, k, cos, sin, False)
+    return run(q, k, cos, sin, False)
 
 
 @op("rotary")
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    return run(q, k, cos, sin, back)
-
-
-@_rotate.register_fake
-def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _, _, cos, sin, ctx.back = inputs
-    ctx.save_for_backward(cos, sin)
-
-
-def _differentiate(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple:
-    return *_rotate(q_grad, k_grad, *ctx.saved_tensors, not ctx.back), None, None, None
-
-
-_rotate.register_autograd(_differentiate, setup_context=_save)
-
-
 def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if q.numel() or k.numel():
@@ -82,6 +61,23 @@ def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Ten
                 **constants,
             )
     return q_out, k_out
+
+
+@run.register_fake
+def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos, sin, ctx.back = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _differentiate(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple:
+    return *run(q_grad, k_grad, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+run.register_autograd(_differentiate, setup_context=_save)
 
 
 def _constants(q: Tensor, k: Tensor, back: bool) -> dict[str, Any]:
