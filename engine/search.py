@@ -6,16 +6,11 @@ paper, random draws. The fourth, `proxy`, scores whole cohorts by what they are 
 after a short run, every run of as many FLOPs as any other, so that a cohort is not better for being larger.
 """
 
-import itertools
-import json
 import math
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +19,16 @@ import pydantic
 import yaml
 
 from engine.command import library
-from engine.config import Count, Natural, Positive, StudentConfig, read_yaml
+from engine.config import Config, Count, Natural, Positive, StudentConfig, as_dict, build, read_yaml
+from engine.corpus.prepare import prepare
 from engine.flops import training_a_token
 from engine.models.families import Shape, parameter_count, shape_of
+from engine.trials import ended, open_study, run_trial, watch_run
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
 ROOT = Path(__file__).parents[1]
 INVALID = -1e6  # the paper's score of a shape whose heads do not divide it
+NO_PART = ("method", "replaced", "initial", "evaluations", "output", "proxy")  # settings that no cohort's score feels
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class ProxyConfig:
     """Short runs of recipes/mutual.py. They need room for `trials` small runs in `folder`."""
 
     __pydantic_config__ = _STRICT
-    config: str = "recipes/mutual.yaml"  # data, objective and optimizer; its students give way, all but learning rates
+    config: str = "recipes/mutual.yaml"  # data, objective, optimizer and, in turn, its students' learning rates
     flops: Positive = 1e13  # of a whole run, over all its students
     trials: Count = 30
     rungs: Count = 4  # evaluations in a run, at which it may be pruned
@@ -59,7 +57,7 @@ class SearchConfig:
     heads: tuple[Count, ...] = (8, 16, 32)
     ffn: Count = 3072
     positions: Count = 512
-    vocabulary: Count = 50_265
+    vocabulary: Count = 50_265  # proxy: the data's instead
     initial: Count = 30  # bayesian: random evaluations first; random: draws as many as both together
     evaluations: Count = 70  # bayesian: then so many guided ones
     seed: Natural = 0  # student i draws from seed + i − 1
@@ -84,35 +82,33 @@ class Found:
     scores: list[float]  # of every evaluation in turn, higher is better; NaN: pruned
 
 
-Score = Callable[[Sequence[Candidate], Callable[[int, float], None]], float]  # of a cohort, and a call for each rung
+Score = Callable[[Sequence[Candidate], Any], float]  # of a cohort; reports to the Optuna trial, and may be pruned
 
 
 class Space:
     """All shapes that a search may propose."""
 
-    def __init__(self, config: SearchConfig) -> None:
+    def __init__(self, config: SearchConfig, learning_rates: Sequence[float] = (StudentConfig.learning_rate,)) -> None:
         """Raises ValueError where no number of heads divides some width."""
-        self.config = config
+        self.config, self.learning_rates = config, learning_rates
         for hidden in config.hidden:
             if all(hidden % heads for heads in config.heads):
                 raise ValueError(f"hidden={hidden} is divisible by none of heads={list(config.heads)}: add a divisor")
 
     def all(self) -> Iterator[Candidate]:
-        axes = itertools.product(self.config.layers, self.config.hidden, self.config.heads)
+        axes = product(self.config.layers, self.config.hidden, self.config.heads)
         return (Candidate(*shape) for shape in axes if shape[1] % shape[2] == 0)
 
-    def student(self, candidate: Candidate, number: int) -> StudentConfig:
-        return StudentConfig(
-            name=f"student-{number}",
-            family=self.config.family,
-            ffn=self.config.ffn,
-            positions=self.config.positions,
-            seed=number,
-            **vars(candidate),
-        )
+    def students(self, cohort: Sequence[Candidate]) -> list[dict[str, Any]]:
+        """Settings of a run's students, which take the learning rates in turn."""
+        common = {"family": self.config.family, "ffn": self.config.ffn, "positions": self.config.positions}
+        return [
+            {"name": f"student-{i}", **vars(student), **common, "learning_rate": rate, "seed": i}
+            for i, (student, rate) in enumerate(zip(cohort, cycle(self.learning_rates), strict=False), start=1)
+        ]
 
     def shape(self, candidate: Candidate) -> Shape:
-        return shape_of(self.student(candidate, 1), self.config.vocabulary)
+        return shape_of(StudentConfig(**self.students([candidate])[0]), self.config.vocabulary)
 
     @cache  # noqa: B019
     def size(self, candidate: Candidate) -> int:
@@ -165,56 +161,32 @@ def bayesian(space: Space, number: int) -> Found:
     return Found((tried[int(np.argmax(scores))][1],), scores)
 
 
-def proxy(space: Space, score: Score, journal: Path, *, trials: int, seed: int) -> Found:
+def proxy(
+    space: Space, score: Score, journal: Path, *, trials: int, seed: int, base: Mapping[str, Any] | None = None
+) -> Found:
     """The cohort with the lowest `score`, over `trials` in all, those that `journal` knows among them.
 
-    A trial that was interrupted is tried again, as the same cohort: trial t draws from seed and t.
+    Args:
+        base: what a score depends on beside the settings of the space (ShortRun.decisive).
+
+    Raises ValueError where the journal was made with others, or no run came to its end.
     """
-    optuna, states = library("optuna"), library("optuna").trial.TrialState
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        study_name="students",
-        storage=optuna.storages.JournalStorage(library("optuna.storages.journal").JournalFileBackend(str(journal))),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
-        load_if_exists=True,
-    )
-    for trial in study.get_trials(states=(states.RUNNING,)):
-        study.tell(trial.number, state=states.FAIL)
-    while (done := len(study.get_trials(states=(states.COMPLETE, states.PRUNED)))) < trials:
-        study.sampler = optuna.samplers.TPESampler(seed=seed * 100_003 + done, n_startup_trials=8)
-        trial = study.ask()
+    config = as_dict(space.config)
+    settings = {key: value for key, value in config.items() if key not in NO_PART} | {"seed": seed, **(base or {})}
+    settings |= {f"proxy.{key}": config["proxy"][key] for key in ("flops", "rungs")}
+    study = open_study(journal, settings, library("optuna").pruners.MedianPruner(n_startup_trials=4))
+
+    def objective(trial: Any) -> float:
         cohort = _proposed(space, trial.suggest_int)
-
-        def report(rung: int, value: float, trial: Any = trial) -> None:
-            trial.report(value, rung)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-
         trial.set_user_attr("students", [vars(student) for student in cohort])
-        try:
-            study.tell(trial, score(cohort, report))
-        except optuna.TrialPruned:
-            study.tell(trial, state=states.PRUNED)
-    ended = study.get_trials(states=(states.COMPLETE, states.PRUNED))
-    best = tuple(Candidate(**student) for student in study.best_trial.user_attrs["students"])
-    return Found(best, [math.nan if t.state == states.PRUNED or t.value is None else -t.value for t in ended])
+        return score(cohort, trial)
 
-
-def random_cohort(space: Space, like: Sequence[Candidate], seed: int) -> tuple[Candidate, ...]:
-    """A control for `like`: as many random students, together nearest it in parameters, of 200 draws; of 20,000 more
-    where that is more than 5% off, as it is at the ends of the space."""
-    draws, shapes = np.random.default_rng(seed), list(space.all())
-    goal = sum(map(space.size, like))
-
-    def drawn(count: int) -> list[tuple[Candidate, ...]]:
-        return [tuple(shapes[i] for i in draws.integers(len(shapes), size=len(like))) for _ in range(count)]
-
-    def off(cohort: Sequence[Candidate]) -> int:
-        return abs(sum(map(space.size, cohort)) - goal)
-
-    found = min(drawn(200), key=off)
-    return found if off(found) <= 0.05 * goal else min([found, *drawn(20_000)], key=off)
+    while len(ended(study)) < trials:
+        run_trial(study, objective, seed)
+    scores = [math.nan if trial.state.name == "PRUNED" else -trial.value for trial in ended(study)]
+    if all(map(math.isnan, scores)):
+        raise ValueError(f"{journal}: the loss of every run was not finite; lower their learning rates")
+    return Found(tuple(Candidate(**student) for student in study.best_trial.user_attrs["students"]), scores)
 
 
 def _proposed(space: Space, suggest: Callable[[str, int, int], int]) -> list[Candidate]:
@@ -232,75 +204,43 @@ class ShortRun:
     """Scores a cohort by a run of recipes/mutual.py: the held-out loss of its ensemble when the FLOPs are spent."""
 
     def __init__(self, space: Space) -> None:
-        """Raises ValueError where the settings leave no ensemble, or are not a run's."""
-        self.space, self.config = space, space.config.proxy
-        if space.config.students < 2:
+        """Prepares the data, whose vocabulary is that of all students, whatever `space` has.
+
+        Raises ValueError where the settings leave no ensemble, or are not a run's.
+        """
+        config = space.config
+        if config.students < 2:
             raise ValueError("students=1: a proxy run is scored by its ensemble; search for two students or more")
-        self.settings = read_yaml(Path(self.config.config))
-        train = self.settings.get("train", {})
-        if "batch" not in train or "length" not in train:
-            raise ValueError(f"{self.config.config}: proxy runs need train.batch and train.length; give them")
-        self.batch, self.length = train["batch"], train["length"]
-        rates = [student.get("learning_rate", 1e-3) for student in self.settings.get("students", [])] or [1e-3]
-        self.learning_rate = rates[0]
+        settings = read_yaml(Path(config.proxy.config))
+        given = [s["learning_rate"] for s in settings.get("students", ()) if "learning_rate" in s]
+        any_students = Space(config, given or space.learning_rates).students([next(space.all())] * config.students)
+        base = build(Config, settings | {"students": any_students})
+        rates, prepared = [student.learning_rate for student in base.students], prepare(base.data)
+        self.space = Space(replace(config, vocabulary=prepared.tokenizer.size), rates)
+        self.config, self.base = config.proxy, as_dict(base)
+        decisive = self.base | {"run": None, "students": rates, "data": prepared.identity}
+        self.decisive = {f"base.{key}": value for key, value in decisive.items()}
 
     def steps(self, cohort: Sequence[Candidate]) -> int:
         """How many the FLOPs pay for."""
-        a_token = sum(training_a_token(self.space.shape(student), self.length) for student in cohort)
-        return max(self.config.rungs, int(self.config.flops / (a_token * self.batch * self.length)))
+        batch, length = self.base["train"]["batch"], self.base["train"]["length"]
+        a_token = sum(training_a_token(self.space.shape(student), length) for student in cohort)
+        return max(self.config.rungs, int(self.config.flops / (a_token * batch * length)))
 
-    def __call__(self, cohort: Sequence[Candidate], report: Callable[[int, float], None]) -> float:
+    def __call__(self, cohort: Sequence[Candidate], trial: Any) -> float:
         steps = self.steps(cohort)
         folder = Path(self.config.folder) / "-".join(f"{s.layers}x{s.hidden}h{s.heads}" for s in cohort)
         folder.mkdir(parents=True, exist_ok=True)
         changed = {
-            "students": students_yaml(self.space, cohort, learning_rate=self.learning_rate)["students"],
+            "students": self.space.students(cohort),
             "run": {"name": "run", "folder": str(folder)},
-            "train": {**self.settings["train"], "steps": steps},
-            "optimizer": {**self.settings.get("optimizer", {}), "warmup": steps // 10},
-            "evaluation": {**self.settings.get("evaluation", {}), "every": -(-steps // self.config.rungs)},
+            "train": {**self.base["train"], "steps": steps, "epochs": None},
+            "optimizer": {**self.base["optimizer"], "warmup": steps // 10},
+            "evaluation": {**self.base["evaluation"], "every": -(-steps // self.config.rungs)},
         }
-        (folder / "config.yaml").write_text(yaml.safe_dump(self.settings | changed))
-        command = [sys.executable, str(ROOT / "recipes" / "mutual.py"), "--config", str(folder / "config.yaml")]
-        with (folder / "output.txt").open("w") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            losses: list[float] = []
-            while True:
-                ended = process.poll() is not None
-                now = list(_ensemble_losses(folder / "run" / "metrics.jsonl"))
-                for rung in range(len(losses), len(now)):
-                    report(rung, now[rung])
-                losses = now
-                if ended:
-                    break
-                time.sleep(0.5)
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                process.wait()
-        if process.returncode or not losses:
-            raise ValueError(f"{folder / 'output.txt'}: the run failed, exit code {process.returncode}; see there")
-        return losses[-1]
-
-
-def _ensemble_losses(metrics: Path) -> Iterator[float]:
-    """Nats per token, of every evaluation whose line is whole."""
-    lines = metrics.read_text().split("\n")[:-1] if metrics.is_file() else []
-    for record in map(json.loads, lines):
-        if record["kind"] == "evaluation":
-            yield record["ensemble"]["validation_loss"]
-
-
-def students_yaml(space: Space, cohort: Sequence[Candidate], learning_rate: float = 1e-3) -> dict[str, Any]:
-    """Settings of a run, as far as its students are concerned."""
-    common = {"family": space.config.family, "ffn": space.config.ffn, "positions": space.config.positions}
-    return {
-        "students": [
-            {"name": f"student-{i}", **vars(student), **common, "learning_rate": learning_rate, "seed": i}
-            for i, student in enumerate(cohort, start=1)
-        ]
-    }
+        (folder / "config.yaml").write_text(yaml.safe_dump(self.base | changed))
+        recipe = ROOT / "recipes" / "mutual.py"
+        return watch_run(trial, [recipe, "--config", folder / "config.yaml"], folder / "run")[-1]
 
 
 BY_SIZE = {"exhaustive": exhaustive, "bayesian": bayesian, "random": random}
@@ -310,16 +250,19 @@ def search(config: SearchConfig) -> tuple[Candidate, ...]:
     """The students found; also written to `config.output`, with a plot beside it."""
     space, output = Space(config), Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    if config.method == "proxy":
-        journal = Path(config.proxy.folder) / "trials.journal"
-        found = [proxy(space, ShortRun(space), journal, trials=config.proxy.trials, seed=config.seed)]
-    else:
+    by_size = config.method != "proxy"
+    if by_size:
         found = [BY_SIZE[config.method](space, number) for number in range(1, config.students + 1)]
+    else:
+        score, journal = ShortRun(space), Path(config.proxy.folder) / "trials.journal"
+        space = score.space
+        found = [proxy(space, score, journal, trials=config.proxy.trials, seed=config.seed, base=score.decisive)]
     cohort = tuple(student for one in found for student in one.students)
     comment = f"# recipes/search.py, method {config.method}\n"
     for number, student in enumerate(cohort, start=1):
-        comment += f"# student-{number}: {space.size(student):,} parameters, sought {target(config, number):,.0f}\n"
-    output.write_text(comment + yaml.safe_dump(students_yaml(space, cohort), sort_keys=False))
+        sought = f", sought {target(config, number):,.0f}" if by_size else ""
+        comment += f"# student-{number}: {space.size(student):,} parameters{sought}\n"
+    output.write_text(comment + yaml.safe_dump({"students": space.students(cohort)}, sort_keys=False))
     plot(found, config, output.with_suffix(".svg"))
     return cohort
 

@@ -11,11 +11,10 @@ import sys
 from pathlib import Path
 
 from engine.config import load, user_errors
-from engine.search import SearchConfig, Space, search
+from engine.search import SearchConfig, search
 
 if __name__ == "__main__":
     with user_errors():
         config = load(SearchConfig, sys.argv[1:], description=__doc__, default=Path(__file__).with_suffix(".yaml"))
-        for number, student in enumerate(search(config), start=1):
-            print(f"student-{number}: {student}, {Space(config).size(student) / 1e6:.1f}M parameters")
-        print(config.output)
+        search(config)
+        print(Path(config.output).read_text() + config.output)

@@ -18,12 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from benchmarks.studies.babies import records
 from benchmarks.studies.runs import append, argument_parser, is_done, rows, settings_of, train_to_the_end
 from engine.config import user_errors
-from engine.search import Candidate, ProxyConfig, SearchConfig, ShortRun, Space, proxy, random_cohort, students_yaml
+from engine.search import Candidate, ProxyConfig, SearchConfig, ShortRun, Space, proxy
 
 COLUMNS = ("arm", "seed", "students", "parameters", "validation_loss", "tokens", "model_flops", "search_flops")
 LENGTH, PIECES = 64, 1024
@@ -37,7 +38,6 @@ SPACE = SearchConfig(
     heads=(4,),
     ffn=128,
     positions=LENGTH,
-    vocabulary=PIECES,
 )
 
 
@@ -62,7 +62,8 @@ def main() -> None:
         (folder / "base.yaml").write_text(yaml.safe_dump(settings("base", seed)))
         budget = ProxyConfig(str(folder / "base.yaml"), arguments.flops, arguments.trials, folder=str(folder))
         run = ShortRun(Space(replace(SPACE, seed=seed, proxy=budget)))
-        best = proxy(run.space, run, folder / "trials.journal", trials=arguments.trials, seed=seed).students
+        journal = folder / "trials.journal"
+        best = proxy(run.space, run, journal, trials=arguments.trials, seed=seed, base=run.decisive).students
         searches[seed] = run, best, sum(flops_of(path.parent) for path in folder.glob("*/run/metrics.jsonl"))
 
     for seed, (run, best, searched) in searches.items():
@@ -70,7 +71,7 @@ def main() -> None:
             if is_done(arguments.csv, arm, seed):
                 continue
             chosen = settings(f"{arm.replace(' ', '-')}-{seed}", 1000 + seed)
-            students = students_yaml(run.space, cohort, learning_rate=run.learning_rate)["students"]
+            students = run.space.students(cohort)
             chosen["students"] = [{**s, "seed": 1000 * seed + s["seed"]} for s in students]
             steps = LONGER * run.steps(cohort)
             chosen["train"]["steps"] = chosen["evaluation"]["every"] = steps
@@ -98,6 +99,22 @@ def arms(space: Space, best: Sequence[Candidate], seed: int) -> Iterator[tuple[s
         if frozenset(cohort) not in seen:
             seen.add(frozenset(cohort))
             yield f"random {len(seen) - 1}", cohort
+
+
+def random_cohort(space: Space, like: Sequence[Candidate], seed: int) -> tuple[Candidate, ...]:
+    """A control for `like`: as many random students, together nearest it in parameters, of 200 draws; of 20,000 more
+    where that is more than 5% off, as it is at the ends of the space."""
+    draws, shapes = np.random.default_rng(seed), list(space.all())
+    goal = sum(map(space.size, like))
+
+    def drawn(count: int) -> list[tuple[Candidate, ...]]:
+        return [tuple(shapes[i] for i in draws.integers(len(shapes), size=len(like))) for _ in range(count)]
+
+    def off(cohort: Sequence[Candidate]) -> int:
+        return abs(sum(map(space.size, cohort)) - goal)
+
+    found = min(drawn(200), key=off)
+    return found if off(found) <= 0.05 * goal else min([found, *drawn(20_000)], key=off)
 
 
 def flops_of(run: Path) -> int:

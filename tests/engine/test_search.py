@@ -1,19 +1,20 @@
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from optuna import TrialPruned
 
 from engine import search as module
 from engine.config import Config, build
 from engine.flops import training_a_token
-from engine.models.families import model_of
+from engine.models.families import model_of, shape_of
 from engine.models.llama import LlamaShape
-from engine.search import Candidate, ProxyConfig, SearchConfig, ShortRun, Space, proxy, random_cohort, search, target
+from engine.search import Candidate, Found, ProxyConfig, SearchConfig, ShortRun, Space, proxy, search, target
 
 PAPER = SearchConfig()
 NANO = SearchConfig(
@@ -68,11 +69,13 @@ def test_its_output_is_a_runs_settings(tmp_path: Path) -> None:
     assert [s.seed for s in config.students] == [1, 2]
 
 
-def depth(cohort: Sequence[Candidate], report: Callable[[int, float], None]) -> float:
+def depth(cohort: Sequence[Candidate], trial: Any) -> float:
     """Likes few layers in the first student and many in the second; says so at once."""
     value = cohort[0].layers - cohort[1].layers + cohort[0].hidden / 1000
     for rung in range(3):
-        report(rung, value)
+        trial.report(value, rung)
+        if trial.should_prune():
+            raise TrialPruned
     return value
 
 
@@ -86,17 +89,17 @@ def test_proxy_search_finds_the_best_cohort_and_prunes_poor_ones(tmp_path: Path)
 def test_a_proxy_search_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     seen: list[tuple[Candidate, ...]] = []
 
-    def remembered(cohort: Sequence[Candidate], report: Callable[[int, float], None]) -> float:
+    def remembered(cohort: Sequence[Candidate], trial: Any) -> float:
         seen.append(tuple(cohort))
-        return depth(cohort, report)
+        return depth(cohort, trial)
 
     whole = proxy(Space(NANO), remembered, tmp_path / "whole", trials=14, seed=3)
     uninterrupted, seen[:] = list(seen), []
 
-    def interrupted(cohort: Sequence[Candidate], report: Callable[[int, float], None]) -> float:
+    def interrupted(cohort: Sequence[Candidate], trial: Any) -> float:
         if len(seen) == 9:
             raise KeyboardInterrupt
-        return remembered(cohort, report)
+        return remembered(cohort, trial)
 
     with pytest.raises(KeyboardInterrupt):
         proxy(Space(NANO), interrupted, tmp_path / "parts", trials=14, seed=3)
@@ -105,67 +108,104 @@ def test_a_proxy_search_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_pa
     assert parts.students == whole.students
 
 
-@pytest.mark.parametrize("like", [(Candidate(2, 64, 4), Candidate(3, 32, 4)), (Candidate(2, 32, 4),) * 3])
-def test_a_random_control_has_the_size_of_what_it_is_compared_with(like: tuple[Candidate, ...]) -> None:
-    space = Space(replace(NANO, hidden=(32, 48, 64, 80, 96), layers=(1, 2, 3, 4, 5, 6, 7)))
-    controls = [random_cohort(space, like, seed=seed) for seed in (1, 2)]
-    size = sum(map(space.size, like))
-    for control in controls:
-        assert len(control) == len(like)
-        assert sum(map(space.size, control)) == pytest.approx(size, rel=0.05)
-    assert controls[0] != controls[1]
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"layers": (8, 9)}, "layers"),
+        ({"ffn": 64, "family": "gpt2"}, "family, ffn"),
+        ({"proxy": ProxyConfig(flops=2e13, rungs=3)}, "proxy.flops, proxy.rungs"),
+    ],
+)
+def test_a_journal_of_another_search_is_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    def asked(config: SearchConfig, trials: int = 2, batch: int = 4) -> Found:
+        base = {"base.train": {"batch": batch}}
+        return proxy(Space(config), depth, tmp_path / "trials", trials=trials, seed=0, base=base)
+
+    asked(NANO)
+    with pytest.raises(ValueError, match=rf"trials: made with other settings \({named}\); choose another folder"):
+        asked(replace(NANO, **changes))
+    with pytest.raises(ValueError, match=r"other settings \(base.train\)"):
+        asked(NANO, batch=8)
+    more = replace(NANO, output="elsewhere.yaml", proxy=ProxyConfig(trials=3, folder="elsewhere"))
+    assert len(asked(more, trials=3).scores) == 3
+
+
+def test_a_search_that_finds_nothing_says_so(tmp_path: Path) -> None:
+    def diverging(cohort: Sequence[Candidate], trial: Any) -> float:
+        raise TrialPruned
+
+    with pytest.raises(ValueError, match="the loss of every run was not finite; lower their learning rates"):
+        proxy(Space(NANO), diverging, tmp_path / "trials", trials=2, seed=0)
 
 
 RECIPE = """
-import json, sys, time, yaml
+import json, sys, yaml
 config = yaml.safe_load(open(sys.argv[2]))
 folder = __import__("pathlib").Path(config["run"]["folder"], config["run"]["name"])
-folder.mkdir(parents=True, exist_ok=True)
-with (folder / "metrics.jsonl").open("w", buffering=1) as file:
+with (folder / "metrics.jsonl").open("w") as file:
     for loss in (3.0, 2.5, 2.25):
         file.write(json.dumps({"kind": "step"}) + "\\n")
         file.write(json.dumps({"kind": "evaluation", "ensemble": {"validation_loss": loss}}) + "\\n")
-        time.sleep(WAIT)
 """
+COHORT = [Candidate(2, 64, 4), Candidate(5, 96, 3)]
 
 
-def short_run(folder: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> ShortRun:
-    (folder / "recipes").mkdir()
-    (folder / "recipes" / "mutual.py").write_text(recipe)
-    (folder / "base.yaml").write_text("train: {batch: 4, length: 8}\nstudents: [{learning_rate: 0.5}]\n")
-    monkeypatch.setattr(module, "ROOT", folder)
-    settings = ProxyConfig(config=str(folder / "base.yaml"), folder=str(folder / "runs"), flops=1e10)
-    return ShortRun(Space(replace(NANO, proxy=settings)))
+@pytest.fixture
+def short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShortRun:
+    """Of runs that only say that they train, on text of 400 pieces, where the space has 50,265."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mutual.py").write_text(RECIPE)
+    data = {"words": 3000, "folder": str(tmp_path / "prepared"), "tokenizer": {"pieces": 400}}
+    train, students = {"batch": 4, "length": 8, "epochs": 3}, [{"learning_rate": 0.5}, {"learning_rate": "25e-2"}]
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"data": data, "train": train, "students": students}))
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    budget = ProxyConfig(str(tmp_path / "base.yaml"), flops=1e10, trials=2, folder=str(tmp_path / "runs"))
+    return ShortRun(Space(replace(NANO, vocabulary=50_265, proxy=budget)))
 
 
-def test_a_short_run_spends_its_flops_and_is_scored_by_its_ensemble(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, reported = short_run(tmp_path, monkeypatch, RECIPE.replace("WAIT", "0")), []
-    cohort = [Candidate(2, 64, 4), Candidate(5, 96, 3)]
-    assert run(cohort, lambda rung, loss: reported.append((rung, loss))) == 2.25
-    assert reported == [(0, 3.0), (1, 2.5), (2, 2.25)]
+@dataclass
+class Trial:
+    """As much of Optuna's as a run sees."""
+
+    reported: list[tuple[float, int]] = field(default_factory=list)
+
+    def report(self, value: float, step: int) -> None:
+        self.reported.append((value, step))
+
+    def should_prune(self) -> bool:
+        return False
+
+
+def test_a_short_run_spends_its_flops_and_is_scored_by_its_ensemble(short_run: ShortRun, tmp_path: Path) -> None:
+    trial = Trial()
+    assert short_run(COHORT, trial) == 2.25
+    assert trial.reported == [(3.0, 1), (2.5, 2), (2.25, 3)]
     settings = yaml.safe_load(next((tmp_path / "runs").glob("*/config.yaml")).read_text())
     config = build(Config, settings)
-    assert [s.learning_rate for s in config.students] == [0.5, 0.5]
-    spent = config.train.steps * 32 * sum(training_a_token(run.space.shape(s), 8) for s in cohort)
+    assert [s.learning_rate for s in config.students] == [0.5, 0.25]
+    assert config.train.epochs is None, "they would win over the steps"
+    shapes = [shape_of(student, 400) for student in config.students]
+    spent = config.train.steps * 32 * sum(training_a_token(shape, 8) for shape in shapes)
     assert spent == pytest.approx(1e10, rel=0.05)
 
 
-def test_a_pruned_run_is_ended_and_a_failed_one_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Pruned(Exception):
-        pass
+def test_a_proxy_searchs_output_is_what_its_trials_ran_with(short_run: ShortRun, tmp_path: Path) -> None:
+    config = replace(short_run.space.config, method="proxy", output=str(tmp_path / "students.yaml"), vocabulary=50_265)
+    found = search(config)
+    text = (tmp_path / "students.yaml").read_text()
+    assert [s["learning_rate"] for s in yaml.safe_load(text)["students"]] == [0.5, 0.25]
+    sizes = [f"# student-{i}: {short_run.space.size(student):,} parameters" for i, student in enumerate(found, start=1)]
+    assert text.splitlines()[:3] == ["# recipes/search.py, method proxy", *sizes], "no size was sought"
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base | {"objective": {"temperature": 2.0}}))
+    with pytest.raises(ValueError, match=r"trials.journal: made with other settings \(base.objective\)"):
+        search(config)
 
-    def prune(rung: int, loss: float) -> None:
-        raise Pruned
 
-    cohort = [Candidate(2, 64, 4), Candidate(5, 96, 3)]
-    run = short_run(tmp_path, monkeypatch, RECIPE.replace("WAIT", "60"))
-    with pytest.raises(Pruned):
-        run(cohort, prune)
+def test_a_failed_short_run_is_an_error(short_run: ShortRun, tmp_path: Path) -> None:
     (tmp_path / "recipes" / "mutual.py").write_text("raise SystemExit(2)")
     with pytest.raises(ValueError, match=r"output.txt: the run failed, exit code 2"):
-        run(cohort[:1] * 2, prune)
+        short_run(COHORT, Trial())
 
 
 def test_what_cannot_be_searched_is_refused() -> None:
