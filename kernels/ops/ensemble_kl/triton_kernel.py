@@ -341,21 +341,6 @@ def _store(gradients, places, strides, row, column, width, label, a, UNIT):
 
 
 @triton.jit
-def _save(place, numbers, tokens, row):
-    """A row's numbers, each into its own [N] of those at `place`."""
-    for k in tl.static_range(len(numbers)):
-        tl.store(place + k * tokens + row, numbers[k])
-
-
-@triton.jit
-def _saved(place, count, tokens, row):
-    numbers = ()
-    for k in tl.static_range(count):
-        numbers = numbers + (tl.load(place + k * tokens + row),)
-    return numbers
-
-
-@triton.jit
 def _store_loss(place, value):
     """+inf where a logit of −inf was met."""
     tl.store(place, tl.where(value > INFINITE, float("inf"), value))
@@ -472,16 +457,21 @@ def ensemble_kl_kernel(
                 for i in tl.static_range(len(plain)):
                     tl.store(statistics + (2 * R + i) * tokens + row, plain[i])
                 if MOMENTS:
-                    _save(mean_ratios, means, tokens, row)
+                    for k in tl.static_range(S * R):
+                        tl.store(mean_ratios + k * tokens + row, means[k])
             if CE:
                 for i in tl.static_range(S):
                     loss = (top[i] - label_logits[i]) + LN_2 * tl.log2(plain[i] if TEMPERED else total[i])
                     _store_loss(ce + i * tokens + row, tl.where(ce_on, loss, 0.0))
         else:
-            saved = _saved(statistics, 2 * R + (S if TEMPERED else 0), tokens, row)
-            top, total, plain = saved[:R], saved[R : 2 * R], saved[2 * R :]
+            for r in tl.static_range(R):
+                top = top + (tl.load(statistics + r * tokens + row),)
+                total = total + (tl.load(statistics + (R + r) * tokens + row),)
+            for i in tl.static_range(S if TEMPERED else 0):
+                plain = plain + (tl.load(statistics + (2 * R + i) * tokens + row),)
             if MEANS or MOMENTS:
-                means = _saved(mean_ratios, S * R, tokens, row)
+                for k in tl.static_range(S * R):
+                    means = _put(means, k, tl.load(mean_ratios + k * tokens + row))
         logs = ()
         for r in tl.static_range(R):
             logs = logs + (LN_2 * tl.log2(total[r]),)
@@ -528,7 +518,8 @@ def ensemble_kl_kernel(
             for i in tl.static_range(S):
                 tl.store(kl + (i * R + i) * tokens + row, 0.0)
             if MEANS and mean_ratios is not None:
-                _save(mean_ratios, means, tokens, row)
+                for k in tl.static_range(S * R):
+                    tl.store(mean_ratios + k * tokens + row, means[k])
         if SPLIT:
             a = _ce_coefficients(ce_weight, ce_weight_strides, row, ce_on, S, CE)
             c = _kl_coefficients(kl_weight, kl_weight_strides, scale, row, kl_on, S, R, KL)
