@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,7 +95,8 @@ def test_flipped_bytes_are_found_before_the_run_begins(tmp_path: Path) -> None:
     assert part.read_bytes() == whole
 
 
-def test_two_runs_may_fill_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dies", [False, True])
+def test_two_runs_may_fill_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool) -> None:
     cache(tmp_path / "whole")
     rename = Path.rename
 
@@ -102,9 +104,17 @@ def test_two_runs_may_fill_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
         """By a run that begins when this one has written its second part and has not put it in its place."""
         if target.name == "part-00001.bin":
             monkeypatch.setattr(Path, "rename", rename)
-            with monkeypatch.context() as other:
+            with monkeypatch.context() as other, suppress(KeyboardInterrupt):
                 other.setattr(os, "getpid", lambda: 1)
+                if dies:
+                    other.setattr(Path, "rename", die)
                 cache(tmp_path / "cache")
+        return rename(self, target)
+
+    def die(self: Path, target: Path) -> Path:
+        """With the same part written."""
+        if target.name == "part-00001.bin":
+            raise KeyboardInterrupt
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", be_overtaken)
