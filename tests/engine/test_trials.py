@@ -91,7 +91,7 @@ def test_a_run_that_diverges_is_pruned(tmp_path: Path, recipe: str) -> None:
             'print("loss not finite")\nprint("error: disk full", file=sys.stderr)\nprint("bye")\nsys.exit(2)',
             "2: error: disk full",
         ),
-        ('raise RuntimeError("broken")', "1: RuntimeError: broken"),
+        ('print("progress")\nraise RuntimeError("broken")', "1: RuntimeError: broken"),
         ("sys.exit(3)", "3: it prints nothing"),
         ('print("done")', "0: done"),
     ],
