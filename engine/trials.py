@@ -71,8 +71,7 @@ def watch_run(trial: Any, arguments: Sequence[str | Path], folder: Path) -> list
     folder.mkdir(parents=True, exist_ok=True)
     losses: list[float | None] = []
     with (folder / "output.txt").open("w") as output:
-        command = [sys.executable, "-u", *arguments]  # or what it printed would follow its error
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT)
     try:
         while True:
             over = process.poll() is not None
