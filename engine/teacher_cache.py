@@ -85,7 +85,7 @@ class CachedTeachers(Teachers):
 def teachers(config: Config, prepared: Prepared, data: TrainingData, runtime: Runtime) -> CachedTeachers:
     """The cache at `config.cache.path`, made or completed first where that is needed; a collective call.
 
-    Raises ValueError where the folder holds predictions of anything else, naming it, or a part is damaged.
+    Raises ValueError where the folder holds predictions of anything else, naming it, or a part is damaged or cannot be written.
     """
     assert config.cache is not None
     folder, chunks = Path(config.cache.path), data.file.chunks
@@ -204,9 +204,9 @@ def _place(path: Path, content: bytes) -> None:
     try:
         aside.write_bytes(content)
         aside.rename(path)
-    except FileNotFoundError:
-        if not path.is_file():  # else the other has it all in place and has cleared this away
-            raise
+    except OSError as error:
+        if not path.is_file():  # else the other has it all in place, and has cleared this away
+            raise ValueError(f"{path} could not be written ({error}): make room and run again") from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -137,11 +137,11 @@ def test_a_full_disk_leaves_nothing_of_the_part(tmp_path: Path, monkeypatch: pyt
     def until_it_is_full(self: Path, content: bytes) -> int:
         write_bytes(self, content[:100])
         if self.name.startswith("part-00002"):
-            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+            raise OSError(errno.ENOSPC, "No space left on device")
         return write_bytes(self, content)
 
     monkeypatch.setattr(Path, "write_bytes", until_it_is_full)
-    with pytest.raises(ValueError, match=r"No space left on device: .*part-00002"):
+    with pytest.raises(ValueError, match=r"part-00002\.bin could not be written .*No space left .*make room"):
         cache(tmp_path / "cache")
     assert sorted(parts(tmp_path / "cache")) == ["part-00000.bin", "part-00001.bin"]
 
