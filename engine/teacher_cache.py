@@ -85,7 +85,8 @@ class CachedTeachers(Teachers):
 def teachers(config: Config, prepared: Prepared, data: TrainingData, runtime: Runtime) -> CachedTeachers:
     """The cache at `config.cache.path`, made or completed first where that is needed; a collective call.
 
-    Raises ValueError where the folder holds predictions of anything else, naming it, or a part is damaged or cannot be written.
+    Raises ValueError where the folder holds predictions of anything else, naming it, or a part is damaged or cannot be
+    written.
     """
     assert config.cache is not None
     folder, chunks = Path(config.cache.path), data.file.chunks
