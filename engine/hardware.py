@@ -1,11 +1,10 @@
 """What the hardware could do at most, and the energy it says it has used."""
 
 import functools
-import importlib
 import re
 import time
-from types import ModuleType
 
+import pynvml
 import torch
 
 # Matrix products, FLOP/s, by what a device's name matches first: with bf16 (or fp16), with TF32, with fp32 throughout.
@@ -66,36 +65,30 @@ class EnergyMeter:
     """The energy this rank's device has used since the meter was made or last read."""
 
     def __init__(self, device: torch.device) -> None:
-        self._counter = _nvml_counter(device)
+        self._handle = _nvml_handle(device)
         self._last = self._joules()
 
     def take(self) -> float | None:
-        """Joules; None where the device does not report them (all but NVIDIA's, or without pynvml)."""
+        """Joules; None where the device does not report them (all but NVIDIA's)."""
         now, last = self._joules(), self._last
         self._last = now
         return None if now is None or last is None else now - last
 
     def _joules(self) -> float | None:
-        if self._counter is None:
+        if self._handle is None:
             return None
-        nvml, handle = self._counter
         try:
-            return nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-        except nvml.NVMLError:  # of a device before Volta
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
+        except pynvml.NVMLError:  # of a device before Volta
             return None
 
 
-def _nvml_counter(device: torch.device) -> tuple[ModuleType, object] | None:
-    """pynvml and its handle of the device."""
+def _nvml_handle(device: torch.device) -> object | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
-        return None
-    try:
-        nvml.nvmlInit()
+        pynvml.nvmlInit()
         # By its UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's.
-        return nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
-    except nvml.NVMLError:
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
+    except pynvml.NVMLError:
         return None

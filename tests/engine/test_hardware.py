@@ -1,4 +1,3 @@
-import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -56,7 +55,7 @@ def test_energy_since_the_last_reading(monkeypatch: pytest.MonkeyPatch) -> None:
         nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
         nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(readings) if handle == b"GPU-me" else None,
     )
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(hardware, "pynvml", nvml)
     monkeypatch.setattr(hardware.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="me"))
     meter = EnergyMeter(GPU)
     assert [meter.take(), meter.take()] == [2.5, 0.25]
