@@ -7,6 +7,7 @@
 Settings: recipes/search.yaml; every one there is, with what it means, in engine/search.py.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from engine.config import load, user_errors
 from engine.search import SearchConfig, search
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and not without ending the trial's run
     with user_errors():
         config = load(SearchConfig, sys.argv[1:], description=__doc__, default=Path(__file__).with_suffix(".yaml"))
         search(config)

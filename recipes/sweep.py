@@ -81,10 +81,13 @@ def write(folder: Path, study: Any, parameters: Iterable[str]) -> None:
             writer.writerow([*values, *(t.params[key] for key in parameters)])
     print((folder / "trials.csv").read_text(), flush=True)
     if trials[0].state.name == "COMPLETE":
+        from matplotlib import pyplot
+
         with warnings.catch_warnings(action="ignore"):  # it calls its plots experimental
             axes = library("optuna").visualization.matplotlib.plot_slice(study)
         figure = (axes.flat[0] if hasattr(axes, "flat") else axes).get_figure()
         figure.savefig(folder / "slice.svg")
+        pyplot.close(figure)
 
 
 if __name__ == "__main__":

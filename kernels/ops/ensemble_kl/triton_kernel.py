@@ -1,5 +1,4 @@
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportAttributeAccessIssue=false
-# ruff: noqa: E501, RUF005, SIM108  (Triton compiles neither unpacking nor every ternary)
 """`ensemble_kl` on a GPU: one kernel, one program per token, which reads the token's R rows of logits tile by tile.
 
 Shapes: N tokens, V vocabulary, S students, K teachers, R = S + K streams. A tile is [LANES, VEC]: VEC neighbouring

@@ -11,7 +11,7 @@ import kernels
 from kernels import Projected, TopK
 from kernels.ops.ensemble_kl.objective import Objective
 from kernels.ops.linear_ensemble_kl import reference, triton
-from tests.kernels.ops.triton.agreement import DEVICE, honest_memory_and_casts
+from tests.kernels.ops.triton.agreement import DEVICE, honest_memory_and_casts, rows
 from tests.kernels.yardstick import assert_near, stored_gradients
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -97,7 +97,7 @@ def check(students: int, streams: Sequence[Projected | TopK], **options) -> list
 @pytest.mark.parametrize(("students", "streams"), [(1, 1), (1, 3), (3, 3), (2, 3)])
 def test_students_and_teachers(students, streams, divergence):
     """Without biases, and with a vocabulary that is no multiple of 64."""
-    check(students, make(streams, 4, 70, FP32, bias=False), divergence=divergence, temperature=2.0)
+    check(students, make(streams, rows(4), 70, FP32, bias=False), divergence=divergence, temperature=2.0)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 63, 64, 65])
