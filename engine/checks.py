@@ -1,9 +1,8 @@
 """What is wrong with a run's settings, before anything is written: each is a ValueError of one line."""
 
 from pathlib import Path
-from typing import Any
 
-from engine.config import Config, ObjectiveConfig, OptimizerConfig, OuterConfig, RunConfig, as_dict, build, read_yaml
+from engine.config import Config, ObjectiveConfig, OptimizerConfig, OuterConfig, RunConfig, build, flat, read_yaml
 from engine.export import require_folder
 from engine.models.families import shape_of
 from engine.outer_loop import check as check_outer
@@ -159,8 +158,7 @@ def check_profile(config: RunConfig, steps: int, runtime: Runtime) -> None:
 
 def check_same(config: Config, path: Path) -> None:
     """Refuse to go on with other settings than the run began with, but for those that change no result."""
-    before = _flat(as_dict(build(Config, read_yaml(path))))
-    now = _flat(as_dict(config))
+    before, now = flat(build(Config, read_yaml(path))), flat(config)
     for key in sorted(before.keys() | now.keys()):
         if key.startswith(_FREE_TO_CHANGE) or before.get(key) == now.get(key):
             continue
@@ -168,13 +166,3 @@ def check_same(config: Config, path: Path) -> None:
             f"{path.parent} is a run of another configuration: {key} was {before.get(key)!r} and is now "
             f"{now.get(key)!r}; choose another run.name, or set it back"
         )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    else:
-        return {prefix: value}
-    return {key: leaf for name, item in items for key, leaf in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}

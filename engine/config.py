@@ -372,6 +372,19 @@ def as_dict(config: Any) -> dict[str, Any]:
     return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
+def flat(config: Any) -> dict[str, Any]:
+    """The settings by dotted key, as overrides name them."""
+
+    def leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if not isinstance(value, dict | list):
+            yield prefix, value
+            return
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{prefix}.{key}".lstrip("."))
+
+    return dict(leaves(as_dict(config), ""))
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """A user's mistake (ValueError), or a disk that refuses, ends the command with one line and exit code 2."""

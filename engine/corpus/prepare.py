@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from engine import tokenizer as tokenization
-from engine.config import DataConfig, as_dict, build
+from engine.config import DataConfig, as_dict, build, flat
 from engine.corpus import grammar, sources
 from engine.corpus.cleaners import CLEANERS, clean, cleaner_for
 from engine.corpus.normalizer import normalize
@@ -150,7 +150,7 @@ def _open_given(config: DataConfig) -> Prepared:
     """The prepared folder that data.path names; ValueError where a setting asks for something else."""
     prepared = _open(Path(config.path))
     before = build(DataConfig, prepared.manifest["config"])
-    default, asked, made = (_flat(as_dict(c)) for c in (DataConfig(), config, before))
+    default, asked, made = (flat(c) for c in (DataConfig(), config, before))
     for key in asked.keys() - {"path", "folder"}:
         if asked[key] not in (default[key], made[key]):
             raise ValueError(
@@ -162,17 +162,9 @@ def _open_given(config: DataConfig) -> Prepared:
 
 def _meaning(config: DataConfig, hashes: dict[str, str]) -> dict[str, Any]:
     """All that decides what is in the folder: where the text lies does not."""
-    flat = {k: v for k, v in _flat(as_dict(config)).items() if v or k not in LATER}
-    settings = {f"data.{k}": v for k, v in flat.items() if k not in ("path", "folder")}
+    decides = {k: v for k, v in flat(config).items() if k not in ("path", "folder") and (v or k not in LATER)}
+    settings = {f"data.{k}": v for k, v in decides.items()}
     return {"format": FORMAT, **settings, **{f"file {name}": digest for name, digest in hashes.items()}}
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _say_what_differs(meaning: dict[str, Any], name: str, folder: Path, say: Say) -> None:
