@@ -229,12 +229,7 @@ def _allocate(streams: Sequence[Tensor], students: int, divergence: str) -> tupl
 
 @_forward.register_fake
 def _(
-    streams: Sequence[Tensor],
-    targets: Tensor | None,
-    rows: Tensor | None,
-    students: int,
-    temperature: float,
-    divergence: str,
+    streams: Sequence[Tensor], targets: Any, rows: Any, students: int, temperature: float, divergence: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _allocate(streams, students, divergence)
 
