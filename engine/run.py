@@ -57,7 +57,7 @@ from engine.progress import Progress
 from engine.report import write_report
 from engine.runtime import Runtime, git_commit
 from engine.summary import final_table, summarise
-from engine.teachers import NO_TEACHERS, STORAGE, Teachers, folder_of, identity, load_teachers
+from engine.teachers import NO_TEACHERS, STORAGE, Teachers, folder_of, identities, load_teachers
 
 HELD_OUT_SEED = 0  # of its masks, in every run
 MILESTONES = [digit * 10**decade for decade in (6, 7, 8) for digit in range(1, 10)] + [10**9]  # words
@@ -174,15 +174,15 @@ class Run:
     def _teachers(self, found: Path | None) -> Teachers:
         if not self.config.teachers:
             return NO_TEACHERS
-        identities = tuple(identity(folder_of(teacher)) for teacher in self.config.teachers)
-        if found is not None and self.state.teachers != identities:
+        found_there = identities(self.config)
+        if found is not None and self.state.teachers != found_there:
             paths = ", ".join(teacher.path for teacher in self.config.teachers)
             raise ValueError(
                 f"{self.folder} has learnt from others than {paths} now hold: restore them, or choose another run.name"
             )
-        self.state = replace(self.state, teachers=identities)
+        self.state = replace(self.state, teachers=found_there)
         if self.config.cache is not None:
-            return teacher_cache.teachers(self.config, self.prepared, self.data, self.runtime)
+            return teacher_cache.teachers(self.config, self.prepared, self.data, self.runtime, found_there)
         return load_teachers(self.config, self.prepared.tokenizer, self.runtime.device)
 
     def _cohort(self, found: Path | None) -> Cohort:

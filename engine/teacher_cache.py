@@ -31,7 +31,7 @@ from engine.config import Config
 from engine.corpus.prepare import Prepared
 from engine.data import Batch, Step, TrainingData, to_device
 from engine.runtime import Runtime
-from engine.teachers import Teachers, folder_of, identity, load_teachers, streams_of
+from engine.teachers import Teachers, load_teachers, streams_of
 from kernels import Projected, TopK
 
 FORMAT = 2
@@ -82,15 +82,19 @@ class CachedTeachers(Teachers):
         return unpack(self._parts[part][begin : int(ends[place])].tobytes(), len(self.names), self._length, self._k)
 
 
-def teachers(config: Config, prepared: Prepared, data: TrainingData, runtime: Runtime) -> CachedTeachers:
+def teachers(
+    config: Config, prepared: Prepared, data: TrainingData, runtime: Runtime, identities: Sequence[str]
+) -> CachedTeachers:
     """The cache at `config.cache.path`, made or completed first where that is needed; a collective call.
+
+    `identities`: the teachers', as engine.teachers gives them.
 
     Raises ValueError where the folder holds predictions of anything else, naming it, or a part is damaged or cannot be
     written.
     """
     assert config.cache is not None
     folder, chunks = Path(config.cache.path), data.file.chunks
-    manifest = manifest_of(config, prepared, chunks)
+    manifest = manifest_of(config, prepared, chunks, identities)
     if not config.cache.k < prepared.tokenizer.size <= 2**16:
         raise ValueError(
             f"cache.k={config.cache.k} of {prepared.tokenizer.size} pieces: expected fewer than there are, of at most "
@@ -125,13 +129,13 @@ def teachers(config: Config, prepared: Prepared, data: TrainingData, runtime: Ru
     return CachedTeachers(*streams_of(config), parts, manifest)
 
 
-def manifest_of(config: Config, prepared: Prepared, chunks: int) -> dict[str, Any]:
+def manifest_of(config: Config, prepared: Prepared, chunks: int, identities: Sequence[str]) -> dict[str, Any]:
     assert config.cache is not None
     return {
         "format": FORMAT,
         "data": prepared.identity,
         "tokenizer": prepared.tokenizer.hash,
-        "teachers": [identity(folder_of(teacher)) for teacher in config.teachers],
+        "teachers": list(identities),
         "weights": [teacher.weight for teacher in config.teachers],
         "mix": config.objective.mix,
         "temperature": config.objective.temperature,

@@ -117,8 +117,12 @@ def load_teachers(config: Config, tokenizer: Tokenizer, device: torch.device) ->
     return Teachers(*streams_of(config), models, shares_of(config))
 
 
-def identity(folder: Path) -> str:
-    """A hash over all that decides what a Hugging Face folder's model predicts."""
+def identities(config: Config) -> tuple[str, ...]:
+    """Of each teacher: a hash over all that decides what its folder's model predicts."""
+    return tuple(_identity(folder_of(teacher)) for teacher in config.teachers)
+
+
+def _identity(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in ("config.json", "model.safetensors"):
         with (folder / name).open("rb") as file:

@@ -28,7 +28,7 @@ from engine.data import Step, TokenFile, TrainingData
 from engine.export import import_student
 from engine.models.families import shape_of
 from engine.objective import coefficients
-from engine.teachers import NO_TEACHERS, Teachers, load_teachers
+from engine.teachers import NO_TEACHERS, Teachers, identities, load_teachers
 from engine.train import accumulate
 from kernels import Projected, linear_ensemble_kl
 
@@ -63,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = replace(config, cache=CacheConfig(folder, 32))
         begin = time.perf_counter()
-        cached = teacher_cache.teachers(cache, prepared, data, place)
+        cached = teacher_cache.teachers(cache, prepared, data, place, identities(cache))
         print(f"writing the cache of {len(file.tokens):,} tokens, k = 32: {time.perf_counter() - begin:.0f} s")
         times(cohort, data, {"live teachers": live, "cache": cached, "neither": NO_TEACHERS}, config, arguments.steps)
 

@@ -40,15 +40,13 @@ def setup() -> None:
     for name, value in {
         "CHUNKS_A_PART": 2,
         "load_teachers": lambda *_: Bigrams(),
-        "folder_of": lambda teacher: Path(teacher.path),
-        "identity": str,
     }.items():
         setattr(teacher_cache, name, value)
 
 
 @pytest.fixture(autouse=True)
 def _stubbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CHUNKS_A_PART", "load_teachers", "folder_of", "identity"):
+    for name in ("CHUNKS_A_PART", "load_teachers"):
         monkeypatch.setattr(teacher_cache, name, None)  # to be set back
     setup()
 
@@ -74,7 +72,7 @@ def cache(folder: Path, place: Runtime = ALONE) -> CachedTeachers:
         world=place.world,
         device=place.device,
     )
-    return teacher_cache.teachers(build(Config, settings), prepared, data, place)
+    return teacher_cache.teachers(build(Config, settings), prepared, data, place, ["bigrams"])
 
 
 def parts(folder: Path) -> dict[str, bytes]:
