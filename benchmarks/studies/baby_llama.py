@@ -40,7 +40,7 @@ def main() -> None:
     for seed, (name, shape) in enumerate(TEACHERS.items(), start=101):
         settings = settings_of(arguments, f"teacher-{name}", [student(seed, shape)], seed, arguments.teacher_tokens)
         finish(arguments.csv, f"teacher {name}", seed, settings)
-    for seed in range(1, arguments.seeds + 1):
+    for seed in arguments.seeds:
         for arm, teachers in ARMS.items():
             name = f"{arm.replace(' ', '-')}-{seed}"
             settings = settings_of(arguments, name, [student(seed, STUDENT)], seed, arguments.tokens)

@@ -21,7 +21,9 @@ def argument_parser(
         parser.add_argument("--tokens", type=int, default=tokens, help="that each student reads")
     if teacher_tokens is not None:
         parser.add_argument("--teacher-tokens", type=int, default=teacher_tokens)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--held-out", type=float, default=0.05, help="share of the documents")
+    parser.add_argument("--evaluations", type=int, default=5, help="of a run")
     folder = Path("runs") / f"study-{path.stem.replace('_', '-')}"
     parser.add_argument("--folder", type=Path, default=folder, help="of the runs")
     parser.add_argument("--csv", type=Path, default=path.with_suffix(".csv"))
@@ -33,14 +35,20 @@ def settings_of(
 ) -> dict[str, Any]:
     """Of a run in which every student reads `tokens` tokens, in the order of `seed`."""
     steps = max(10, tokens // (16 * 128))
+    every = max(1, steps // arguments.evaluations)
     return {
         "students": [{"learning_rate": 3e-3, "positions": 128, **student} for student in students],
         "run": {"name": name, "folder": str(arguments.folder), "log_every": 20},
-        "data": {"path": arguments.corpus, "words": arguments.words, "tokenizer": {"pieces": 4096}},
+        "data": {
+            "path": arguments.corpus,
+            "words": arguments.words,
+            "validation": arguments.held_out,
+            "tokenizer": {"pieces": 4096},
+        },
         "optimizer": {"warmup": steps // 10},
         "train": {"steps": steps, "batch": 16, "length": 128, "seed": seed},
-        "evaluation": {"every": max(1, steps // 5), "tokens": 50_000, "pairs": "none", "samples": 1},
-        "checkpoint": {"every": max(1, steps // 5), "keep": 1},
+        "evaluation": {"every": every, "tokens": 50_000, "pairs": "none", "samples": 1},
+        "checkpoint": {"every": every, "keep": 1},
     }
 
 

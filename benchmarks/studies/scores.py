@@ -28,12 +28,12 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="the folder of the evaluation data")
     parser.add_argument("--folder", type=Path, default=Path("runs/study-babies"), help="of that study's runs")
     parser.add_argument("--arms", nargs="+", default=["alone", "mutual"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"))
     arguments = parser.parse_args()
     for task in arguments.tasks:
-        for seed in range(1, arguments.seeds + 1):
+        for seed in arguments.seeds:
             for arm in arguments.arms:
                 asked = (task, arm, str(seed))
                 if all((row["task"], row["arm"], row["seed"]) != asked for row in rows(arguments.csv)):

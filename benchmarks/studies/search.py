@@ -56,7 +56,7 @@ def main() -> None:
         return common
 
     searches = {}
-    for seed in range(1, arguments.seeds + 1):  # all before the first run in this process, whose port theirs would take
+    for seed in arguments.seeds:  # all before the first run in this process, whose port theirs would take
         folder = arguments.folder / f"search-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "base.yaml").write_text(yaml.safe_dump(settings("base", seed)))
