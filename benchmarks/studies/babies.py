@@ -47,10 +47,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "weighted": {"objective": {"ce": 0.5, "peers": 0.5, "weighted": True}, "outer": {"every": 5}},
     "taught": {},
 }
+LONGER = "longer"
 
 
 def main() -> None:
     parser = argument_parser(__file__, __doc__, tokens=400_000, teacher_tokens=800_000)
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, LONGER], default=[*ARMS, LONGER])
     arguments = parser.parse_args()
 
     def run(arm: str, seed: int, students: list[dict[str, Any]], tokens: int, **changes: Any) -> None:
@@ -63,11 +65,11 @@ def main() -> None:
             {"name": name, "seed": 10 * seed + i, "positions": POSITIONS, **shape}
             for i, (name, shape) in enumerate(STUDENTS.items())
         ]
-        for arm, changes in ARMS.items():
+        for arm, changes in ((arm, ARMS[arm]) for arm in ARMS if arm in arguments.arms):
             teachers = [{"path": str(arguments.folder / "teacher-102")}] if arm == "taught" else []
             run(arm, seed, students, arguments.tokens, teachers=teachers, **changes)
-        for student in students:
-            run(f"longer {student['name']}", seed, [student], len(students) * arguments.tokens)
+        for student in students if LONGER in arguments.arms else ():
+            run(f"{LONGER} {student['name']}", seed, [student], len(students) * arguments.tokens)
     print(table(rows(arguments.csv)))
 
 
@@ -83,7 +85,7 @@ def finish(path: Path, arm: str, seed: int, settings: dict[str, Any]) -> None:
         ensemble = {"ensemble": record["ensemble"]} if "ensemble" in record else {}
         for name, one in (record["students"] | ensemble).items():
             curves.setdefault(name, []).append((one["validation_loss"], record["step"]))
-    ledger = json.loads((folder / "students" / names[0] / "ledger.json").read_text())
+    ledger = summary["ledger"]
     accounts = [*ledger["students"].values(), ledger["teachers"], ledger["outer"]]
     run = {**summary, "arm": arm, "seed": seed, "model_flops": sum(account["model_flops"] for account in accounts)}
     weights = dict(zip(names, summary.get("omega", ()), strict=False))

@@ -35,13 +35,14 @@ ARMS = {
 
 def main() -> None:
     parser = argument_parser(__file__, __doc__, tokens=1_000_000, teacher_tokens=2_000_000)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     arguments = parser.parse_args()
 
     for seed, (name, shape) in enumerate(TEACHERS.items(), start=101):
         settings = settings_of(arguments, f"teacher-{name}", [student(seed, shape)], seed, arguments.teacher_tokens)
         finish(arguments.csv, f"teacher {name}", seed, settings)
     for seed in arguments.seeds:
-        for arm, teachers in ARMS.items():
+        for arm, teachers in ((arm, ARMS[arm]) for arm in ARMS if arm in arguments.arms):
             name = f"{arm.replace(' ', '-')}-{seed}"
             settings = settings_of(arguments, name, [student(seed, STUDENT)], seed, arguments.tokens)
             if teachers:

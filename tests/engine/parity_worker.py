@@ -10,10 +10,12 @@ import json
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import runtime
 from engine.cohort import Cohort, Student, decay_groups
@@ -182,6 +184,16 @@ def parity(
     }
 
 
+class Waits(TorchDispatchMode):
+    """Counts the tensors of one element that become numbers of Python's: for each, a GPU would be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
 def poison(place: runtime.Runtime, file: TokenFile, stage: int, what: str, precision: str) -> dict:
     """A NaN in student b's loss or gradient, on the last rank only: does anything move, and does the next step work?"""
     configs = students(tied=True)
@@ -207,7 +219,8 @@ def poison(place: runtime.Runtime, file: TokenFile, stage: int, what: str, preci
     outcome = cohort.step(tally.losses_S, tally.ce_S, rates, stop=place.rank == 0)
     after = [student.record() for student in cohort]
     tally = accumulate(cohort, third, objective, teachers)
-    third_outcome = cohort.step(tally.losses_S, tally.ce_S, rates, stop=False)
+    with Waits() as waits:
+        third_outcome = cohort.step(tally.losses_S, tally.ce_S, rates, stop=False)
     later = [student.record() for student in cohort]
     return {
         "bad": outcome.bad,
@@ -217,6 +230,7 @@ def poison(place: runtime.Runtime, file: TokenFile, stage: int, what: str, preci
         "later_moved": sum(not torch.equal(a[k], b[k]) for a, b in zip(after, later, strict=True) for k in a),
         "later_finite": all(t.isfinite().all().item() for record in later for t in record.values()),
         "tensors": sum(len(record) for record in before),
+        "waits": waits.count,
     }
 
 
