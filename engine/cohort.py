@@ -157,8 +157,8 @@ class Student:
         if self.zero_stage == 0:
             self.engine.zero_grad()
             return
-        # ZeRO keeps reduced gradients in many places and knows how to drop them all in one case: when it looks for a NaN
-        # on its way to the update, and meets one. So it looks, this once, and meets one, on every rank.
+        # ZeRO keeps reduced gradients in many places and knows how to drop them all in one case: when it looks for a
+        # NaN on its way to the update, and meets one. So it looks, this once, and meets one, on every rank.
         for group in self.engine.optimizer.averaged_gradients.values():
             for gradient in group:
                 gradient.fill_(math.nan)
@@ -316,7 +316,7 @@ def engine_settings(train: TrainConfig, parameters: int, world: int) -> dict[str
         "train_micro_batch_size_per_gpu": 1,  # it wants one; the loop makes its own batches
         "train_batch_size": world,
         "gradient_clipping": 0.0,  # its default is 1; `Student.step` clips within the optimizer's one pass
-        # Nor does it look for infinities and norms, waiting for the device: `Cohort.step` has, for all students at once.
+        # Nor does it look for infinities and norms, and wait for them: `Cohort.step` has, for all students at once.
         "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": False},
         # With fp32 here, bf16 at stage 1 would get another optimizer, one that does not do for several engines.
         "data_types": {"grad_accum_dtype": "bf16" if train.precision == "bf16" else "fp32"},

@@ -17,8 +17,9 @@ With `--words 60000 --held-out 0.3 --tokens 800000 --evaluations 20` the text is
 model's best loss is met before the end: the regime of the papers, and what their claims are about.
 
 A finished run is some lines of the CSV, one per student and one for the ensemble, with the loss at the end and the best
-of all evaluations; what stands there is not done again, and a run that was killed goes on. FLOPs are the whole run's, outer loop and teacher's predictions included, the
-teacher's own training not; the students were not searched for, so that no search is to be counted.
+of all evaluations; what stands there is not done again, and a run that was killed goes on. FLOPs are the whole run's,
+outer loop and teacher's predictions included, the teacher's own training not; the students were not searched for, so
+that no search is to be counted.
 """
 
 import json
@@ -112,7 +113,9 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, str]]) -> str:
     """Each arm's models' best losses and, with the same seed, their differences from those alone, as Markdown."""
-    losses = {(row["arm"], row["model"], row["seed"]): float(row["best_loss"] or row["validation_loss"]) for row in found}
+    losses = {
+        (row["arm"], row["model"], row["seed"]): float(row["best_loss"] or row["validation_loss"]) for row in found
+    }
     lines = [
         "| arm | model | nats/token, by seed | minus alone (mean ± s.d. of pairs) | FLOPs, run | ω |",
         "|---|---|---|---|---|---|",
