@@ -311,6 +311,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 def engine_settings(train: TrainConfig, parameters: int, world: int) -> dict[str, Any]:
     """DeepSpeed's configuration for one student: the loop owns batches and boundaries, it reduces and updates."""
+    stage = train.stage(world)
     bucket = min(parameters, LARGEST_BUCKET)  # allocated whole, for each student: its default would be 2 GB
     return {
         "train_micro_batch_size_per_gpu": 1,  # it wants one; the loop makes its own batches
@@ -321,10 +322,10 @@ def engine_settings(train: TrainConfig, parameters: int, world: int) -> dict[str
         # With fp32 here, bf16 at stage 1 would get another optimizer, one that does not do for several engines.
         "data_types": {"grad_accum_dtype": "bf16" if train.precision == "bf16" else "fp32"},
         "zero_optimization": {
-            "stage": train.stage(world),
+            "stage": stage,
             "overlap_comm": False,
-            "compute_grad_norm": train.stage(world) not in (1, 2),  # only they can do without
-            "reduce_scatter": train.stage(world) == 3,  # at 1 and 2 it is an all-reduce of a copy, copied back
+            "compute_grad_norm": stage not in (1, 2),  # only they can do without
+            "reduce_scatter": stage == 3,  # at 1 and 2 it is an all-reduce of a copy, copied back
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
