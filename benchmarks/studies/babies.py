@@ -27,7 +27,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.runs import append, argument_parser, is_done, rows, settings_of, train_to_the_end
+from benchmarks.studies.runs import (
+    append,
+    argument_parser,
+    flops_of,
+    is_done,
+    records,
+    rows,
+    settings_of,
+    train_to_the_end,
+)
 from engine.config import user_errors
 
 COLUMNS = (
@@ -66,9 +75,9 @@ def main() -> None:
             {"name": name, "seed": 10 * seed + i, "positions": POSITIONS, **shape}
             for i, (name, shape) in enumerate(STUDENTS.items())
         ]
-        for arm, changes in ((arm, ARMS[arm]) for arm in ARMS if arm in arguments.arms):
+        for arm in (arm for arm in ARMS if arm in arguments.arms):
             teachers = [{"path": str(arguments.folder / "teacher-102")}] if arm == "taught" else []
-            run(arm, seed, students, arguments.tokens, teachers=teachers, **changes)
+            run(arm, seed, students, arguments.tokens, teachers=teachers, **ARMS[arm])
         for student in students if LONGER in arguments.arms else ():
             run(f"{LONGER} {student['name']}", seed, [student], len(students) * arguments.tokens)
     print(table(rows(arguments.csv)))
@@ -82,13 +91,11 @@ def finish(path: Path, arm: str, seed: int, settings: dict[str, Any]) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     names = [student["name"] for student in summary["students"]]
     curves: dict[str, list[tuple[float, int]]] = {}
-    for record in (record for record in records(folder) if record["kind"] == "evaluation"):
+    for record in records(folder, "evaluation"):
         ensemble = {"ensemble": record["ensemble"]} if "ensemble" in record else {}
         for name, one in (record["students"] | ensemble).items():
             curves.setdefault(name, []).append((one["validation_loss"], record["step"]))
-    ledger = summary["ledger"]
-    accounts = [*ledger["students"].values(), ledger["teachers"], ledger["outer"]]
-    run = {**summary, "arm": arm, "seed": seed, "model_flops": sum(account["model_flops"] for account in accounts)}
+    run = {**summary, "arm": arm, "seed": seed, "model_flops": flops_of(folder)}
     weights = dict(zip(names, summary.get("omega", ()), strict=False))
     append(
         path,
@@ -105,10 +112,6 @@ def finish(path: Path, arm: str, seed: int, settings: dict[str, Any]) -> None:
             for name, curve in curves.items()
         ],
     )
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def table(found: list[dict[str, str]]) -> str:

@@ -42,11 +42,11 @@ def main() -> None:
         settings = settings_of(arguments, f"teacher-{name}", [student(seed, shape)], seed, arguments.teacher_tokens)
         finish(arguments.csv, f"teacher {name}", seed, settings)
     for seed in arguments.seeds:
-        for arm, teachers in ((arm, ARMS[arm]) for arm in ARMS if arm in arguments.arms):
+        for arm in (arm for arm in ARMS if arm in arguments.arms):
             name = f"{arm.replace(' ', '-')}-{seed}"
             settings = settings_of(arguments, name, [student(seed, STUDENT)], seed, arguments.tokens)
-            if teachers:
-                settings["teachers"] = [{"path": str(arguments.folder / f"teacher-{name}")} for name in teachers]
+            if ARMS[arm]:
+                settings["teachers"] = [{"path": str(arguments.folder / f"teacher-{name}")} for name in ARMS[arm]]
                 settings["objective"] = {"ce": 0.5, "teachers": 0.5, "temperature": 2.0}
             if arm == "cache":
                 settings["cache"] = {"path": str(arguments.folder / "cache"), "k": 32}

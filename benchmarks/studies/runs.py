@@ -64,6 +64,18 @@ def train_to_the_end(settings: Mapping[str, Any]) -> Path:
     return folder
 
 
+def records(folder: Path, kind: str) -> list[Mapping[str, Any]]:
+    """Of a run, those of one kind (engine.metrics)."""
+    from engine.metrics import read_metrics
+
+    return [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == kind]
+
+
+def flops_of(folder: Path) -> int:
+    """The model's, of a run as far as it came: students, teachers' predictions and outer loop."""
+    return max((record["model_flops"] for record in records(folder, "step")), default=0)
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []

@@ -15,14 +15,21 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from benchmarks.studies.babies import records
-from benchmarks.studies.runs import append, argument_parser, is_done, rows, settings_of, train_to_the_end
+from benchmarks.studies.runs import (
+    append,
+    argument_parser,
+    flops_of,
+    is_done,
+    records,
+    rows,
+    settings_of,
+    train_to_the_end,
+)
 from engine.config import user_errors
 from engine.search import Candidate, ProxyConfig, SearchConfig, ShortRun, Space, proxy
 
@@ -78,7 +85,7 @@ def main() -> None:
             chosen["optimizer"]["warmup"] = steps // 10
             folder = train_to_the_end(chosen)
             summary = json.loads((folder / "summary.json").read_text())
-            last = [record for record in records(folder) if record["kind"] == "evaluation"][-1]
+            last = records(folder, "evaluation")[-1]
             found = {
                 "students": " ".join(f"{s.layers}x{s.hidden}" for s in cohort),
                 "parameters": sum(map(run.space.size, cohort)),
@@ -115,11 +122,6 @@ def random_cohort(space: Space, like: Sequence[Candidate], seed: int) -> tuple[C
 
     found = min(drawn(200), key=off)
     return found if off(found) <= 0.05 * goal else min([found, *drawn(20_000)], key=off)
-
-
-def flops_of(run: Path) -> int:
-    """Of a run's training, as far as it came."""
-    return max((record.get("model_flops", 0) for record in records(run)), default=0)
 
 
 def table(found: list[dict[str, str]]) -> str:
