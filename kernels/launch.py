@@ -19,6 +19,17 @@ class Launch:
     sweeps: int = 1  # over a row, for the sums that do not fit in registers together
 
 
+def blocks(elements: int, block: int) -> int:
+    """So many blocks hold the elements. (Triton's own functions for this are kernels' too: called from Python, one of
+    them takes as long as a small kernel.)"""
+    return -(-elements // block)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 STUDENTS_AT_ONCE = 4  # whose losses and gradients come from one launch: with more, registers spill
 
 

@@ -199,7 +199,7 @@ def add_divergence(
             objective.temperature,
             DIVERGENCE=objective.divergence,
             PADDED=width != vocabulary,
-            BUCKETS=triton.next_power_of_2(teacher.index.shape[1] + 1),
+            BUCKETS=launch.power_of_2(teacher.index.shape[1] + 1),
             LANES=lanes * tile.warps,
             VEC=tile.block // (lanes * tile.warps),
             num_warps=tile.warps,

@@ -14,6 +14,7 @@ a fixed number of programs into fp32 rows of their own, added up afterwards in a
 each time.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def run_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) 
         N, D = x_ND.shape
         constants = _constants(D, eps)
         with torch.cuda.device_of(x):
-            _forward_kernel[(triton.cdiv(N, constants["BLOCK_N"]),)](
+            _forward_kernel[(launch.blocks(N, constants["BLOCK_N"]),)](
                 x_ND,
                 residual_ND,
                 weight.contiguous(),
@@ -74,7 +75,7 @@ def run_backward(
         grad_ND, x_ND, total_grad_ND = _rows(grad), _rows(x), None if total_grad is None else _rows(total_grad)
         N, D = x_ND.shape
         constants = _constants(D, eps)
-        programs = min(int(triton.cdiv(N, constants["BLOCK_N"])), launch.RMS_NORM_PARTIALS)
+        programs = min(launch.blocks(N, constants["BLOCK_N"]), launch.RMS_NORM_PARTIALS)
         wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         partial_PD = x.new_empty(programs, D, dtype=wide) if weight_wanted else None
         with torch.cuda.device_of(x):
@@ -126,8 +127,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, total_grad: Tensor | None) -> 
 run_forward.register_autograd(_differentiate, setup_context=_save)
 
 
+@functools.cache
 def _constants(D: int, eps: float) -> dict[str, Any]:
-    columns = int(triton.next_power_of_2(D))
+    columns = launch.power_of_2(D)
     tile = launch.rms_norm(columns)
     return {"D": D, "eps": eps, "BLOCK_N": tile.block // columns, "BLOCK_D": columns, "num_warps": tile.warps}
 
@@ -138,7 +140,7 @@ def _allocate(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tenso
 
 
 def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ The backward does not write over the gradients it is given: autograd may have ha
 backward does), nothing public tells, and in place would move as many bytes.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -41,9 +42,9 @@ def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Ten
     if q.numel() or k.numel():
         q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
         B, L = q.shape[:2]
-        constants = _constants(q, k, back)
+        constants = _constants(*q.shape[2:], k.shape[2], back)
         with torch.cuda.device_of(q):
-            _kernel[(triton.cdiv(B * L, constants["BLOCK_N"]),)](
+            _kernel[(launch.blocks(B * L, constants["BLOCK_N"]),)](
                 q,
                 k,
                 cos.contiguous(),
@@ -80,9 +81,10 @@ def _differentiate(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple:
 run.register_autograd(_differentiate, setup_context=_save)
 
 
-def _constants(q: Tensor, k: Tensor, back: bool) -> dict[str, Any]:
-    H, H_kv, P = q.shape[2], k.shape[2], q.shape[3] // 2
-    block_h, block_p = int(triton.next_power_of_2(H + H_kv)), int(triton.next_power_of_2(P))
+@functools.cache
+def _constants(H: int, width: int, H_kv: int, back: bool) -> dict[str, Any]:
+    P = width // 2
+    block_h, block_p = launch.power_of_2(H + H_kv), launch.power_of_2(P)
     tile = launch.rotary(block_h * block_p)
     return {
         "H": H,

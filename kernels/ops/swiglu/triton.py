@@ -6,6 +6,7 @@ Shapes: N rows (tokens), D hidden. Tensors without gaps are run through as one r
 Backward (by differentiation), s = sigmoid(gate):  dup = dy · gate · s,   dgate = dy · up · s · (1 + gate · (1 − s)).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         N, D = gate_ND.shape
         constants = _constants()
         with torch.cuda.device_of(gate):
-            _forward_kernel[(N * triton.cdiv(D, constants["BLOCK"]),)](
+            _forward_kernel[(N * launch.blocks(D, constants["BLOCK"]),)](
                 gate_ND, up_ND, out, D, gate_ND.stride(0), up_ND.stride(0), **constants
             )
     return out
@@ -41,7 +42,7 @@ def run_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
         N, D = gate_ND.shape
         constants = _constants()
         with torch.cuda.device_of(gate):
-            _backward_kernel[(N * triton.cdiv(D, constants["BLOCK"]),)](
+            _backward_kernel[(N * launch.blocks(D, constants["BLOCK"]),)](
                 grad_ND,
                 gate_ND,
                 up_ND,
@@ -77,6 +78,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 swiglu.register_autograd(_differentiate, setup_context=_save)
 
 
+@functools.cache
 def _constants() -> dict[str, Any]:
     tile = launch.swiglu()
     return {"BLOCK": tile.block, "num_warps": tile.warps}
