@@ -329,6 +329,7 @@ def engine_settings(train: TrainConfig, parameters: int, world: int) -> dict[str
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
+            "contiguous_gradients": stage == 3,  # at 1 and 2, two copies of each gradient, one parameter at a time
             "stage3_max_live_parameters": LARGEST_BUCKET,
             "stage3_param_persistence_threshold": 0,
         },
