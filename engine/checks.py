@@ -24,6 +24,7 @@ _FREE_TO_CHANGE = (
     "train.micro_batch",
     "train.zero_stage",
     "train.recompute",
+    "train.compile",
     "train.skip_limit",
     "checkpoint",
 )
@@ -69,6 +70,11 @@ def check(config: Config, *, teachers: bool = True) -> None:
         raise ValueError(
             "train.zero_stage=0 with train.precision=bf16: DeepSpeed keeps no fp32 weights that can be read there; "
             "take train.zero_stage=1"
+        )
+    if config.train.compile and config.train.zero_stage == 3:
+        raise ValueError(
+            "train.compile with train.zero_stage=3: it gathers parameters layer by layer, which no compiled body does; "
+            "take train.zero_stage=2"
         )
 
 

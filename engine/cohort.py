@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from engine.config import OptimizerConfig, StudentConfig, TrainConfig
 from engine.data import Batch
 from engine.models.classifier import Classifier
+from engine.models.compiled import compile_body
 from engine.models.dropout import draws
 from engine.models.families import Model, model_of, projected, shape_of
 from engine.models.llama import initialise
@@ -108,6 +109,8 @@ class Student:
         # At stage 0 it would copy all gradients together and back, even for one rank.
         self.engine.enable_backward_allreduce = runtime.world > 1 or self.zero_stage > 0
         self.model: Model = self.engine.module
+        if train.compile:
+            compile_body(self.model, learns=True)
         self._parameters = list(self.model.parameters())
         self._make_moments()
 
@@ -326,10 +329,10 @@ def engine_settings(train: TrainConfig, parameters: int, world: int) -> dict[str
             "overlap_comm": False,
             "compute_grad_norm": stage not in (1, 2),  # only they can do without
             "reduce_scatter": stage == 3,  # at 1 and 2 it is an all-reduce of a copy, copied back
+            "contiguous_gradients": stage == 3,  # at 1 and 2, two copies of each gradient, one parameter at a time
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
-            "contiguous_gradients": stage == 3,  # at 1 and 2, two copies of each gradient, one parameter at a time
             "stage3_max_live_parameters": LARGEST_BUCKET,
             "stage3_param_persistence_threshold": 0,
         },

@@ -178,7 +178,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. In fp32, results depend on none of micro_batch, zero_stage, recompute and the number of ranks."""
+    """The loop. In fp32, results depend on none of micro_batch, zero_stage, recompute, compile and the number of
+    ranks."""
 
     __pydantic_config__ = _STRICT
     steps: Count = 500
@@ -191,6 +192,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"  # auto: 0 for one rank in fp32, with nothing to shard; else 1
     recompute: bool = False  # recompute activations in the backward pass: less memory, about a third more time
+    compile: bool = False  # bodies by torch.compile: for small models on a GPU, which wait for their host
     skip_limit: Count = 5  # so many skipped steps in a row stop the run
 
     def stage(self, world: int) -> int:

@@ -14,6 +14,7 @@ from engine.cohort import Stopwatch
 from engine.config import Config, TeacherConfig
 from engine.data import Batch, Step
 from engine.export import load_model, require_folder
+from engine.models.compiled import compile_body
 from engine.models.families import Model, projected
 from engine.models.roberta import Roberta
 from engine.tokenizer import Tokenizer
@@ -114,6 +115,8 @@ def load_teachers(config: Config, tokenizer: Tokenizer, device: torch.device) ->
                 f"{key} has {model.shape.positions} positions, fewer than train.length={config.train.length}: lower it"
             )
         models.append(model.to(device))
+        if config.train.compile and config.cache is None:  # what is kept does not depend on how it was made
+            compile_body(models[-1], learns=False)
     return Teachers(*streams_of(config), models, shares_of(config))
 
 

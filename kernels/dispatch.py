@@ -27,6 +27,7 @@ ENVIRONMENT = "KERNELS_BACKEND"
 log = logging.getLogger(__name__)
 
 _FASTEST = {"cuda": "triton", "cpu": "native"}
+_FUSED = ("rms_norm", "rotary", "swiglu")  # torch.compile's are as fast on a GPU, and cost its host less
 _REMEDY = {
     "triton": "install Triton with `pip install 'creche[gpu]'`",
     "native": "install a C++ compiler and reinstall creche with `pip install --no-build-isolation --no-deps .`",
@@ -43,7 +44,8 @@ class backend:
 
     Args:
         name: "auto" takes, op by op, Triton for CUDA tensors and the native kernels for CPU tensors where they are
-            installed, else the reference; under torch.compile on a CPU the reference, which the compiler fuses.
+            installed, else the reference. Under torch.compile the reference, which the compiler fuses: of every op
+            on a CPU, of rms_norm, rotary and swiglu on a GPU.
             "triton", "native" and "reference" are taken at their word: an op without that backend raises. Until the
             process chooses, the environment variable KERNELS_BACKEND does, else "auto".
 
@@ -112,7 +114,7 @@ def _chosen(op: str, process_default: str | None, device: str, compiling: bool) 
     name = _named(process_default)
     if name == "auto":
         name = _FASTEST.get(device, "reference")
-        if name == "native" and compiling:
+        if compiling and (name == "native" or op in _FUSED):
             name = "reference"
         elif not _offers(op, name):
             if name == "native":

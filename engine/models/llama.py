@@ -154,7 +154,8 @@ class Llama(nn.Module):
             rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
         """
         length = length_of(tokens_BL, self.shape.positions)
-        cos, sin = rotary_table(length, self.shape.head_width, self.shape.rope_theta, tokens_BL.device)
+        table = rotary_table(self.shape.positions, self.shape.head_width, self.shape.rope_theta, tokens_BL.device)
+        cos, sin = (angles.narrow(0, 0, length) for angles in table)
         branch_BLD, residual_BLD = self.embed_tokens(tokens_BL), None
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
@@ -169,15 +170,20 @@ class Llama(nn.Module):
         return hidden_ND
 
 
-@lru_cache(maxsize=32)
-def rotary_table(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [L, d/2] in fp32 of d/2 frequencies (Su et al. 2021), d the width of a head.
+@torch.compiler.assume_constant_result  # a compiled model would make the table anew in every pass
+def rotary_table(positions: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [positions, d/2] in fp32 of d/2 frequencies (Su et al. 2021), d the width of a head.
 
     Kept outside the module: as a buffer it would be rounded to the parameters' dtype.
     """
+    return _rotary_table(positions, width, theta, device)
+
+
+@lru_cache(maxsize=32)
+def _rotary_table(positions: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # the first caller may be inside inference mode, a later one needs gradients
         frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+        angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
         return angle.cos().float().to(device), angle.sin().float().to(device)
 
 

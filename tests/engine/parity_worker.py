@@ -8,9 +8,10 @@ from one another and from two frozen teachers at once; one is a GPT-2, with drop
 import itertools
 import json
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -158,11 +159,11 @@ def parity(
     stage: int,
     accumulation: int,
     tied: bool,
-    recompute: bool = False,
     precision: str = "fp32",
+    **options: bool,
 ) -> dict:
     configs, file = students(tied), TokenFile(path, "uint16", LENGTH)
-    train = TrainConfig(zero_stage=stage, precision=precision, recompute=recompute)  # pyright: ignore[reportArgumentType]
+    train = TrainConfig(zero_stage=stage, precision=precision, **options)  # pyright: ignore[reportArgumentType]
     cohort = cohort_of(configs, train, place)
     teachers, objective = teaching(precision, len(cohort), place)
     micro_batch = BATCH // place.world // accumulation
@@ -272,6 +273,10 @@ def main(folder: Path) -> None:
         findings[f"parity-{name}"] = parity(place, path, stage, accumulation, tied)
     findings["parity-zero1-recompute"] = parity(place, path, 1, 1, True, recompute=True)
     findings["parity-zero3-recompute"] = parity(place, path, 3, 4, True, recompute=True)
+    graphs = partial(torch.compile, backend="aot_eager")  # all but the making of code, which takes minutes here
+    with mock.patch.object(torch, "compile", graphs):
+        findings["parity-zero1-compile"] = parity(place, path, 1, 4, True, compile=True)
+        findings["parity-zero2-compile-recompute"] = parity(place, path, 2, 1, False, compile=True, recompute=True)
     for stage in (1, 2, 3):
         findings[f"parity-zero{stage}-bf16"] = parity(place, path, stage, 2, True, precision="bf16")
     for stage, what in itertools.product((0, 1, 2, 3), ("loss", "gradient", "forward")):

@@ -97,3 +97,11 @@ def test_a_backend_taken_at_its_word_raises_for_an_op_without_it(native_swiglu, 
         assert torch.equal(kernels.swiglu(X, X), X)
         with pytest.raises(ValueError, match="backend 'native' has no rms_norm in this installation"):
             kernels.rms_norm(X, torch.ones(4))
+
+
+def test_what_a_compiler_makes_as_well_is_left_to_it():
+    chosen = {op: dispatch._chosen(op, None, "cuda", True) for op in ("rms_norm", "linear_ensemble_kl")}
+    assert chosen == {"rms_norm": "reference", "linear_ensemble_kl": "triton"}
+    assert dispatch._chosen("rms_norm", None, "cuda", False) == "triton"
+    assert dispatch._chosen("rms_norm", "triton", "cuda", True) == "triton", "taken at its word"
+    assert dispatch._chosen("linear_ensemble_kl", None, "cpu", True) == "reference"

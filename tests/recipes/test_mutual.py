@@ -99,6 +99,7 @@ def test_a_finished_run_asked_again_ends_with_the_same_table(
         (["train.micro_batch=3"], ["micro_batch=3", "divisor of 4"]),
         (["data.tokenizer.pieces=30000"], ["pieces=30000", "at most", "fewer"]),
         (["train.zero_stage=0", "train.precision=bf16"], ["zero_stage=0", "bf16", "zero_stage=1"]),
+        (["train.zero_stage=3", "train.compile=true"], ["train.compile", "zero_stage=3", "zero_stage=2"]),
         (["objective.peers=0", "objective.temperature=2"], ["objective.temperature", "raise objective.peers"]),
         (["students.0.init=nowhere"], ["students.one.init=nowhere", "no config.json"]),
         (["run.resume=always"], ["no checkpoint", "run.resume=auto"]),

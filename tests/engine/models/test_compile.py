@@ -60,3 +60,20 @@ def test_another_backend_is_another_graph() -> None:
         with kernels.backend(backend):
             compiled(x)
     assert len(traced) == 2
+
+
+def test_lengths_share_a_graph_and_rotary_angles_are_its_constants() -> None:
+    """Two graphs: torch takes a first length for the only one."""
+    traced = []
+
+    def recording(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        traced.append(graph)
+        return graph
+
+    model = model_of(SHAPES["llama"]).to(DEVICE)
+    compiled = torch.compile(model, fullgraph=True, backend=recording)
+    for length in (12, 8, 5, 11):
+        tokens_BL = torch.arange(2 * length, device=DEVICE).view(2, length)
+        torch.testing.assert_close(compiled(tokens_BL), model(tokens_BL), rtol=1e-4, atol=1e-4)
+    assert len(traced) == 2
+    assert not [node for graph in traced for node in graph.graph.nodes if node.target is torch.arange]

@@ -176,7 +176,7 @@ def test_rotary_tables_stay_fp32_in_a_bf16_model(monkeypatch: pytest.MonkeyPatch
 
 
 def test_tables_made_in_inference_mode_serve_training_afterwards() -> None:
-    llama.rotary_table.cache_clear()
+    llama._rotary_table.cache_clear()
     model = model_of()
     with torch.inference_mode():
         model(TOKENS[:, :-1])
