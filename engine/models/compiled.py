@@ -1,12 +1,15 @@
 """Bodies under torch.compile: fewer and larger kernels, and on a GPU less for its host to do between them.
 
-B sequences, L positions, N rows to predict, D hidden.
+B sequences, L positions, N rows to predict, D hidden, V vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.library import custom_op
 
 
 def compile_body(model: nn.Module, *, learns: bool) -> None:
@@ -14,6 +17,9 @@ def compile_body(model: nn.Module, *, learns: bool) -> None:
 
     Whoever `learns` is compiled for that alone: evaluation, without gradients, has batches of many sizes.
     """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.forward = partial(_lookup, module.weight)
     # Within the module's call: hooks of an engine stay outside, where no tracer follows them.
     eager, compiled = model.forward, torch.compile(model.forward, fullgraph=True)
 
@@ -25,3 +31,40 @@ def compile_body(model: nn.Module, *, learns: bool) -> None:
         return compiled(tokens_BL, rows_N, *rest)
 
     model.forward = forward
+
+
+# An embedding's gradient adds rows of equal tokens up. The compiler's does so in any order; torch's own, which it does
+# not look into here, in one.
+
+
+@custom_op("creche::embedding", mutates_args=())
+def _lookup(weight_VD: Tensor, tokens: Tensor) -> Tensor:
+    return F.embedding(tokens, weight_VD)
+
+
+@custom_op("creche::embedding_backward", mutates_args=())
+def _lookup_backward(gradient: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
+    return torch.ops.aten.embedding_dense_backward(gradient, tokens, vocabulary, -1, False)
+
+
+@_lookup.register_fake
+def _(weight_VD: Tensor, tokens: Tensor) -> Tensor:
+    return weight_VD.new_empty(*tokens.shape, weight_VD.shape[1])
+
+
+@_lookup_backward.register_fake
+def _(gradient: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
+    return gradient.new_empty(vocabulary, gradient.shape[-1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    weight_VD, tokens = inputs
+    ctx.save_for_backward(tokens)
+    ctx.vocabulary = len(weight_VD)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return _lookup_backward(gradient, *ctx.saved_tensors, ctx.vocabulary), None
+
+
+_lookup.register_autograd(_differentiate, setup_context=_save)

@@ -59,6 +59,15 @@ def test_batches_with_more_or_fewer_rows_share_a_graph(graphs: list[torch.fx.Gra
     assert len(graphs) == 1
 
 
+def test_no_compiler_sees_how_an_embedding_adds_its_gradient_up(graphs: list[torch.fx.GraphModule]) -> None:
+    model = llama()
+    compiled.compile_body(model, learns=True)
+    model(TOKENS).sum().backward()
+    called = [str(node.target) for node in graphs[0].graph.nodes if "embedding" in str(node.target)]
+    assert [name for name in called if "creche" in name]
+    assert torch.nn.functional.embedding not in [node.target for node in graphs[0].graph.nodes]
+
+
 @pytest.mark.slow
 def test_the_compilers_code_does_what_the_model_does() -> None:
     eager, model = llama(), llama()
