@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.library import custom_op
+from torch import Tensor, library, nn
 
 
 def compile_body(model: nn.Module, *, learns: bool) -> None:
@@ -37,12 +36,12 @@ def compile_body(model: nn.Module, *, learns: bool) -> None:
 # not look into here, in one.
 
 
-@custom_op("creche::embedding", mutates_args=())
+@library.custom_op("creche::embedding", mutates_args=())
 def _lookup(weight_VD: Tensor, tokens: Tensor) -> Tensor:
     return F.embedding(tokens, weight_VD)
 
 
-@custom_op("creche::embedding_backward", mutates_args=())
+@library.custom_op("creche::embedding_backward", mutates_args=())
 def _lookup_backward(gradient: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
     return torch.ops.aten.embedding_dense_backward(gradient, tokens, vocabulary, -1, False)
 
