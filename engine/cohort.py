@@ -328,7 +328,6 @@ def engine_settings(train: TrainConfig, parameters: int, world: int) -> dict[str
             "stage": stage,
             "overlap_comm": False,
             "compute_grad_norm": stage not in (1, 2),  # only they can do without
-            "reduce_scatter": stage == 3,  # at 1 and 2 it is an all-reduce of a copy, copied back
             "contiguous_gradients": stage == 3,  # at 1 and 2, two copies of each gradient, one parameter at a time
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
