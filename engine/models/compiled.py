@@ -16,7 +16,7 @@ def compile_body(model: nn.Module, *, learns: bool) -> None:
 
     Whoever `learns` is compiled for that alone: evaluation, without gradients, has batches of many sizes.
     """
-    for module in model.modules():
+    for module in model.modules() if learns else ():
         if isinstance(module, nn.Embedding):
             module.forward = partial(_lookup, module.weight)
     # Within the module's call: hooks of an engine stay outside, where no tracer follows them.
