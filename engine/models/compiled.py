@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
+GRAPHS = 2  # of a body at most: its first batch's, and where batches differ, one for all
+
 
 def compile_body(model: nn.Module, *, learns: bool) -> None:
     """Have the model's forward pass run compiled, as one graph, from the first time on, which then takes minutes.
@@ -19,6 +21,8 @@ def compile_body(model: nn.Module, *, learns: bool) -> None:
     for module in model.modules() if learns else ():
         if isinstance(module, nn.Embedding):
             module.forward = partial(_lookup, module.weight)
+    # The limit is of a function's graphs, and bodies of one family share their function.
+    torch._dynamo.config.recompile_limit += GRAPHS  # pyright: ignore[reportAttributeAccessIssue]
     # Within the module's call: hooks of an engine stay outside, where no tracer follows them.
     eager, compiled = model.forward, torch.compile(model.forward, fullgraph=True)
 
