@@ -13,7 +13,7 @@ mutual: .venv/installed
 # Triton's interpreter is chosen for a whole process, before its kernels are imported: hence the second one.
 test: .venv/tested
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/ops/triton tests/engine/models/test_compile.py tests/benchmarks/test_traffic.py tests/benchmarks/test_liger.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/ops/triton tests/engine/models/test_compiled.py tests/benchmarks/test_traffic.py tests/benchmarks/test_liger.py
 
 lint: .venv/tested
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ SECONDS = 580  # from this process's start to the end of the last job
 UNTIMED_SECONDS = 150  # for those that run side by side
 TEST_SECONDS = 100  # for a test, so that one that hangs is named
 MOST_WORKERS = 16  # of pytest; each holds some hundreds of megabytes of the GPU
-TESTS = ("tests/kernels/ops/triton", "tests/engine/models/test_compile.py")
+TESTS = ("tests/kernels/ops/triton", "tests/engine/models/test_compiled.py")
 # As one would train on a GPU; throughput.py's own default, sized for a CPU, would leave it idle.
 WORK = ("--set", "train.batch=64", "train.precision=bf16", "train.zero_stage=1", "--rounds", "7")
 COMPARED = ("ours", "transformers", "compile, fused AdamW", "liger", "products")  # the variants of throughput.py
