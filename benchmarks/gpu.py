@@ -173,9 +173,9 @@ def compile_models() -> dict[str, dict[str, float | None]]:
 
 
 def compiled_beside_eager(shape: Any, device: torch.device, dtype: torch.dtype, batch: int) -> dict[str, float | None]:
-    """torch.compile of a model in one graph: seconds of a forward and backward pass of `batch`
-    whole sequences, eager and compiled, on the device and on a GPU's host, and the largest relative difference between
-    their results. Raises ArithmeticError where that is too large.
+    """torch.compile of a model in one graph: seconds of a forward and backward pass of `batch` whole sequences, eager
+    and compiled, on the device and on a GPU's host, and the largest relative difference between their results. Raises
+    ArithmeticError where that is too large.
     """
     from benchmarks import timing
     from engine.models.families import model_of
