@@ -27,7 +27,7 @@ ENVIRONMENT = "KERNELS_BACKEND"
 log = logging.getLogger(__name__)
 
 _FASTEST = {"cuda": "triton", "cpu": "native"}
-_FUSED = ("rms_norm", "rotary", "swiglu")  # torch.compile's take 0.99 to 1.08 of the time on an H100, and cost its host less
+_FUSED = ("rms_norm", "rotary", "swiglu")  # torch.compile's: 0.99 to 1.08 of the time on an H100, less on its host
 _REMEDY = {
     "triton": "install Triton with `pip install 'creche[gpu]'`",
     "native": "install a C++ compiler and reinstall creche with `pip install --no-build-isolation --no-deps .`",
