@@ -11,6 +11,9 @@ order in every arm, so that the differences between arms are paired:
     fixed           weighted mutual learning (Iyer 2024) with equal weights that stay as they are
     weighted        the same with the weights learnt by the outer loop
     taught          mutual, and a larger teacher, trained once on the same text, in the same loss
+    taught apart    the same teacher, and nobody learns from a peer
+    heirs           mutual, and the students of `alone` with that seed, finished, as teachers: the mean of their logits
+    heirs apart     the same teachers, and nobody learns from a peer: what mutual learning saves, it is to be held to
     longer          each student alone and for three times as many steps: about the FLOPs of a whole cohort, for one
 
 With `--words 60000 --held-out 0.3 --tokens 800000 --evaluations 20` the text is read about a dozen times, and every
@@ -18,7 +21,7 @@ model's best loss is met before the end: the regime of the papers, and what thei
 
 A finished run is some lines of the CSV, one per student and one for the ensemble, with the loss at the end and the best
 of all evaluations; what stands there is not done again, and a run that was killed goes on. FLOPs are the whole run's,
-outer loop and teacher's predictions included, the teacher's own training not; the students were not searched for, so
+outer loop and teachers' predictions included, the teachers' own training not; the students were not searched for, so
 that no search is to be counted.
 """
 
@@ -50,12 +53,16 @@ STUDENTS = {
 }
 POSITIONS = 1024  # of students, more than they read: scores.py asks about longer texts
 TEACHER = {"layers": 4, "hidden": 192, "heads": 6, "ffn": 512}
+APART: dict[str, Any] = {"objective": {"peers": 0.0}}
 ARMS: dict[str, dict[str, Any]] = {
-    "alone": {"objective": {"peers": 0.0}},
+    "alone": APART,
     "mutual": {},
     "fixed": {"objective": {"ce": 0.5, "peers": 0.5, "weighted": True}},
     "weighted": {"objective": {"ce": 0.5, "peers": 0.5, "weighted": True}, "outer": {"every": 5}},
     "taught": {},
+    "taught apart": APART,
+    "heirs": {},
+    "heirs apart": APART,
 }
 LONGER = "longer"
 
@@ -76,11 +83,18 @@ def main() -> None:
             for i, (name, shape) in enumerate(STUDENTS.items())
         ]
         for arm in (arm for arm in ARMS if arm in arguments.arms):
-            teachers = [{"path": str(arguments.folder / "teacher-102")}] if arm == "taught" else []
-            run(arm, seed, students, arguments.tokens, teachers=teachers, **ARMS[arm])
+            run(arm, seed, students, arguments.tokens, teachers=teachers(arm, seed, arguments.folder), **ARMS[arm])
         for student in students if LONGER in arguments.arms else ():
             run(f"{LONGER} {student['name']}", seed, [student], len(students) * arguments.tokens)
     print(table(rows(arguments.csv)))
+
+
+def teachers(arm: str, seed: int, folder: Path) -> list[dict[str, str]]:
+    if arm.startswith("taught"):
+        return [{"path": str(folder / "teacher-102")}]
+    if arm.startswith("heirs"):
+        return [{"path": str(folder / f"alone-{seed}" / "students" / name)} for name in STUDENTS]
+    return []
 
 
 def finish(path: Path, arm: str, seed: int, settings: dict[str, Any]) -> None:
