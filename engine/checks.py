@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from engine import checkpoint
 from engine.config import Config, ObjectiveConfig, OptimizerConfig, OuterConfig, RunConfig, build, flat, read_yaml
 from engine.export import require_folder
 from engine.models.families import shape_of
@@ -40,12 +41,13 @@ def check(config: Config, *, teachers: bool = True) -> None:
             raise ValueError(f"students: {name!r} stands {names.count(name)} times; give each a name of its own")
     if "ensemble" in names and len(names) > 1:
         raise ValueError("students: 'ensemble' is what all of them together are called; choose another name")
+    begun = checkpoint.latest(Path(config.run.folder) / config.run.name / "checkpoints") is not None
     for student in config.students:
         try:
             shape_of(student, vocabulary=1)
         except ValueError as error:
             raise ValueError(f"students.{student.name}: {error}") from None
-        if student.init is not None:
+        if student.init is not None and not begun:
             require_folder(Path(student.init), f"students.{student.name}.init={student.init}")
         if student.positions < config.train.length:
             raise ValueError(

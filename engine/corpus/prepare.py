@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.progress import Progress
 
@@ -281,9 +283,14 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that becomes it if all goes well and vanishes otherwise."""
-    made = not folder.parent.exists()
-    aside = folder.with_name(f".{folder.name}-{os.getpid()}")
+    """A folder beside `folder` that becomes it if all goes well and vanishes otherwise: where this process is killed,
+    when another on its machine prepares something there."""
+    made, here = not folder.parent.exists(), socket.gethostname()
+    for left in folder.parent.glob(f".*-{here}-*"):
+        process = left.name.rpartition("-")[2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(f".{folder.name}-{here}-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:

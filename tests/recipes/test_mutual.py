@@ -143,7 +143,10 @@ def test_text_that_cannot_be(tmp_path: Path) -> None:
 
 def test_students_with_different_tokenizers(trained: Path) -> None:
     start = trained / "runs" / "tiny" / "students" / "one"
-    train(tiny(trained, "run.name=warm", f"students.0.init={start}"))  # the same tokenizer: welcome
+    moved = start.rename(trained / "moved")
+    train(tiny(trained, "run.name=warm", f"students.0.init={moved}"))  # the same tokenizer: welcome
+    moved.rename(start)
+    train(tiny(trained, "run.name=warm", f"students.0.init={moved}"))  # whoever goes on has no more need of it
     other = tiny(trained, "run.name=other", f"students.0.init={start}", "data.tokenizer.pieces=420")
     message = refusal(other)
     assert "students.one.init" in message

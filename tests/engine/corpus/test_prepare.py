@@ -1,6 +1,10 @@
 import dataclasses
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +246,27 @@ def test_a_preparation_that_fails_leaves_nothing(
     with pytest.raises(type(failure)):
         prepare(dataclasses.replace(config, seed=5), say=lambda _: None)
     assert inside(config.folder) == before
+
+
+KILLED = """
+import os, signal, sys
+from engine.config import DataConfig, TokenizerConfig
+from engine.corpus import prepare
+prepare._write_pairs = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+path, folder = sys.argv[1:]
+prepare.prepare(DataConfig(path=path, folder=folder, tokenizer=TokenizerConfig(pieces=400), seed=5))
+"""
+
+
+def test_what_a_killed_preparation_leaves_goes_with_the_next(config: DataConfig):
+    """And no other's: not of one that is still at work, nor of one on another machine."""
+    subprocess.run([sys.executable, "-c", KILLED, config.path, config.folder], check=False)
+    (left,) = (name for name in inside(config.folder) if name.startswith("."))
+    at_work = {left.rpartition("-")[0] + f"-{os.getppid()}", left.replace(socket.gethostname(), "elsewhere")}
+    for name in at_work:
+        (Path(config.folder) / name).mkdir()
+    prepare(dataclasses.replace(config, seed=6), say=lambda _: None)
+    assert {name for name in inside(config.folder) if name.startswith(".")} == at_work
 
 
 def test_another_preparation_may_be_faster(config: DataConfig, monkeypatch: pytest.MonkeyPatch):
