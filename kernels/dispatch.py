@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import native, ops
+from kernels.registration import constant_when_traced
 
 NAMES = ("auto", "triton", "native", "reference")
 ENVIRONMENT = "KERNELS_BACKEND"
@@ -99,7 +100,7 @@ def _module(op: str, process_default: str | None, environment: str | None, devic
 # A tracer follows neither the environment nor imports and searches for modules: it takes the two below as constants.
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _named(process_default: str | None) -> str:
     if process_default is not None:
         return process_default
@@ -108,7 +109,7 @@ def _named(process_default: str | None) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _chosen(op: str, process_default: str | None, device: str, compiling: bool) -> str:
     """The backend that runs `op`, imported."""
     name = _named(process_default)

@@ -6,12 +6,13 @@ small kernel runs, though, so that a GPU would wait for its host. Plain tensors 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, library
 
 Inputs = Sequence[Any]
+Returning = TypeVar("Returning", bound=Callable[..., Any])
 
 
 class Op:
@@ -87,3 +88,10 @@ def _is_plain(inputs: Inputs) -> bool:
         if isinstance(x, list) and x:
             return _is_plain(x)
     return False
+
+
+def constant_when_traced(function: Returning) -> Returning:
+    """Have tracers take what `function` returns as a constant, as `torch.compiler.assume_constant_result` does: that
+    imports the whole compiler first, two seconds of whoever imports this package and compiles nothing."""
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
+from engine.models.llama import rotary_table
+
 GRAPHS = 2  # of a body at most: its first batch's, and where batches differ, one for all
 
 
@@ -21,6 +23,7 @@ def compile_body(model: nn.Module, *, learns: bool) -> None:
     for module in model.modules() if learns else ():
         if isinstance(module, nn.Embedding):
             module.forward = partial(_lookup, module.weight)
+    torch.compiler.assume_constant_result(rotary_table)  # traced, it would be made anew in every pass
     # The limit is of a function's graphs, and bodies of one family share their function.
     torch._dynamo.config.recompile_limit += GRAPHS  # pyright: ignore[reportAttributeAccessIssue]
     # Within the module's call: hooks of an engine stay outside, where no tracer follows them.

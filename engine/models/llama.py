@@ -170,7 +170,6 @@ class Llama(nn.Module):
         return hidden_ND
 
 
-@torch.compiler.assume_constant_result  # a compiled model would make the table anew in every pass
 def rotary_table(positions: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines [positions, d/2] in fp32 of d/2 frequencies (Su et al. 2021), d the width of a head.
 

@@ -1,4 +1,5 @@
 import importlib
+import subprocess
 import sys
 import threading
 from importlib.machinery import ModuleSpec
@@ -105,3 +106,14 @@ def test_what_a_compiler_makes_as_well_is_left_to_it():
     assert dispatch._chosen("rms_norm", None, "cuda", False) == "triton"
     assert dispatch._chosen("rms_norm", "triton", "cuda", True) == "triton", "taken at its word"
     assert dispatch._chosen("linear_ensemble_kl", None, "cpu", True) == "reference"
+
+
+def test_importing_the_kernels_imports_no_compiler():
+    """It takes two seconds, and most processes compile nothing."""
+    found = subprocess.run(
+        [sys.executable, "-c", "import kernels, sys; print('torch._dynamo' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == "False\n"

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from kernels.registration import constant_when_traced
+
 WIDEST_HEAD = 256
 
 
@@ -35,6 +37,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> 
 
 
 @functools.cache
-@torch.compiler.assume_constant_result  # a tracer does not follow the search for a module, but looks through a cache
+@constant_when_traced  # a tracer does not follow the search for a module, but looks through a cache
 def _runs_on(device: torch.device) -> bool:
     return find_spec("flash_attn") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
