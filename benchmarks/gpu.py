@@ -173,24 +173,25 @@ def compile_models() -> dict[str, dict[str, float | None]]:
 
 
 def compiled_beside_eager(shape: Any, device: torch.device, dtype: torch.dtype, batch: int) -> dict[str, float | None]:
-    """torch.compile of a model in one graph: seconds of a forward and backward pass of `batch` whole sequences, eager
-    and compiled, on the device and on a GPU's host, and the largest relative difference between their results. Raises
+    """A body as `train.compile` has it: seconds of a forward and backward pass of `batch` whole sequences, eager and
+    compiled, on the device and on a GPU's host, and the largest relative difference between their results. Raises
     ArithmeticError where that is too large.
     """
     from benchmarks import timing
+    from engine.models.compiled import compile_body
     from engine.models.families import model_of
     from engine.models.llama import initialise
 
-    model = model_of(shape)
-    initialise(model, seed=0)
-    model.to(device, dtype)
+    ways = {"eager": model_of(shape), "compiled": model_of(shape)}
+    for model in ways.values():
+        initialise(model, seed=0)
+        model.to(device, dtype)
+    compile_body(ways["compiled"], learns=True)
     tokens_BL = torch.randint(shape.vocabulary, (batch, shape.positions), device=device)
     cotangent_ND = torch.randn(tokens_BL.numel(), shape.hidden, device=device, dtype=dtype)
-    ways = {"eager": model, "compiled": torch.compile(model, fullgraph=True)}
-    weights = list(model.parameters())
 
     def results(name: str) -> list[torch.Tensor]:
-        hidden_ND = ways[name](tokens_BL)
+        hidden_ND, weights = ways[name](tokens_BL), list(ways[name].parameters())
         gradients = torch.autograd.grad(hidden_ND, weights, cotangent_ND, allow_unused=True)  # an untied head
         return [hidden_ND, *(g for g in gradients if g is not None)]
 
