@@ -54,7 +54,6 @@ ASSUMED = (
 )  # of the peak in products, of the memory's bandwidth; seconds a layer's pass, a collective
 BANDWIDTH = {"A100": 2.04e12, "H100": 3.35e12, "B200": 8.0e12, "MI300X": 5.3e12}  # bytes/s, as in benchmarks/audit.py
 MEMORY = {"A100": 80e9, "H100": 80e9, "B200": 180e9, "MI300X": 192e9}  # bytes
-LOSS_BYTES = {"cpu": 96 * 2**20, "cuda": 2**30}  # of logits and gradients at a time (kernels.ops.linear_ensemble_kl)
 STAGES = range(4)
 LIVE_PARAMETERS = 500_000_000  # up to so many stay gathered from forward to backward (engine.cohort.engine_settings)
 PAPERS = ("baby_llama/student-58m.yaml", "baby_llama_2/student.yaml", "babies/published.yaml")
@@ -170,16 +169,15 @@ def parameters(shape: Shape) -> int:
 
 
 def memory(job: Job, cluster: Cluster, stage: int) -> float:
-    """Bytes of a rank at its peak, libraries apart: as the dry run counts them, with the loss's own part."""
+    """Bytes of a rank at its peak, allocator and libraries apart: the dry run's."""
     students = {str(i): shape for i, shape in enumerate(job.students)}
     teachers = {str(i): shape for i, shape in enumerate(job.teachers)}
     plain = {"name": "s", "layers": 1, "hidden": 2, "heads": 1, "ffn": 1}
-    train = {"precision": job.precision, "recompute": job.recompute, "length": job.length}
-    config = build(Config, {"students": [plain], "train": train})
+    train = {"precision": job.precision, "recompute": job.recompute, "length": job.length, "batch": job.batch}
+    mix = "each" if job.streams and job.streams > len(students) + 1 else "logits"
+    config = build(Config, {"students": [plain], "train": train, "objective": {"mix": mix}})
     tokens = (job.micro_batch or math.ceil(job.batch / cluster.ranks)) * job.length
-    streams = len(job.students) + bool(job.teachers)
-    loss = min(LOSS_BYTES[cluster.kind], 4 * streams * tokens * job.students[0].vocabulary)
-    return dry_run.memory(config, students, teachers, tokens, cluster.ranks, stage) - dry_run.LOGITS + loss
+    return dry_run.memory(config, students, teachers, tokens, cluster.ranks, stage, cluster.kind)
 
 
 def plans(job: Job, cluster: Cluster, rates: np.ndarray) -> list[Plan]:

@@ -6,7 +6,10 @@ B sequences, L positions, N = B·L tokens, D hidden, V vocabulary.
 import json
 from pathlib import Path
 
+import torch
+
 from engine.checks import check, steps_of
+from engine.cohort import LARGEST_BUCKET
 from engine.config import Config, DataConfig, build, read_yaml
 from engine.export import shape_of_folder
 from engine.flops import training_a_token
@@ -19,9 +22,7 @@ from engine.teachers import folder_of
 
 TOKENS_A_WORD = 1.4  # of English at 16,000 pieces; only where the text is not prepared
 BYTES_A_WORD = 5.4
-LOGITS = (
-    2**27
-)  # bytes of logits and their gradients at a time on a CPU (kernels.ops.linear_ensemble_kl); 2**30 on a GPU
+LOGITS = {"cpu": 96 * 2**20, "cuda": 2**30}  # bytes of them at a time, at most (kernels.ops.linear_ensemble_kl)
 RANKS = (1, 2, 4, 8)
 
 
@@ -45,6 +46,7 @@ def report(config: Config, beside: Path) -> str:
     seen = min(known, tokens) if config.cache is not None else tokens
     teaching = sum(training_a_token(shape, length) // 3 for shape in teachers.values()) * seen
     about = "" if exact or config.train.epochs is None else "about "
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
 
     lines = [
         f"{kind} {name}: {parameter_count(shape):,} parameters, {_described(shape)}"
@@ -55,8 +57,8 @@ def report(config: Config, beside: Path) -> str:
         f"steps: {about}{steps:,} of {config.train.batch} × {length} tokens",
         f"tokens: {about}{tokens:,}, {tokens / known:.2f} times the text ({'' if exact else 'about '}{known:,})",
         f"FLOPs: {about}{learning + teaching:.3g}, the teachers' part {teaching:.3g}",
-        f"memory of a rank, GiB, {config.train.precision}, micro-batch as below (an estimate; allocator and libraries "
-        "beside it)",
+        f"memory of a rank, GiB, {config.train.precision}, micro-batch as below (an estimate of tensors; allocator "
+        "and libraries beside them)",
         "  ".join(["ranks".rjust(8), "micro".rjust(6), *(f"ZeRO {stage}".rjust(8) for stage in range(4))]),
     ]
     for ranks in RANKS:
@@ -64,9 +66,8 @@ def report(config: Config, beside: Path) -> str:
             continue
         share = config.train.batch // ranks
         micro = min(share, config.train.micro_batch or share)
-        cells = [
-            f"{memory(config, students, teachers, micro * length, ranks, stage) / 2**30:8.2f}" for stage in range(4)
-        ]
+        needed = [memory(config, students, teachers, micro * length, ranks, stage, kind) for stage in range(4)]
+        cells = [f"{bytes_ / 2**30:8.2f}" for bytes_ in needed]
         if config.train.precision == "bf16":
             cells[0] = "–".rjust(8)  # refused (engine.checks)
         lines.append("  ".join([str(ranks).rjust(8), str(micro).rjust(6), *cells]))
@@ -74,26 +75,42 @@ def report(config: Config, beside: Path) -> str:
 
 
 def memory(
-    config: Config, students: dict[str, Shape], teachers: dict[str, Shape], tokens: int, ranks: int, stage: int
+    config: Config,
+    students: dict[str, Shape],
+    teachers: dict[str, Shape],
+    tokens: int,
+    ranks: int,
+    stage: int,
+    kind: str = "cpu",
 ) -> float:
-    """Bytes of one of `ranks` that takes `tokens` at once: what training must hold at its peak."""
-    storage = 2 if config.train.precision == "bf16" else 4
-    total = float(LOGITS)
-    for shape in students.values():
-        parameters = parameter_count(shape)
-        whole = [1 / ranks if stage >= least else 1.0 for least in (3, 2, 1)]  # of weights, gradients, optimizer
-        total += parameters * (storage * (whole[0] + whole[1]) + 8 * whole[2])
-        if stage > 0:  # fp32 weights of the optimizer, and the bucket that gradients are reduced in
-            total += parameters * (4 / ranks + storage)
-        total += 4 * shape.vocabulary * shape.hidden  # the head's gradient, summed in fp32
-        layers = 1 if config.train.recompute else shape.layers
-        kept = 2 * shape.hidden * shape.layers if config.train.recompute else 0
-        total += tokens * storage * (layers * activations(shape, config.train.length) + kept + 4 * shape.hidden)
-    if config.cache is not None:
-        return total
-    for shape in teachers.values():
-        total += storage * (parameter_count(shape) + tokens * (activations(shape, config.train.length) + shape.hidden))
-    return total
+    """Bytes of tensors at a step's peak, of one of `ranks` that takes `tokens` at once, on devices of this `kind`.
+
+    A peak is where the loss is, with all that the bodies keep, or at the end, with every gradient.
+    """
+    train, shapes = config.train, students.values()
+    storage, sizes = 2 if train.precision == "bf16" else 4, [parameter_count(shape) for shape in shapes]
+    buckets = [min(size, LARGEST_BUCKET) for size in sizes]
+    kept = sum(sizes) * storage / (ranks if stage == 3 else 1)  # weights
+    kept += sum(sizes) * (8 if stage == 0 else 12 / ranks)  # moments; ZeRO has fp32 weights beside them
+    if stage == 3:  # gradients, before and after they are shared out; weights that stay gathered
+        kept += storage * (sum(buckets) + sum(sizes) / ranks + (sum(buckets) if ranks > 1 else 0))
+    gradients = storage * sum(sizes) if stage < 3 else 0
+    flat = storage * max(buckets) if stage > 0 or ranks > 1 else 0  # one student's, on their way to the other ranks
+
+    there = {} if config.cache is not None else teachers
+    R = len(shapes) + (len(there) if config.objective.mix == "each" else min(1, len(there)))
+    at_loss = min(LOGITS[kind], 4.0 * tokens * R * max(shape.vocabulary for shape in shapes))
+    for shape in shapes:
+        layers = 1 if train.recompute else shape.layers
+        ends = 2 * shape.hidden * shape.layers if train.recompute else 0
+        at_loss += tokens * storage * (layers * activations(shape, train.length) + ends + 4 * shape.hidden)
+        at_loss += 4 * shape.vocabulary * shape.hidden  # the head's gradient, summed in fp32
+    if tokens * ranks < train.batch * train.length:  # of micro-batches before
+        at_loss += gradients
+    for shape in there.values():
+        at_loss += tokens * storage * (activations(shape, train.length) + shape.hidden)
+    of_teachers = storage * sum(parameter_count(shape) for shape in there.values())
+    return kept + of_teachers + max(at_loss, gradients + flat)
 
 
 def activations(shape: Shape, length: int) -> int:

@@ -70,8 +70,8 @@ def test_the_stage_that_is_fastest_of_those_that_fit():
     found = plan.plans(job, cluster, RATES)
     assert [p.stage for p in found] == [0, 1, 2, 3]
     assert plan.best(found).stage == 0
-    assert all(a.memory > b.memory for a, b in zip(found, found[2:], strict=False))
-    needed = found[3].memory
+    needed = min(p.memory for p in found)
+    assert needed < found[0].memory, "moments are shared out"
     tight = plan.best(plan.plans(job, replace(cluster, memory=needed * 1.001), RATES))
     assert tight.fits
     assert (tight.stage, tight.micro_batch) != (0, 8)
