@@ -10,6 +10,7 @@ order in every arm, so that the differences between arms are paired:
     mutual          deep mutual learning (Zhang et al. 2018): cross-entropy and the mean divergence from the peers
     fixed           weighted mutual learning (Iyer 2024) with equal weights that stay as they are
     weighted        the same with the weights learnt by the outer loop
+    weighted third  the same at α = 1/3, where equal weights are `mutual`: what it differs by, learnt weights do
     taught          mutual, and a larger teacher, trained once on the same text, in the same loss
     taught apart    the same teacher, and nobody learns from a peer
     heirs           mutual, and the students of `alone` with that seed, finished, as teachers: the mean of their logits
@@ -59,6 +60,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "mutual": {},
     "fixed": {"objective": {"ce": 0.5, "peers": 0.5, "weighted": True}},
     "weighted": {"objective": {"ce": 0.5, "peers": 0.5, "weighted": True}, "outer": {"every": 5}},
+    "weighted third": {"objective": {"ce": 2 / 3, "peers": 1 / 3, "weighted": True}, "outer": {"every": 5}},
     "taught": {},
     "taught apart": APART,
     "heirs": {},
