@@ -389,19 +389,25 @@ def flat(config: Any) -> dict[str, Any]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """A user's mistake (ValueError), or a disk that refuses, ends the command with one line and exit code 2."""
+    """A user's mistake (ValueError), or a disk that refuses, ends the command with exit code 2, and with one line, of
+    the rank that met it first."""
     try:
         yield
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _DISK_REFUSES:
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if _is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except RuntimeError as error:
-        if os.environ.get("RANK", "0") == "0" or "gloo" not in str(error):
+        if "gloo" not in str(error) or _is_first_to_fail():
             raise
-        sys.exit(2)  # a lost connection: rank 0 has said why
+        sys.exit(2)  # a lost connection: another rank has said why
+
+
+def _is_first_to_fail() -> bool:
+    runtime = sys.modules.get("engine.runtime")  # not imported for this: it takes seconds
+    return os.environ.get("RANK", "0") == "0" if runtime is None else runtime.is_first_to_fail()
 
 
 def _override(settings: dict[str, Any], override: str) -> None:

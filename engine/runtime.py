@@ -149,6 +149,16 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
+def is_first_to_fail() -> bool:
+    """Whether no other rank has asked this before; before the ranks have met, whether this is rank 0."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return distributed_c10d._get_default_store().add("creche/failed", 1) == 1
+    except RuntimeError:  # rank 0, which keeps the count, is gone: it has asked
+        return False
+
+
 class StopSignal:
     """Whether this rank was asked to stop: by SIGTERM or SIGUSR1, or because its launcher is gone.
 

@@ -21,8 +21,8 @@ def train(config: Config) -> None:
 
     Raises ValueError for whatever a user can mend, before anything is written where that can be known before.
     """
-    check(config)
     runtime = start()
+    check(config)
     stop = StopSignal()
     with ExitStack() as stack:
         run = Run(config, runtime, stack)

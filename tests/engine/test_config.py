@@ -161,7 +161,7 @@ def test_a_users_error_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    for rank, line in (("0", "error: mend it\n"), ("1", "")):  # one rank speaks for all
+    for rank, line in (("0", "error: mend it\n"), ("1", "")):  # before they have met, one speaks for all
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as ended, user_errors():
             raise ValueError("mend it")

@@ -95,3 +95,29 @@ def test_what_goes_wrong_on_one_rank_is_told_to_all(spawn_ranks: Callable[..., N
     script = tmp_path / "sharing.py"
     script.write_text(SHARING)
     spawn_ranks(script, 2)
+
+
+FAILING = """
+import os, sys
+from engine import runtime
+from engine.config import user_errors
+folder, fail = sys.argv[1:]
+place = runtime.start()
+sys.stderr = open(f"{folder}/{place.rank}", "w")
+try:
+    with user_errors():
+        if str(place.rank) in fail:
+            raise ValueError("mend it")
+        place.barrier()
+except SystemExit as ended:
+    os._exit(ended.code - 2)
+"""
+
+
+@pytest.mark.parametrize("fail", ["0", "1", "01"])
+def test_one_rank_says_what_is_wrong(fail: str, spawn_ranks: Callable[..., None], tmp_path: Path) -> None:
+    """Whichever has met it; the others, whose connection is lost by it, say nothing."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    spawn_ranks(script, 2, tmp_path, fail)
+    assert sorted((tmp_path / rank).read_text() for rank in "01") == ["", "error: mend it\n"]
