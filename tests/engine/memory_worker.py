@@ -24,16 +24,18 @@ from engine.objective import coefficients
 from engine.train import accumulate
 
 VOCABULARY, LENGTH = 4000, 32
-WIDE = {"layers": 1, "hidden": 192, "heads": 4, "ffn": 512}  # parameters
-DEEP = {"layers": 8, "hidden": 32, "heads": 4, "ffn": 128}  # and what is kept of every token, take most of the memory
+SHAPES = {
+    "wide": {"layers": 1, "hidden": 192, "heads": 4, "ffn": 512},  # most of the memory is parameters'
+    "deep": {"layers": 8, "hidden": 32, "heads": 4, "ffn": 128},  # what is kept of every token
+}
 CASES = [
-    *(("WIDE", 1, micro_batches, stage) for micro_batches in (1, 2) for stage in range(4)),
-    *(("DEEP", 16, 1, stage) for stage in (0, 3)),
-]
+    *(("wide", 1, micro_batches, stage) for micro_batches in (1, 2) for stage in range(4)),
+    *(("deep", 16, 1, stage) for stage in (0, 3)),
+]  # shape, sequences a rank takes at once, micro-batches, ZeRO stage
 
 
 def settings(shape: str, batch: int, micro_batch: int, stage: int) -> Config:
-    students = [{"name": name, "seed": i, "positions": LENGTH, **globals()[shape]} for i, name in enumerate("ab")]
+    students = [{"name": name, "seed": i, "positions": LENGTH, **SHAPES[shape]} for i, name in enumerate("ab")]
     train = {"steps": 9, "batch": batch, "micro_batch": micro_batch, "length": LENGTH, "zero_stage": stage}
     return build(Config, {"students": students, "train": train, "optimizer": {"warmup": 1}})
 
@@ -99,7 +101,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     place = runtime.start()
     gc.freeze()  # what was imported is not looked through again and again
-    np.random.default_rng(0).integers(VOCABULARY, size=200 * LENGTH, dtype=np.uint16).tofile(folder / "tokens.bin")
+    with place.main_first():
+        if place.is_main:
+            tokens = np.random.default_rng(0).integers(VOCABULARY, size=200 * LENGTH, dtype=np.uint16)
+            tokens.tofile(folder / "tokens.bin")
     findings = {
         f"{shape}, {micro_batches} micro-batch(es), ZeRO {stage}": measured(
             place, folder, shape, sequences * micro_batches, micro_batches, stage
