@@ -7,12 +7,15 @@ are; what the step allocates beyond it, from torch's own profile of its allocati
 import gc
 import json
 import sys
+import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from engine import dry_run, runtime
@@ -24,7 +27,8 @@ from engine.objective import coefficients
 from engine.train import accumulate
 
 VOCABULARY, LENGTH = 4000, 32
-TRIES = 4  # of which the least counts: gloo's threads let go of what they have sent when they come to it
+TRIES = 4  # of which the least counts: gloo's threads let go of what they have sent when they come to it ...
+PAUSE = 0.02  # seconds, after each collective, in which they can
 SHAPES = {
     "wide": {"layers": 1, "hidden": 192, "heads": 4, "ffn": 512},  # most of the memory is parameters'
     "deep": {"layers": 8, "hidden": 32, "heads": 4, "ffn": 128},  # what is kept of every token
@@ -39,6 +43,15 @@ def settings(shape: str, batch: int, micro_batch: int, stage: int) -> Config:
     students = [{"name": name, "seed": i, "positions": LENGTH, **SHAPES[shape]} for i, name in enumerate("ab")]
     train = {"steps": 9, "batch": batch, "micro_batch": micro_batch, "length": LENGTH, "zero_stage": stage}
     return build(Config, {"students": students, "train": train, "optimizer": {"warmup": 1}})
+
+
+def unhurried(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        work = collective(*arguments, **options)
+        time.sleep(PAUSE)
+        return work
+
+    return call
 
 
 def tensors() -> list[torch.Tensor]:
@@ -100,6 +113,8 @@ def measured(place: runtime.Runtime, folder: Path, shape: str, share: int, micro
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
+        setattr(dist, name, unhurried(getattr(dist, name)))  # before DeepSpeed takes them
     place = runtime.start()
     gc.freeze()  # what was imported is not looked through again and again
     with place.main_first():
