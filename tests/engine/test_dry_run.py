@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine.config import Config, build, read_yaml
-from engine.dry_run import report
+from engine.dry_run import LOGITS, report
+from kernels.ops.linear_ensemble_kl import native, triton
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PUBLISHED = {
@@ -84,6 +85,10 @@ def test_memory_is_what_a_step_takes(world: int, tmp_path: Path, spawn_ranks: Ca
     assert len(findings) == 10
     for case, bytes_ in findings.items():
         assert bytes_["said"] == pytest.approx(bytes_["found"], rel=0.12), case
+
+
+def test_the_loss_takes_what_the_kernels_allow_it() -> None:
+    assert LOGITS == {"cpu": native.BUDGET, "cuda": triton.CHUNK_BYTES}
 
 
 def test_a_teacher_that_nobody_makes_is_named(tmp_path: Path) -> None:
