@@ -135,7 +135,9 @@ def start() -> Runtime:
             verbose=False,
             timeout=PATIENCE,
         )
-    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    place = Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    place.barrier()  # else a rank that ends at once cuts off those still connecting: rank 0 keeps their addresses
+    return place
 
 
 def leave() -> None:
