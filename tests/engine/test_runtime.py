@@ -97,6 +97,31 @@ def test_what_goes_wrong_on_one_rank_is_told_to_all(spawn_ranks: Callable[..., N
     spawn_ranks(script, 2)
 
 
+MEETING = """
+import sys, time
+from pathlib import Path
+import deepspeed
+from engine import runtime
+connected, join = Path(sys.argv[1]) / "connected", deepspeed.init_distributed
+def late(*arguments, **options):
+    join(*arguments, **options)
+    if runtime.dist.get_rank() == 1:
+        time.sleep(1)
+        connected.touch()
+deepspeed.init_distributed = late
+runtime.start()
+assert connected.exists(), "began before the other had connected"
+runtime.leave()
+"""
+
+
+def test_nobody_begins_before_all_have_met(spawn_ranks: Callable[..., None], tmp_path: Path) -> None:
+    """One that failed at once would cut off those still connecting."""
+    script = tmp_path / "meeting.py"
+    script.write_text(MEETING)
+    spawn_ranks(script, 2, tmp_path)
+
+
 FAILING = """
 import os, sys
 from engine import runtime
