@@ -113,7 +113,7 @@ def measured(place: runtime.Runtime, folder: Path, shape: str, share: int, micro
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
         setattr(dist, name, unhurried(getattr(dist, name)))  # before DeepSpeed takes them
     place = runtime.start()
     gc.freeze()  # what was imported is not looked through again and again
