@@ -22,11 +22,11 @@ def run_recipe(script: str, description: str | None, require: Callable[[Config],
 
             print(report(config, arguments.config.parent))
             return
-        from engine.runtime import leave  # after the settings are known to be right: torch and deepspeed take a while
+        from engine.runtime import end  # after the settings are known to be right: torch and deepspeed take a while
         from engine.train import train
 
         train(config)
-        leave()
+        end()
 
 
 def library(name: str) -> Any:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
@@ -398,16 +398,21 @@ def user_errors() -> Iterator[None]:
             raise
         if _is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _end(2)
     except RuntimeError as error:
         if "gloo" not in str(error) or _is_first_to_fail():
             raise
-        sys.exit(2)  # a lost connection: another rank has said why
+        _end(2)  # a lost connection: another rank has said why
 
 
 def _is_first_to_fail() -> bool:
     runtime = sys.modules.get("engine.runtime")  # not imported for this: it takes seconds
     return os.environ.get("RANK", "0") == "0" if runtime is None else runtime.is_first_to_fail()
+
+
+def _end(code: int) -> NoReturn:
+    runtime = sys.modules.get("engine.runtime")
+    sys.exit(code) if runtime is None else runtime.end(code)
 
 
 def _override(settings: dict[str, Any], override: str) -> None:

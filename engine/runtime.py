@@ -1,5 +1,6 @@
 """The process group, the device, threads, and how a run learns that it should stop."""
 
+import atexit
 import ctypes
 import os
 import platform
@@ -7,13 +8,15 @@ import re
 import signal
 import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import deepspeed
 import psutil
@@ -141,14 +144,29 @@ def start() -> Runtime:
 
 
 def leave() -> None:
-    """Leave the process group, at the end of a process that did well; where it fails, others may be waiting elsewhere.
-
-    A process must not end with a collective in flight, and ZeRO 3 leaves gathers that nobody waits for: gloo's threads
-    would let go of their tensors in an interpreter that is going down, and abort it.
-    """
+    """Leave the process group, where all ranks did well; where one fails, others may be waiting elsewhere."""
     for group in list(distributed_c10d._world.pg_map):  # DeepSpeed makes some too
-        dist.barrier(group)  # waits for all that was begun before it
+        dist.barrier(group)  # waits for all that was begun before it: ZeRO 3 leaves gathers that nobody waits for
     dist.destroy_process_group()
+
+
+def end(code: int = 0) -> NoReturn:
+    """End this process; one of several ranks without taking the interpreter down.
+
+    gloo's threads let go of a collective's tensors some time after it is done, for which they take the interpreter's
+    lock. One that waits for the lock while the interpreter goes down is unwound through noexcept code, and the process
+    aborts. DeepSpeed keeps its groups, and so these threads, to the end.
+    """
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    if code == 0 and dist.is_initialized():
+        leave()
+    if alone:
+        sys.exit(code)
+    threading._shutdown()  # these three are what Python does first; multiprocessing ends its processes so too
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_first_to_fail() -> bool:

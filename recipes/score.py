@@ -30,7 +30,7 @@ if __name__ == "__main__":
     with user_errors():
         config = settings(sys.argv[1:])
         from engine.evaluation.report import score_model  # after the settings are known to be right: they import torch
-        from engine.runtime import leave
+        from engine.runtime import end
 
         score_model(config)
-        leave()
+        end()

@@ -23,9 +23,9 @@ def corpus() -> Path:
 
 @pytest.fixture(scope="session")
 def spawn_ranks() -> Callable[..., None]:
-    """Run `script arguments...` once per rank and wait; the first failure is the test's."""
+    """Run `script arguments...` once per rank and wait; the first that ends with another `code` fails the test."""
 
-    def spawn(script: Path, world: int, *arguments: object, timeout: int = 500) -> None:
+    def spawn(script: Path, world: int, *arguments: object, timeout: int = 500, code: int = 0) -> None:
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             port = server.getsockname()[1]
@@ -45,6 +45,6 @@ def spawn_ranks() -> Callable[..., None]:
             )
         outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
         for rank, output in zip(ranks, outputs, strict=True):
-            assert rank.returncode == 0, output[-4000:]
+            assert rank.returncode == code, output[-4000:]
 
     return spawn

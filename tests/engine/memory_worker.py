@@ -129,7 +129,7 @@ def main() -> None:
     }
     if place.is_main:
         (folder / f"findings-{place.world}.json").write_text(json.dumps(findings))
-    runtime.leave()
+    runtime.end()
 
 
 if __name__ == "__main__":

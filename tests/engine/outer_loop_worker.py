@@ -176,4 +176,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    runtime.leave()
+    runtime.end()

@@ -291,4 +291,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    runtime.leave()
+    runtime.end()

@@ -54,7 +54,7 @@ if place.rank == 1:
     (folder / "rank-1.txt").mkdir(parents=True)
 with pytest.raises(ValueError, match="^rank 1: .*Is a directory: .*rank-1"):
     list(profiled((Step(n, 0, 1, 1, 0, []) for n in (1, 2, 3)), (2, 2), folder, place, memory=False))
-runtime.leave()
+runtime.end()
 """
 
 
