@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
@@ -410,7 +410,7 @@ def _is_first_to_fail() -> bool:
     return os.environ.get("RANK", "0") == "0" if runtime is None else runtime.is_first_to_fail()
 
 
-def _end(code: int) -> NoReturn:
+def _end(code: int) -> None:
     runtime = sys.modules.get("engine.runtime")
     sys.exit(code) if runtime is None else runtime.end(code)
 

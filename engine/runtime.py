@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,8 +161,7 @@ def end(code: int = 0) -> NoReturn:
         leave()
     if alone:
         sys.exit(code)
-    threading._shutdown()  # these three are what Python does first; multiprocessing ends its processes so too
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # what Python would do first
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
