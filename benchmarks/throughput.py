@@ -59,7 +59,7 @@ from engine.flops import Flops, Text, inference, training
 from engine.ledger import NOTHING
 from engine.models.families import Shape, parameter_count
 from engine.models.llama import LlamaShape
-from engine.runtime import device_name, git_commit, leave
+from engine.runtime import device_name, end, git_commit
 from engine.teachers import STORAGE, folder_of
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def ours(case: Case, gate: Gate) -> None:
         engine_loop(case.config, gate)
     except Over:
         if ranks() > 1:
-            leave()
+            end()
         raise
 
 
@@ -609,4 +609,4 @@ def compare(cases: Sequence[Case], chosen: argparse.Namespace, first: bool) -> i
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))
