@@ -150,16 +150,17 @@ def leave() -> None:
 
 
 def end(code: int = 0) -> NoReturn:
-    """End this process; one of several ranks without taking the interpreter down.
+    """End this process; where it is one of several ranks under gloo, without taking the interpreter down.
 
     gloo's threads let go of a collective's tensors some time after it is done, for which they take the interpreter's
     lock. One that waits for the lock while the interpreter goes down is unwound through noexcept code, and the process
     aborts. DeepSpeed keeps its groups, and so these threads, to the end.
     """
-    alone = not dist.is_initialized() or dist.get_world_size() == 1
-    if code == 0 and dist.is_initialized():
+    joined = dist.is_initialized()
+    has_threads = joined and dist.get_world_size() > 1 and dist.get_backend() == dist.Backend.GLOO
+    if joined and code == 0:
         leave()
-    if alone:
+    if not has_threads:
         sys.exit(code)
     atexit._run_exitfuncs()  # what Python would do first
     sys.stdout.flush()
