@@ -1,5 +1,6 @@
-"""How a rank learns that it should stop, and that another has failed."""
+"""How ranks meet and end, and how one learns that it should stop, or that another has failed."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -8,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from engine import runtime
 
 ROOT = Path(__file__).parents[2]
 RANK = """
@@ -62,7 +66,7 @@ runtime.leave()
 assert all(other.min() == 1 for other in others), "a collective was left in flight"
 assert begun.is_success()
 assert not dist.is_initialized()
-os._exit(0)
+os._exit(0)  # as end() would, had the group not been left
 """
 
 
@@ -186,3 +190,16 @@ def test_a_collective_that_is_done_while_a_rank_ends_does_not_abort_it(
     for rank in range(2):
         assert (tmp_path / f"exit-{rank}").exists(), "not all was done that was registered for the exit"
         assert (tmp_path / f"said-{rank}").read_text() == "all of it\n"
+
+
+@pytest.mark.parametrize(("world", "backend"), [(1, "gloo"), (2, "nccl")])
+def test_a_process_without_that_danger_ends_as_python_does(
+    world: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: pytest.fail("not as Python does"))
+    with pytest.raises(SystemExit) as ended:
+        runtime.end(2)
+    assert ended.value.code == 2
