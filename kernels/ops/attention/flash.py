@@ -1,4 +1,4 @@
-"""flash-attn (Dao 2023), where it is installed and fits.
+"""Attention by flash-attn (Dao 2023), where it is installed and supports the inputs.
 
 Shapes: B sequences, L positions, H query heads, H_kv key and value heads.
 """
@@ -11,32 +11,27 @@ from torch import Tensor
 
 from kernels.registration import constant_when_traced
 
-WIDEST_HEAD = 256
+MAX_HEAD_WIDTH = 256
 
 
-def usable(q: Tensor, segments: Tensor | None) -> bool:
-    """Whether flash-attn can run: CUDA on Ampere or newer, bf16 or fp16, D_head ≤ 256, no segments (its variable-length
-    form wants the lengths of segments, and counting them would wait for the device).
-    """
+def usable(q: Tensor) -> bool:
+    """Returns whether flash-attn can run: on CUDA from Ampere on, in bf16 or fp16, with D_head ≤ 256."""
     return (
         q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] <= WIDEST_HEAD
-        and segments is None
+        and q.shape[-1] <= MAX_HEAD_WIDTH
         and _runs_on(q.device)
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
-    """See `kernels.attention`. Its backward adds in any order, unless torch is asked for deterministic algorithms."""
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """See `kernels.attention`. Its backward pass sums in no fixed order, unless torch's deterministic mode is on."""
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
-    return flash_attn_func(
-        q, k, v, dropout_p=dropout, causal=causal, deterministic=torch.are_deterministic_algorithms_enabled()
-    )
+    return flash_attn_func(q, k, v, causal=causal, deterministic=torch.are_deterministic_algorithms_enabled())
 
 
 @functools.cache
-@constant_when_traced  # a tracer does not follow the search for a module, but looks through a cache
+@constant_when_traced  # A tracer cannot follow the search for a module, but it does look through a cache.
 def _runs_on(device: torch.device) -> bool:
     return find_spec("flash_attn") is not None and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,4 +1,4 @@
-// `attention` on a CPU, causal or not, without dropout or segments.
+// `attention` on a CPU, causal or not.
 //
 // B sequences, L positions, H query heads, G key and value heads, D_head the width of one (here D).
 //
