@@ -51,7 +51,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels import TopK, launch
 from kernels.ops.ensemble_kl import triton as ensemble_kl
-from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.linear_ensemble_kl.triton_top_k import add_divergence
 from kernels.ops.rms_norm import triton as rms_norm
 from kernels.ops.rotary import triton as rotary
@@ -227,7 +227,7 @@ def _launch_top_k(k: int, V: int, divergence: str, dtype: torch.dtype | None, ch
         meta(N, width, dtype=fp32),
         None if dtype is None else meta(N, width, dtype=dtype),
         TopK(meta(N, k, dtype=fp32), meta(N, k, dtype=torch.int32), meta(N, dtype=fp32)),
-        Objective(meta(N), meta(1), meta(1, 2, dtype=fp32), rows, rows, 2.0, divergence),
+        LossSpec(meta(N), meta(1), meta(1, 2, dtype=fp32), rows, rows, 2.0, divergence),
         meta(1, 2, N, dtype=fp32),
         first=0,
         pair=(0, 1),

@@ -44,7 +44,7 @@ from benchmarks.peers import eager
 from benchmarks.timing import Variant
 from engine.runtime import device_name, keep_freed_memory
 from kernels import dispatch
-from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 
 BACKENDS = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -180,7 +180,7 @@ def ensemble_kl_at_once(
     """
     rows_N, students = targets_N != -100, len(ce_weight_S)
     module = dispatch.implementation("ensemble_kl", targets_N)
-    objective = Objective(targets_N, ce_weight_S, kl_weight_SR, rows_N, rows_N, 1.0, "forward")
+    objective = LossSpec(targets_N, ce_weight_S, kl_weight_SR, rows_N, rows_N, 1.0, "forward")
     wanted = [True] * students
     if dispatch.current() == "native":
         ce_SN, kl_SRN = module.loss_and_grad_(logits_RNV, objective, wanted)

@@ -39,7 +39,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 import kernels
 from benchmarks.peers import eager
 from kernels.ops.ensemble_kl import triton as ensemble_kl
-from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.rms_norm import triton as rms_norm
 from kernels.ops.rotary import triton as rotary
 from kernels.ops.swiglu import triton as swiglu
@@ -245,7 +245,7 @@ def ensemble_cases(S: int, K: int, V: int, on_chip: bool) -> Iterator[Case]:
     def single(divergence: str) -> None:
         rows = torch.ones(N, dtype=torch.bool)
         gradients = [torch.empty_like(x) for x in logits[:S]]
-        objective = Objective(targets, torch.ones(S), torch.ones(S, R), rows, rows, 1.0, divergence)
+        objective = LossSpec(targets, torch.ones(S), torch.ones(S, R), rows, rows, 1.0, divergence)
         ensemble_kl.loss_and_grad(logits, gradients, objective, V)
 
     def deferred(divergence: str) -> None:

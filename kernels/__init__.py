@@ -3,7 +3,7 @@ and mutual learning. They know nothing of training; `kernels.ops.<op>.reference`
 """
 
 from kernels.dispatch import backend
-from kernels.namesake import refuse_namesake
+from kernels.name_conflict import refuse_name_conflict
 from kernels.ops.attention import attention
 from kernels.ops.ensemble_kl import EnsembleKL, ensemble_kl
 from kernels.ops.linear_ensemble_kl import LinearEnsembleKL, Projected, TopK, linear_ensemble_kl
@@ -25,4 +25,4 @@ __all__ = [
     "swiglu",
 ]
 
-refuse_namesake()
+refuse_name_conflict()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import kernels
 from kernels import dispatch, native
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.native import loss_and_grad_
-from kernels.ops.ensemble_kl.objective import Objective
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIVERGENCES = ("forward", "reverse", "jsd")
@@ -271,8 +271,8 @@ def everything() -> list[Tensor]:
     targets, counted, ones = torch.arange(40), torch.ones(40, dtype=torch.bool), torch.ones(3)
     for divergence in DIVERGENCES:
         logits = [draw(40, 3000, seed=r).float() for r in range(3)]
-        objective = Objective(targets, ones, torch.ones(3, 3), counted, counted, 1.0, divergence)
-        ce, kl = loss_and_grad_(logits, objective, wanted=[True] * 3)
+        spec = LossSpec(targets, ones, torch.ones(3, 3), counted, counted, 1.0, divergence)
+        ce, kl = loss_and_grad_(logits, spec, wanted=[True] * 3)
         assert kl is not None
         results += [ce, kl, *logits]
     return results

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 
 
 def ensemble_kl(
@@ -24,7 +24,7 @@ def ensemble_kl(
 
 
 def loss_and_grad_(
-    logits_RNV: Sequence[Tensor], objective: Objective, wanted: Sequence[bool], into: Sequence[Tensor] | None = None
+    logits_RNV: Sequence[Tensor], spec: LossSpec, wanted: Sequence[bool], into: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`loss_and_grad` of `reference.py` in one pass, but that gradients replace the logits of the `wanted` students.
 
@@ -36,5 +36,5 @@ def loss_and_grad_(
         ce [S, N] and kl [S, R, N] (None without `kl_weight`), in nats, unweighted.
     """
     places = [place if want else None for place, want in zip(into or logits_RNV, wanted, strict=False)]
-    ce_SN, kl_SRN = torch.ops.creche_native.ensemble_kl_loss_and_grad_(list(logits_RNV), places, *objective)
-    return ce_SN, None if objective.kl_weight is None else kl_SRN
+    ce_SN, kl_SRN = torch.ops.creche_native.ensemble_kl_loss_and_grad_(list(logits_RNV), places, *spec)
+    return ce_SN, None if spec.kl_weight is None else kl_SRN

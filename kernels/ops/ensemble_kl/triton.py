@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import launch
-from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.triton_kernel import ensemble_kl_kernel
 from kernels.registration import op
 
@@ -115,7 +115,7 @@ def _strides(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def loss_and_grad(
-    logits: Sequence[Tensor], gradients: Sequence[Tensor | None], objective: Objective, vocabulary: int
+    logits: Sequence[Tensor], gradients: Sequence[Tensor | None], spec: LossSpec, vocabulary: int
 ) -> tuple[Tensor, Tensor | None]:
     """Per-token losses, and the gradient of every student's weighted sum of them, in one launch (two if S > 4).
 
@@ -123,13 +123,13 @@ def loss_and_grad(
         logits: R tensors [N, W] of fp32, bf16 or fp16, W >= V; columns from V on are padding and may hold anything.
         gradients: S tensors [N, W] of any of these dtypes to be written, or None where not wanted; the students' logits
             themselves are allowed.
-        objective: without its `kl_weight` teachers' logits are not read.
+        spec: without its `kl_weight` teachers' logits are not read.
         vocabulary: V.
 
     Returns:
         ce [S, N], kl [S, R, N] (None without `kl_weight`) in nats, unweighted, fp32.
     """
-    targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence = objective
+    targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence = spec
     S, N = len(gradients), len(targets)
     ce, kl, statistics, mean_ratios = _allocate(logits, S, divergence)
     saved, losses, weights = (statistics, mean_ratios), (ce, kl), (ce_weight[:, None].expand(S, N), None)

@@ -32,11 +32,9 @@ import math
 import triton
 import triton.language as tl
 
-from kernels.ops.ensemble_kl import reference
-
-EDGE = tl.constexpr(reference.EDGE)
-FLOOR = tl.constexpr(reference.FLOOR)
-INFINITE = tl.constexpr(reference.INFINITE)
+EDGE = tl.constexpr(0.25)  # Below this |u|, f is computed by its series.
+FLOOR = tl.constexpr(-1e38)  # Stands for a logit of −inf, so that differences are never NaN. It is in fp32's range.
+INFINITE = tl.constexpr(1e12)  # A loss above this is infinite: losses of finite logits never come near it.
 LOG2_E = tl.constexpr(1 / math.log(2))
 LN_2 = tl.constexpr(math.log(2))
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.checks import check_options, check_targets
-from kernels.ops.ensemble_kl.objective import Objective
-from kernels.ops.linear_ensemble_kl.hand_back import HandBack
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
+from kernels.ops.linear_ensemble_kl.precomputed_gradients import LossWithGradients
 
 
 class Projected(NamedTuple):
@@ -112,13 +112,13 @@ def linear_ensemble_kl(
     needs = [[_needs_gradient(x) for x in student] for student in students]
     ce_rows = targets != ignore_index
     kl_rows = ce_rows if kl_mask is None else kl_mask
-    objective = Objective(targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence)
+    spec = LossSpec(targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence)
     run = dispatch.implementation("linear_ensemble_kl", first.hidden).losses_and_gradients
     with torch.no_grad(), torch.autocast(first.hidden.device.type, enabled=False):
         taught = teachers if kl_weight is not None else ()
-        losses, ce, kl, gradients = run(students, taught, objective, normalizer, needs)
+        losses, ce, kl, gradients = run(students, taught, spec, normalizer, needs)
     losses = [
-        HandBack.apply(loss, own, *student) if any(g is not None for g in own) else loss
+        LossWithGradients.apply(loss, own, *student) if any(g is not None for g in own) else loss
         for loss, own, student in zip(losses, gradients, students, strict=True)
     ]
     return LinearEnsembleKL(tuple(losses), ce, kl)

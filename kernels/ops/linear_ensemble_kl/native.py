@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.native import loss_and_grad_
-from kernels.ops.ensemble_kl.objective import Objective
-from kernels.ops.ensemble_kl.reference import widest
+from kernels.ops.ensemble_kl.reference import widest_dtype
 from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
 
 BUDGET = 96 * 2**20  # bytes of logits at a time: below it the products lose more than the cache gains (LOG.md)
@@ -25,16 +25,16 @@ BUDGET = 96 * 2**20  # bytes of logits at a time: below it the products lose mor
 def losses_and_gradients(
     students: Sequence[Projected],
     teachers: Sequence[Projected | TopK],
-    objective: Objective,
+    spec: LossSpec,
     normalizer: int | Tensor,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]:
     """As `losses_and_gradients` in `reference.py`."""
     streams, dense, kept = top_k.split(students, teachers)
-    dtype = widest(x for stream in streams for x in stream)
+    dtype = widest_dtype(x for stream in streams for x in stream)
     heads = [(_TiledHead if _tiled(stream, dtype) else _Head)(stream, dtype) for stream in streams]
-    objective = objective.over(normalizer, dtype)
-    counted, wanted, of_dense = objective.counted, [any(own) for own in needs], objective.among(dense)
+    spec = spec.normalized(normalizer, dtype)
+    counted, wanted, of_dense = spec.active_rows, [any(own) for own in needs], spec.for_streams(dense)
 
     tokens, vocabulary = len(counted), len(streams[0].weight)
     chunk = _chunk(tokens, bytes_per_token=(len(streams) + len(students) * len(kept)) * vocabulary * dtype.itemsize)
@@ -43,7 +43,7 @@ def losses_and_gradients(
         _empty_gradients(student, own, dtype, head) for student, own, head in zip(students, needs, heads, strict=False)
     ]
     ce_SN = torch.zeros(len(students), tokens, dtype=dtype)
-    kl_SRN = None if objective.kl_weight is None else ce_SN.new_zeros(*objective.kl_weight.shape, tokens)
+    kl_SRN = None if spec.kl_weight is None else ce_SN.new_zeros(*spec.kl_weight.shape, tokens)
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)
         # Rows that do not count may hold anything: as zeros they cannot spread a NaN through the products.
@@ -56,8 +56,8 @@ def losses_and_gradients(
             head.project(h, out)
         d_logits = [head.gradient_place(x) for head, x in zip(heads, logits[: len(students)], strict=False)]
         # Before gradients take the logits' place.
-        added = top_k.losses_and_gradients(logits[: len(students)], kept, objective, rows, kl_SRN, wanted)
-        ce_SN[:, rows], kl_SRn = loss_and_grad_(logits, of_dense.on(rows), wanted, into=d_logits)
+        added = top_k.losses_and_gradients(logits[: len(students)], kept, spec, rows, kl_SRN, wanted)
+        ce_SN[:, rows], kl_SRn = loss_and_grad_(logits, of_dense.for_rows(rows), wanted, into=d_logits)
         if kl_SRN is not None and kl_SRn is not None:
             kl_SRN[:, dense, rows] = kl_SRn
         for d, extra in zip(d_logits, added, strict=True):
@@ -72,7 +72,7 @@ def losses_and_gradients(
                 total = torch.sum(d, 0, dtype=dtype)
                 torch.add(d_bias, total, out=d_bias) if start else d_bias.copy_(total)
 
-    return objective.sums(ce_SN, kl_SRN), ce_SN, kl_SRN, gradients
+    return spec.total_losses(ce_SN, kl_SRN), ce_SN, kl_SRN, gradients
 
 
 class _Head:

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.ops.ensemble_kl.objective import Objective
-from kernels.ops.ensemble_kl.reference import _kl, _log_ratio_to_mean
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
+from kernels.ops.ensemble_kl.reference import kl_divergence, log_ratio_to_mean
 from kernels.ops.linear_ensemble_kl import Projected, TopK
 
 Kept = list[tuple[int, TopK]]  # with the stream each is
@@ -40,7 +40,7 @@ def split(
 def losses_and_gradients(
     logits_SnV: Sequence[Tensor],
     kept: Kept,
-    objective: Objective,
+    spec: LossSpec,
     rows: slice,
     kl_SRN: Tensor | None,
     wanted: Sequence[bool],
@@ -52,12 +52,12 @@ def losses_and_gradients(
     for i, (logits_nV, want) in enumerate(zip(logits_SnV, wanted, strict=True)):
         gradient = None
         for r, (log_prob_Nk, index_Nk, tail_N) in kept:
-            assert objective.kl_weight is not None
+            assert spec.kl_weight is not None
             assert kl_SRN is not None
-            kl_rows = objective.kl_rows[rows]
-            weight_n = objective.kl_weight[i, r] * kl_rows
+            kl_rows = spec.kl_rows[rows]
+            weight_n = spec.kl_weight[i, r] * kl_rows
             top = log_prob_Nk[rows].to(logits_nV.dtype), index_Nk[rows].long(), tail_N[rows].to(logits_nV.dtype)
-            kl_n, own_nV = _one(logits_nV, *top, weight_n, objective.temperature, objective.divergence, want)
+            kl_n, own_nV = _one(logits_nV, *top, weight_n, spec.temperature, spec.divergence, want)
             kl_SRN[i, r, rows] = torch.where(kl_rows, kl_n, 0)
             if own_nV is not None:
                 gradient = own_nV if gradient is None else gradient.add_(own_nV)
@@ -89,14 +89,14 @@ def _one(
     q, log_q = torch.cat([q_nk, q_tail_n1], 1), torch.cat([log_q_nk, q_tail_n1.log()], 1)
     u = torch.where((p == 0) & (q == 0), 0, log_q - log_p)  # of the n × (k + 1) buckets
     if divergence == "forward":
-        kl_n, q_g = _kl(p, q, -u), q - p
+        kl_n, q_g = kl_divergence(p, q, -u), q - p
     elif divergence == "reverse":
-        kl_n = _kl(q, p, u)
+        kl_n = kl_divergence(q, p, u)
         q_g = torch.where(q > 0, q * (u - kl_n[:, None]), 0)
     else:
-        mean, w = (p + q) / 2, _log_ratio_to_mean(u)
-        own_n = _kl(q, mean, w)
-        kl_n = (_kl(p, mean, _log_ratio_to_mean(-u)) + own_n) / 2
+        mean, w = (p + q) / 2, log_ratio_to_mean(u)
+        own_n = kl_divergence(q, mean, w)
+        kl_n = (kl_divergence(p, mean, log_ratio_to_mean(-u)) + own_n) / 2
         q_g = torch.where(q > 0, q * (w - own_n[:, None]) / 2, 0)
     if not want:
         return kl_n, None

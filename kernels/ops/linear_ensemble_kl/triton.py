@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.triton import loss_and_grad
 from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
 from kernels.ops.linear_ensemble_kl.triton_top_k import add_divergence
@@ -30,7 +30,7 @@ ALIGNMENT = 64  # columns: rows begin on 128 bytes, and every load of 16 bytes i
 def losses_and_gradients(
     students: Sequence[Projected],
     teachers: Sequence[Projected | TopK],
-    objective: Objective,
+    spec: LossSpec,
     normalizer: int | Tensor,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]:
@@ -46,17 +46,17 @@ def losses_and_gradients(
                 f"stream {r} holds torch.float64: the Triton kernel computes in fp32; convert it, or choose"
                 " kernels.backend('reference')"
             )
-    order, kl_weight = [*dense, *(r for r, _ in kept)], objective.kl_weight
+    order, kl_weight = [*dense, *(r for r, _ in kept)], spec.kl_weight
     ce, kl, *made = _sweep(
         [x for stream in streams for x in stream],
         [x for _, top in kept for x in top],
-        objective.targets,
-        objective.ce_weight.float(),
+        spec.targets,
+        spec.ce_weight.float(),
         None if kl_weight is None else _in_order(kl_weight.float(), order),
-        objective.ce_rows,
-        objective.kl_rows,
-        float(objective.temperature),
-        objective.divergence,
+        spec.ce_rows,
+        spec.kl_rows,
+        float(spec.temperature),
+        spec.divergence,
         normalizer if isinstance(normalizer, Tensor) else None,
         1.0 if isinstance(normalizer, Tensor) else 1 / normalizer,
         [need for own in needs for need in own],
@@ -67,7 +67,7 @@ def losses_and_gradients(
         for student, own in zip(students, needs, strict=True)
     ]
     kl = None if kl_weight is None else _in_order(kl, [order.index(r) for r in range(len(order))])
-    return objective.over(normalizer, torch.float32).sums(ce, kl), ce, kl, gradients
+    return spec.normalized(normalizer, torch.float32).total_losses(ce, kl), ce, kl, gradients
 
 
 @op("linear_ensemble_kl")
@@ -99,9 +99,9 @@ def _sweep(
         kl_weight = kl_weight.contiguous()
     kept = [TopK(*(x.contiguous() for x in top_ks[k : k + 3])) for k in range(0, len(top_ks), 3)]
     targets, ce_rows, kl_rows = targets.contiguous(), ce_rows.contiguous(), kl_rows.contiguous()
-    objective = Objective(targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence)
-    of_dense = objective if kl_weight is None else objective._replace(kl_weight=kl_weight[:, :dense])
-    counted = objective.counted
+    spec = LossSpec(targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence)
+    of_dense = spec if kl_weight is None else spec._replace(kl_weight=kl_weight[:, :dense])
+    counted = spec.active_rows
     heads = [_head(h, w) for h, w in zip(hidden, weight, strict=True)]
     wanted = [any(needs[3 * i : 3 * i + 3]) for i in range(S)]
     apart = [bool(kept) or w.dtype != torch.float32 for w in heads]  # whether gradients do not take the logits' place
@@ -124,13 +124,13 @@ def _sweep(
                 out.copy_(b.expand(n, V))
             _add_product(out, x, w.T, beta=0 if b is None else 1)
         d = [None if d_nW is None else d_nW[:n] for d_nW in d_SnW]
-        ce[:, rows], kl_SRn = loss_and_grad([logits[:n] for logits in logits_RnW], d, of_dense.on(rows), V)
+        ce[:, rows], kl_SRn = loss_and_grad([logits[:n] for logits in logits_RnW], d, of_dense.for_rows(rows), V)
         if kl_SRn is not None:
             kl[:, :dense, rows] = kl_SRn
         for r, teacher in enumerate(kept if kl_weight is not None else (), start=dense):
             for i in range(S):
                 logits = logits_RnW[i][:n]
-                add_divergence(logits, d[i], teacher, objective, kl, first=start, pair=(i, r), vocabulary=V)
+                add_divergence(logits, d[i], teacher, spec, kl, first=start, pair=(i, r), vocabulary=V)
         remaining = iter(made)
         for i, d_nW in enumerate(d):
             if d_nW is None:

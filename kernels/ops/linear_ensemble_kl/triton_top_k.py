@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
-from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.triton import gpu_of
 from kernels.ops.ensemble_kl.triton_kernel import (
     EDGE,
@@ -160,7 +160,7 @@ def add_divergence(
     logits_nW: Tensor,
     gradient_nW: Tensor | None,
     teacher: TopK,
-    objective: Objective,
+    spec: LossSpec,
     kl_SRN: Tensor,
     *,
     first: int,
@@ -173,7 +173,7 @@ def add_divergence(
 
     Args:
         logits_nW: fp32, of the n tokens from `first` on. gradient_nW: fp32, bf16 or fp16; None: not wanted. Contiguous.
-        teacher, objective, kl_SRN: of all N tokens, contiguous; `kl_weight` and kl_SRN fp32. In rows outside `kl_rows`
+        teacher, spec, kl_SRN: of all N tokens, contiguous; `kl_weight` and kl_SRN fp32. In rows outside `kl_rows`
             the teacher may hold anything. A token outside [0, V) makes its row's loss and gradient NaN.
         pair: (i, r). vocabulary: V. lanes: threads of a warp; None: those of the logits' device.
     """
@@ -187,8 +187,8 @@ def add_divergence(
             logits_nW.stride(),
             gradient_nW,
             *teacher,
-            objective.kl_rows,
-            objective.kl_weight,
+            spec.kl_rows,
+            spec.kl_weight,
             kl_SRN,
             first,
             pair[0] * kl_SRN.shape[1] + pair[1],
@@ -196,8 +196,8 @@ def add_divergence(
             teacher.index.shape[1],
             vocabulary,
             width,
-            objective.temperature,
-            DIVERGENCE=objective.divergence,
+            spec.temperature,
+            DIVERGENCE=spec.divergence,
             PADDED=width != vocabulary,
             BUCKETS=launch.power_of_2(teacher.index.shape[1] + 1),
             LANES=lanes * tile.warps,

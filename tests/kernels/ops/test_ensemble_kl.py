@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernels
 from kernels.ops.ensemble_kl import native
-from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.reference import loss_and_grad
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -57,13 +57,13 @@ def sweep(
     """Losses and gradients in one sweep, by the backend in force, on copies, with every student's gradient."""
     valid = targets != -100
     copies = [s.detach().clone() for s in streams]
-    objective = Objective(targets, ce_weight, kl_weight, valid, valid, temperature, divergence)
+    spec = LossSpec(targets, ce_weight, kl_weight, valid, valid, temperature, divergence)
     wanted = [True] * len(ce_weight)
     if kernels.backend().name == "native":
-        ce, kl = native.loss_and_grad_(copies, objective, wanted)
+        ce, kl = native.loss_and_grad_(copies, spec, wanted)
         gradients = copies[: len(ce_weight)]
     else:
-        ce, kl, gradients = loss_and_grad(copies, objective, wanted)
+        ce, kl, gradients = loss_and_grad(copies, spec, wanted)
     assert kl is not None
     return ce, kl, [gradient for gradient in gradients if gradient is not None]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kernels.native
 from kernels import Projected, TopK
-from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.linear_ensemble_kl import native, reference
 from tests.kernels.yardstick import assert_near, stored_gradients
 
@@ -58,10 +58,8 @@ def losses_and_gradients(
     targets = (torch.arange(tokens) * 5 % vocabulary).masked_fill(~ce_rows, -100)
     weights = draw(students, len(streams) + 1, seed=3, dtype=dtype).abs()
     needs = needs or [[x is not None for x in one] for one in streams[:students]]
-    objective = Objective(targets, weights[:, 0], weights[:, 1:], ce_rows, kl_rows, 2.0, divergence)
-    losses, ce, kl, gradients = backend.losses_and_gradients(
-        streams[:students], streams[students:], objective, 3, needs
-    )
+    spec = LossSpec(targets, weights[:, 0], weights[:, 1:], ce_rows, kl_rows, 2.0, divergence)
+    losses, ce, kl, gradients = backend.losses_and_gradients(streams[:students], streams[students:], spec, 3, needs)
     return [losses, ce, kl, *(g for own in gradients for g in own if g is not None)]
 
 

@@ -15,7 +15,7 @@ import kernels
 from kernels import launch
 from kernels.launch import Launch
 from kernels.ops.ensemble_kl import reference, triton, triton_kernel
-from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from tests.kernels.ops.triton.agreement import (
     DEVICE,
     assert_agrees,
@@ -235,14 +235,12 @@ def test_a_row_without_a_finite_logit_is_nan(divergence):
     assert kl[:, :, 1].isfinite().all()
 
 
-def sweep(
-    backend, logits, objective: Objective, *, wanted, padding=0, into=None
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def sweep(backend, logits, spec: LossSpec, *, wanted, padding=0, into=None) -> tuple[Tensor, Tensor, list[Tensor]]:
     """`loss_and_grad` of Triton or the reference, on copies: ce, kl (empty if there is none), the gradients wanted."""
     vocabulary = logits[0].shape[1]
     if backend is reference:
         copies = [x.clone() for x in logits]
-        ce, kl, made = reference.loss_and_grad(copies, objective.over(1, copies[0].dtype), wanted)
+        ce, kl, made = reference.loss_and_grad(copies, spec.normalized(1, copies[0].dtype), wanted)
         assert kl is not None
         return ce, kl, [g for g in made if g is not None]
     padded = [torch.nn.functional.pad(x, (0, padding), value=math.nan) for x in logits]
@@ -251,7 +249,7 @@ def sweep(
         for x, want in zip(padded, wanted, strict=False)
     ]
     with honest_memory_and_casts():
-        ce, kl = triton.loss_and_grad(padded, made, objective, vocabulary)
+        ce, kl = triton.loss_and_grad(padded, made, spec, vocabulary)
     gradients = [g for g in made if g is not None]
     assert not any(g[:, vocabulary:].any() for g in gradients)
     return ce, torch.empty(0) if kl is None else kl, [g[:, :vocabulary] for g in gradients]
@@ -272,11 +270,11 @@ def test_losses_and_gradients_in_one_launch(students, streams, temperature, dive
     kl_weight = torch.rand(students, streams, generator=generator).to(DEVICE)
     kl_weight[0, -1] = 0
     wanted = [i != 1 for i in range(students)]
-    objective = Objective(targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence)
+    spec = LossSpec(targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence)
     clean = [x.nan_to_num() for x in logits]
-    exact = sweep(reference, [x.double() for x in clean], objective, wanted=wanted)
-    plain = sweep(reference, clean, objective, wanted=wanted)
-    ours = sweep(triton, logits, objective, padding=18, into=into, wanted=wanted)
+    exact = sweep(reference, [x.double() for x in clean], spec, wanted=wanted)
+    plain = sweep(reference, clean, spec, wanted=wanted)
+    ours = sweep(triton, logits, spec, padding=18, into=into, wanted=wanted)
     # The students' gradients together: where a peaked row's largest error is rounding of that row's sums, one
     # student's is a single draw, in which plain torch may be lucky.
     for got, theirs, want in zip(*((ce, kl, torch.stack(made)) for ce, kl, made in (ours, plain, exact)), strict=True):
@@ -293,8 +291,8 @@ def test_without_kl_weights_only_cross_entropy_is_computed():
     targets = torch.tensor([0, 69, -100], device=DEVICE)
     rows = targets != -100
     ones = torch.ones(1, device=DEVICE)
-    objective = Objective(targets, ones, None, rows, rows, 2.0, "jsd")
-    ce, kl, (gradient,) = sweep(triton, [student, teacher], objective, wanted=[True])
+    spec = LossSpec(targets, ones, None, rows, rows, 2.0, "jsd")
+    ce, kl, (gradient,) = sweep(triton, [student, teacher], spec, wanted=[True])
     assert not kl.numel()
     want = student.double().requires_grad_()
     exact = torch.nn.functional.cross_entropy(want, targets, reduction="none")
@@ -310,10 +308,10 @@ def test_every_launch_gives_the_same(divergence, dtype, monkeypatch):
     logits = make(3, 1, V, dtype)
     rows, weights = torch.ones(1, dtype=torch.bool, device=DEVICE), torch.ones(2, 3, device=DEVICE)
     targets = torch.tensor([V - 1], device=DEVICE)
-    objective = Objective(targets, weights[:, 0], weights, rows, rows, 1.0, divergence)
+    spec = LossSpec(targets, weights[:, 0], weights, rows, rows, 1.0, divergence)
     vector = 16 // dtype.itemsize
     tile = 32 * vector
-    exact = sweep(reference, [x.double() for x in logits], objective, wanted=[True, True])
+    exact = sweep(reference, [x.double() for x in logits], spec, wanted=[True, True])
     for chosen in (
         Launch(tile * 4, 4),
         Launch(tile * 1, 1, parts=2),
@@ -322,7 +320,7 @@ def test_every_launch_gives_the_same(divergence, dtype, monkeypatch):
         Launch(-(-V // tile) * tile, 1, parts=vector, sweeps=2),
     ):
         monkeypatch.setattr(launch, "ensemble_kl", lambda *_, chosen=chosen, **__: chosen)
-        ce, kl, gradients = sweep(triton, logits, objective, into=torch.float32, wanted=[True, True])
+        ce, kl, gradients = sweep(triton, logits, spec, into=torch.float32, wanted=[True, True])
         torch.testing.assert_close(ce.double(), exact[0], rtol=1e-6, atol=0)
         torch.testing.assert_close(kl.double(), exact[1], rtol=2e-6, atol=1e-7)
         for got, want in zip(gradients, exact[2], strict=True):
@@ -348,8 +346,8 @@ def test_properties(seed, students, teachers, tokens, vocabulary, scale, tempera
 
     def run(logits, targets=targets):
         rows = torch.ones_like(targets, dtype=torch.bool)
-        objective = Objective(targets, *weights, rows, rows, temperature, divergence)
-        return sweep(triton, logits, objective, wanted=[True] * students)
+        spec = LossSpec(targets, *weights, rows, rows, temperature, divergence)
+        return sweep(triton, logits, spec, wanted=[True] * students)
 
     tiny = 30 * torch.finfo(torch.float32).eps * max(scale, 1.0) / temperature
     close = {"rtol": 1e3 * tiny, "atol": 1e2 * tiny}

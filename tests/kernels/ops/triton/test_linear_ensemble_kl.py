@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from kernels import Projected, TopK
-from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.linear_ensemble_kl import reference, triton
 from tests.kernels.ops.triton.agreement import DEVICE, honest_memory_and_casts, rows
 from tests.kernels.yardstick import assert_near, stored_gradients
@@ -55,7 +55,7 @@ def run(
     wide = any(x is not None and x.dtype == torch.float64 for stream in streams for x in stream)
     if wide:
         ce_weight, kl_weight = ce_weight.double(), kl_weight.double()
-    objective = Objective(
+    spec = LossSpec(
         targets.masked_fill(~ce_rows, -100),
         ce_weight,
         kl_weight if kl else None,
@@ -66,7 +66,7 @@ def run(
     )
     needs = needs or [[x is not None for x in stream] for stream in streams[:students]]
     teachers = streams[students:] if kl else []
-    return backend.losses_and_gradients(streams[:students], teachers, objective, normalizer, needs)
+    return backend.losses_and_gradients(streams[:students], teachers, spec, normalizer, needs)
 
 
 def flat(swept: Swept) -> list[Tensor]:
@@ -174,8 +174,8 @@ def test_no_valid_tokens(tokens):
     targets = torch.full((tokens,), -100, device=DEVICE)
     ones = torch.ones(2, device=DEVICE), torch.ones(2, 2, device=DEVICE)
     with honest_memory_and_casts():
-        objective = Objective(targets, *ones, rows, rows, 1.0, "forward")
-        swept = triton.losses_and_gradients(streams, [], objective, 1, [[True, True, True]] * 2)
+        spec = LossSpec(targets, *ones, rows, rows, 1.0, "forward")
+        swept = triton.losses_and_gradients(streams, [], spec, 1, [[True, True, True]] * 2)
     assert not any(x.any() for x in flat(swept))
 
 
@@ -202,8 +202,8 @@ def test_torch_compile_traces_it():
     rows = targets == 0
 
     def losses_and_gradients(streams: list[Projected]) -> list[Tensor]:
-        objective = Objective(targets, ones[0], ones, rows, rows, 1.0, "forward")
-        return flat(triton.losses_and_gradients(streams, (), objective, 2, [[True, True, False]] * 2))
+        spec = LossSpec(targets, ones[0], ones, rows, rows, 1.0, "forward")
+        return flat(triton.losses_and_gradients(streams, (), spec, 2, [[True, True, False]] * 2))
 
     compiled = torch.compile(losses_and_gradients, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(streams), losses_and_gradients(streams))
@@ -227,7 +227,7 @@ def test_nothing_waits_for_the_device():
         result = kernels.linear_ensemble_kl(
             streams, (), targets, ce_weight=ones[0], kl_weight=ones[1], normalizer=count
         )
-        objective = Objective(targets, *ones, rows, rows, 1.0, "jsd")
-        _, _, kl, gradients = triton.losses_and_gradients(streams, (), objective, count, [[True, True, False]] * 2)
+        spec = LossSpec(targets, *ones, rows, rows, 1.0, "jsd")
+        _, _, kl, gradients = triton.losses_and_gradients(streams, (), spec, count, [[True, True, False]] * 2)
     assert [x.shape for x in (result.kl, kl) if x is not None] == [(2, 2, 4)] * 2
     assert [x.shape for x in gradients[1] if x is not None] == [(4, 8), (70, 8)]

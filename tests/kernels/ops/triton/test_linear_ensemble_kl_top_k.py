@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from kernels import Projected, TopK
-from kernels.ops.ensemble_kl.objective import Objective
+from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.linear_ensemble_kl import reference, triton
 from tests.kernels.ops.triton.agreement import DEVICE, honest_memory_and_casts
 from tests.kernels.ops.triton.test_linear_ensemble_kl import check, flat, make, run
@@ -41,7 +41,7 @@ def given(
         _, _, kl, ((gradient, *_),) = backend.losses_and_gradients(
             [Projected(logits_NV, torch.eye(V, dtype=dtype, device=DEVICE))],
             [top],
-            Objective(rows.long(), ones_12[0, :1] * 0, ones_12 * weight, rows, rows, 1.0, divergence),
+            LossSpec(rows.long(), ones_12[0, :1] * 0, ones_12 * weight, rows, rows, 1.0, divergence),
             1,
             [[True, False, False]],
         )
@@ -194,8 +194,8 @@ def losses_and_gradients(
     student: Projected, teachers: list[Projected | TopK], targets: Tensor, ones_1: Tensor, ones_13: Tensor
 ):
     rows = targets == 0
-    objective = Objective(targets, ones_1, ones_13, rows, rows, 1.0, "jsd")
-    return flat(triton.losses_and_gradients([student], teachers, objective, 2, [[True, True, False]]))
+    spec = LossSpec(targets, ones_1, ones_13, rows, rows, 1.0, "jsd")
+    return flat(triton.losses_and_gradients([student], teachers, spec, 2, [[True, True, False]]))
 
 
 def test_torch_compile_traces_it() -> None:
