@@ -1,5 +1,5 @@
 """The kernels of a training engine: normalisation, rotary embedding, SwiGLU, attention, and the losses of distillation
-and mutual learning. They know nothing of training; `kernels.ops.<op>.reference` defines each, in plain torch.
+and mutual learning. They know nothing of training. Each op is defined in plain torch by `kernels.ops.<op>.reference`.
 """
 
 from kernels.dispatch import backend

@@ -1,8 +1,8 @@
-"""Kernels launched from Python as torch ops: registered for tracers, called without a detour by everyone else.
+"""Registers kernels that Python launches as torch ops, which tracers see and everyone else calls directly.
 
-A custom op of torch's is one that torch.compile neither enters nor breaks at. Its layers in Python take longer than a
-small kernel runs, though, so that a GPU would wait for its host. Plain tensors outside a tracer therefore go through an
-`autograd.Function` of the same three functions, or, where nothing is to be differentiated, through none.
+torch.compile neither enters nor breaks at a custom op of torch's. But its layers in Python take longer than a small
+kernel runs, so that a GPU would wait for its host. Outside a tracer, plain tensors therefore go through an
+`autograd.Function` with the same three functions, or directly to the kernel if nothing is to be differentiated.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,15 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, library
 
-Inputs = Sequence[Any]
-Returning = TypeVar("Returning", bound=Callable[..., Any])
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
 class Op:
-    """An op of the namespace `creche_triton`; `op(name)` makes one of the function that computes it.
+    """An op of the namespace `creche_triton`. `op(name)` turns the function that computes it into one.
 
-    Its inputs are positional: tensors, lists of tensors, None and numbers. It is differentiable where
-    `register_autograd` says how; else its derivative is refused, so that a second one cannot be silently wrong.
+    Its inputs are positional: tensors, lists of tensors, None and numbers. `register_autograd` makes it differentiable.
+    Without that, asking for its derivative raises, so that a second derivative is never silently wrong.
     """
 
     def __init__(self, name: str, compute: Callable[..., Any]) -> None:
@@ -29,8 +28,9 @@ class Op:
         self.register_autograd(self._refuse, lambda ctx, inputs, output: None)
 
     def register_autograd(self, differentiate: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """As a custom op's: `setup_context(ctx, inputs, output)` saves, `differentiate(ctx, *gradients)` returns one
-        gradient per input, a list for a list. Of `ctx.needs_input_grad` neither may make use where an input is a list.
+        """Registers the derivative as for a custom op: `setup_context(ctx, inputs, output)` saves what is needed, and
+        `differentiate(ctx, *gradients)` returns one gradient per input, and a list of them for a list. Neither can use
+        `ctx.needs_input_grad` if an input is a list.
         """
         self._traced.register_autograd(differentiate, setup_context=setup_context)
         self._function = _function(self._compute, differentiate, setup_context)
@@ -41,7 +41,7 @@ class Op:
         if not torch.is_grad_enabled():
             return self._compute(*inputs)
         lengths = [len(x) if isinstance(x, list) else None for x in inputs]
-        return self._function.apply(*_flat(inputs), lengths)
+        return self._function.apply(*_flatten(inputs), lengths)
 
     def _refuse(self, ctx: Any, *_: Any) -> None:
         raise RuntimeError(
@@ -58,7 +58,7 @@ def _function(
     compute: Callable[..., Any], differentiate: Callable[..., Any], setup_context: Callable[..., None]
 ) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
-        # One `forward` with ctx: with a `setup_context` of its own, torch inspects the signature at every call.
+        # `forward` takes ctx, because with a separate `setup_context` torch inspects the signature at every call.
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             *flat, lengths = arguments
@@ -69,19 +69,19 @@ def _function(
             return tuple(output) if isinstance(output, list) else output
 
         @staticmethod
-        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-            made = differentiate(ctx, *gradients)
-            return *_flat(made if isinstance(made, tuple) else (made,)), None
+        def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
+            gradients = differentiate(ctx, *output_gradients)
+            return *_flatten(gradients if isinstance(gradients, tuple) else (gradients,)), None
 
     return Function
 
 
-def _flat(inputs: Inputs) -> list[Any]:
+def _flatten(inputs: Sequence[Any]) -> list[Any]:
     return [x for item in inputs for x in (item if isinstance(item, list) else (item,))]
 
 
-def _is_plain(inputs: Inputs) -> bool:
-    """Whether the first tensor among them holds numbers of its own, as tracers' subclasses of Tensor do not."""
+def _is_plain(inputs: Sequence[Any]) -> bool:
+    """Returns whether the first tensor among the inputs holds numbers, as tracers' subclasses of Tensor do not."""
     for x in inputs:
         if isinstance(x, Tensor):
             return type(x) is Tensor or type(x) is torch.nn.Parameter
@@ -90,8 +90,9 @@ def _is_plain(inputs: Inputs) -> bool:
     return False
 
 
-def constant_when_traced(function: Returning) -> Returning:
-    """Have tracers take what `function` returns as a constant, as `torch.compiler.assume_constant_result` does: that
-    imports the whole compiler first, two seconds of whoever imports this package and compiles nothing."""
+def constant_when_traced(function: AnyFunction) -> AnyFunction:
+    """Makes tracers take what `function` returns as a constant, as `torch.compiler.assume_constant_result` does. That
+    one imports the whole compiler first, which takes two seconds even in processes that compile nothing.
+    """
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function

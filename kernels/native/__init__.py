@@ -1,6 +1,6 @@
-"""The library of native CPU kernels: found, matched to this processor and this torch, and loaded, once.
+"""Finds the library of native CPU kernels that fits this processor and this torch, and loads it once.
 
-It is built from `kernels/ops/*/native.cpp` at installation (CMakeLists.txt), once for each instruction set.
+The installation builds it from `kernels/ops/*/native.cpp` (CMakeLists.txt), once for each instruction set.
 """
 
 import functools
@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 
-ENVIRONMENT = "KERNELS_NATIVE"  # a folder with libraries other than the installed ones, such as a sanitizer's
+ENVIRONMENT = "KERNELS_NATIVE"  # A folder whose libraries replace the installed ones, such as those with a sanitizer.
 
 
 @functools.cache
 def problem() -> str | None:
-    """Loads the library, whose ops are then in `torch.ops.creche_native`. Says why it cannot, in a line; else None."""
+    """Loads the library, whose ops are then in `torch.ops.creche_native`. Returns None, or one line that says why it
+    cannot be loaded.
+    """
     instruction_set = torch.backends.cpu.get_cpu_capability().lower()
     version = torch.__version__.split("+")[0]
     names = [f"creche-{version}-{name}.so" for name in dict.fromkeys((instruction_set, "default"))]
@@ -35,10 +37,10 @@ def problem() -> str | None:
 
 
 def _folder() -> Path:
-    if chosen := os.environ.get(ENVIRONMENT):
-        return Path(chosen)
+    if folder := os.environ.get(ENVIRONMENT):
+        return Path(folder)
     try:
-        # Not beside this file: an editable installation builds outside the source tree.
+        # The library is not always beside this file: an editable installation builds outside the source tree.
         return Path(str(distribution("creche").locate_file("kernels/native")))
     except PackageNotFoundError:
         return Path(__file__).parent

@@ -1,1 +1,1 @@
-"""One folder per op: `__init__.py` is the public function, `reference.py` the definition, other backends beside it."""
+"""Each op has a folder: `__init__.py` is its public function, `reference.py` its definition, the rest its backends."""

@@ -19,10 +19,10 @@ def fresh(monkeypatch):
     """No choice made, no answer remembered."""
     monkeypatch.setattr(dispatch, "_process_default", None)
     monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
-    for cached in (dispatch._check, dispatch._offers, dispatch._module):
+    for cached in (dispatch._check_name, dispatch._is_available, dispatch._module):
         cached.cache_clear()
     yield
-    for cached in (dispatch._check, dispatch._offers, dispatch._module):
+    for cached in (dispatch._check_name, dispatch._is_available, dispatch._module):
         cached.cache_clear()
 
 
@@ -101,11 +101,11 @@ def test_a_backend_taken_at_its_word_raises_for_an_op_without_it(native_swiglu, 
 
 
 def test_what_a_compiler_makes_as_well_is_left_to_it():
-    chosen = {op: dispatch._chosen(op, None, "cuda", True) for op in ("rms_norm", "linear_ensemble_kl")}
+    chosen = {op: dispatch._select(op, None, "cuda", True) for op in ("rms_norm", "linear_ensemble_kl")}
     assert chosen == {"rms_norm": "reference", "linear_ensemble_kl": "triton"}
-    assert dispatch._chosen("rms_norm", None, "cuda", False) == "triton"
-    assert dispatch._chosen("rms_norm", "triton", "cuda", True) == "triton", "taken at its word"
-    assert dispatch._chosen("linear_ensemble_kl", None, "cpu", True) == "reference"
+    assert dispatch._select("rms_norm", None, "cuda", False) == "triton"
+    assert dispatch._select("rms_norm", "triton", "cuda", True) == "triton", "taken at its word"
+    assert dispatch._select("linear_ensemble_kl", None, "cpu", True) == "reference"
 
 
 def test_importing_the_kernels_imports_no_compiler():

@@ -367,7 +367,7 @@ print(torch.backends.cpu.get_cpu_capability())
 
 
 def test_a_library_that_is_missing_is_said_once(monkeypatch, tmp_path, caplog):
-    for cached in (native.problem, dispatch._check, dispatch._offers, dispatch._regret_once):
+    for cached in (native.problem, dispatch._check_name, dispatch._is_available, dispatch._warn_without_native):
         cached.cache_clear()
     monkeypatch.setenv(native.ENVIRONMENT, str(tmp_path))
     try:
@@ -384,5 +384,5 @@ def test_a_library_that_is_missing_is_said_once(monkeypatch, tmp_path, caplog):
         assert "built for other than torch" in (native.problem() or "")
     finally:
         monkeypatch.undo()
-        for cached in (native.problem, dispatch._check, dispatch._offers, dispatch._regret_once):
+        for cached in (native.problem, dispatch._check_name, dispatch._is_available, dispatch._warn_without_native):
             cached.cache_clear()

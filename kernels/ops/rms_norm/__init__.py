@@ -18,22 +18,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[T
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension (Zhang & Sennrich 2019, eq. 4).
+    """Computes `x / sqrt(mean(x²) + eps) * weight` over the last dimension (Zhang & Sennrich 2019, eq. 4).
 
-    The normalisation is in fp32 (float64 stays float64), rounded to x's dtype, then multiplied by the weight: LLaMA's
-    order of casts.
+    It normalises in fp32 (float64 stays float64), rounds to x's dtype, and then multiplies by the weight. This is
+    LLaMA's order of casts.
 
     Args:
         x: [..., D], floating point.
         weight: [D].
-        eps: added to the mean square, > 0.
-        residual: [..., D], like x; the input is then `x + residual`.
+        eps: A number above 0, which is added to the mean square.
+        residual: [..., D], like x. With it, the input is `x + residual`.
 
     Returns:
         [..., D], or with a residual the pair (normed, x + residual).
 
     Raises:
-        ValueError: shapes or dtypes that do not match, eps ≤ 0.
+        ValueError: The shapes or dtypes do not match, or eps ≤ 0.
     """
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}: expected a floating-point dtype; cast it first")
@@ -41,7 +41,8 @@ def rms_norm(
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected {tuple(x.shape[-1:])}, x's last dimension")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
-            f"residual is {tuple(residual.shape)} {residual.dtype}: expected x's {tuple(x.shape)} {x.dtype}; cast it"
+            f"residual is {tuple(residual.shape)} {residual.dtype}: expected x's {tuple(x.shape)} {x.dtype};"
+            " reshape or cast it"
         )
     if not eps > 0:
         raise ValueError(f"eps is {eps}: expected a number above 0, such as 1e-6")

@@ -1,17 +1,18 @@
-"""`rms_norm` in Triton: one read of each input and one write of each output, forward and backward.
+"""Root-mean-square normalisation in Triton. Both passes read each input once and write each output once.
 
 Shapes: N rows (tokens), D hidden.
 
-Forward, a tile of whole rows per program: x̂ = x · rsqrt(mean x² + eps) in fp32, rounded to x's dtype, times the weight.
-With a residual the sum is rounded and stored first, so that what is normalised is what the next layer will read.
+Forward, a program takes a tile of whole rows. It computes x̂ = x · rsqrt(mean x² + eps) in fp32, rounds it to x's dtype,
+and multiplies it by the weight. With a residual it first rounds and stores the sum, so that it normalises exactly what
+the next layer will read.
 
-Backward (by differentiation; roundings pass the gradient on): with g = dy · weight,
+Backward (roundings pass the gradient on), with g = dy · weight:
 
     dx = rsqrt(mean x² + eps) · (g − x̂ · mean(g · x̂))      dweight = Σ_n dy · round(x̂)
 
-The root mean square is recomputed from the row, which is on chip anyway: nothing but x is saved. `dweight` is summed by
-a fixed number of programs into fp32 rows of their own, added up afterwards in a fixed order: no atomics, the same bits
-each time.
+The root mean square is recomputed from the row, which is on chip anyway, so that only x is saved. A fixed number of
+programs each sum `dweight` into an fp32 row of their own, and these rows are added in a fixed order. There are no
+atomics, so the result has the same bits each time.
 """
 
 import functools
@@ -25,24 +26,24 @@ from torch import Tensor
 from kernels import launch
 from kernels.registration import op
 
-WIDEST = 16384  # of D: a row's share of the registers; no launch configuration keeps longer rows on chip
+MAX_COLUMNS = 16384  # No launch configuration keeps longer rows in registers.
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-    """See `kernels.rms_norm`. Differentiable once.
+    """See `kernels.rms_norm`. It is differentiable once.
 
     Raises:
-        ValueError: D above 16384.
+        ValueError: D is above 16384.
     """
-    if len(weight) > WIDEST:
-        raise ValueError(f"x has {len(weight)} columns: expected at most {WIDEST}; choose backend 'reference'")
+    if len(weight) > MAX_COLUMNS:
+        raise ValueError(f"x has {len(weight)} columns: expected at most {MAX_COLUMNS}; choose backend 'reference'")
     normed, total = run_forward(x, weight, eps, residual)
     return normed if residual is None else (normed, total)
 
 
 @op("rms_norm")
 def run_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The normed input, and x + residual (empty without one)."""
+    """Returns the normed input, and x + residual (empty without a residual)."""
     normed, total = _allocate(x, weight, residual)
     if x.numel():
         x_ND, residual_ND = _rows(x), None if residual is None else _rows(residual)
@@ -67,7 +68,7 @@ def run_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) 
 def run_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, total_grad: Tensor | None, weight_wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the weight (empty if not wanted), x being the sum where there was a residual."""
+    """Returns the gradients of x and of the weight (empty if unwanted). With a residual, x is the sum."""
     x_grad = _empty(x, x.dtype)
     if not x.numel():
         weight_grad = weight.new_zeros(weight.shape if weight_wanted else 0)
@@ -96,16 +97,13 @@ def run_backward(
     return x_grad, weight_grad
 
 
-@run_forward.register_fake
-def _(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _allocate(x, weight, residual)
-
-
-@run_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, total_grad: Tensor | None, weight_wanted: bool
-) -> tuple[Tensor, Tensor]:
-    return _empty(x, x.dtype), weight.new_empty(weight.shape if weight_wanted else 0)
+run_forward.register_fake(lambda x, weight, eps, residual: _allocate(x, weight, residual))
+run_backward.register_fake(
+    lambda grad, x, weight, eps, total_grad, weight_wanted: (
+        _empty(x, x.dtype),
+        weight.new_empty(weight.shape if weight_wanted else 0),
+    )
+)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -116,7 +114,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, total_grad: Tensor | None) -> tuple:
-    if grad is None:  # the normed output is not used
+    if grad is None:  # Nothing uses the normed output.
         return total_grad, None, None, total_grad
     x, weight = ctx.saved_tensors
     wanted = ctx.needs_input_grad[1]
@@ -130,8 +128,8 @@ run_forward.register_autograd(_differentiate, setup_context=_save)
 @functools.cache
 def _constants(D: int, eps: float) -> dict[str, Any]:
     columns = launch.power_of_2(D)
-    tile = launch.rms_norm(columns)
-    return {"D": D, "eps": eps, "BLOCK_N": tile.block // columns, "BLOCK_D": columns, "num_warps": tile.warps}
+    chosen = launch.rms_norm(columns)
+    return {"D": D, "eps": eps, "BLOCK_N": chosen.block // columns, "BLOCK_D": columns, "num_warps": chosen.warps}
 
 
 def _allocate(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -144,7 +142,7 @@ def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[N, D] with adjacent columns: a view wherever strides allow it."""
+    """Returns x as [N, D] with adjacent columns, without a copy if the strides allow it."""
     x_ND = x.reshape(-1, x.shape[-1])
     return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
 
@@ -152,7 +150,7 @@ def _rows(x: Tensor) -> Tensor:
 @triton.jit
 def _forward_kernel(
     x_ptr,
-    residual_ptr,  # None: no residual, and no total
+    residual_ptr,  # None: there is no residual, and no total is written.
     weight_ptr,
     normed_ptr,
     total_ptr,
@@ -189,9 +187,9 @@ def _backward_kernel(
     grad_ptr,
     x_ptr,
     weight_ptr,
-    total_grad_ptr,  # None: the sum, if there was one, is used nowhere else
+    total_grad_ptr,  # None: nothing else uses the sum, if there is one.
     x_grad_ptr,
-    partial_ptr,  # [programs, D], or None: the weight's gradient is not wanted
+    partial_ptr,  # [programs, D], or None: the weight's gradient is unwanted.
     N,
     grad_stride,
     x_stride,

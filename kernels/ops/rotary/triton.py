@@ -1,12 +1,13 @@
-"""`rotary` in Triton: queries and (grouped) keys in one launch, each element read once and written once.
+"""Rotary position embedding in Triton. One launch rotates queries and (grouped) keys, and reads and writes each element
+once.
 
 Shapes: B sequences, L positions, H query heads, H_kv key heads, P = D_head / 2 pairs.
 
-A program takes a few tokens with all their heads, so that the angles are read once per token. A rotation is linear and
-its gradient the rotation back, the same kernel with −sin: the op is its own derivative, of any order.
+A program takes a few tokens with all their heads, so that the angles are read once per token. A rotation is linear, and
+its gradient is the opposite rotation: the same kernel with −sin. So the op is its own derivative, of any order.
 
-The backward does not write over the gradients it is given: autograd may have handed the same memory to others (a sum's
-backward does), nothing public tells, and in place would move as many bytes.
+The backward pass does not overwrite the incoming gradients. Autograd may have given the same memory to other functions
+(the backward of a sum does), no public API tells, and working in place would move as many bytes.
 """
 
 import functools
@@ -22,10 +23,10 @@ from kernels.registration import op
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """See `kernels.rotary`. The angles are constants.
+    """See `kernels.rotary`. The angles must be constants.
 
     Raises:
-        ValueError: q and k of different dtypes, or angles that require a gradient.
+        ValueError: The dtypes of q and k differ, or the angles require a gradient.
     """
     if k.dtype != q.dtype:
         raise ValueError(f"k has dtype {k.dtype}: expected q's {q.dtype}; cast it, or choose backend 'reference'")
@@ -38,6 +39,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 @op("rotary")
 def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """Rotates q and k, or with `back` in the opposite direction."""
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if q.numel() or k.numel():
         q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
@@ -64,9 +66,7 @@ def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Ten
     return q_out, k_out
 
 
-@run.register_fake
-def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+run.register_fake(lambda q, k, cos, sin, back: (q.new_empty(q.shape), k.new_empty(k.shape)))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -85,16 +85,16 @@ run.register_autograd(_differentiate, setup_context=_save)
 def _constants(H: int, width: int, H_kv: int, back: bool) -> dict[str, Any]:
     P = width // 2
     block_h, block_p = launch.power_of_2(H + H_kv), launch.power_of_2(P)
-    tile = launch.rotary(block_h * block_p)
+    chosen = launch.rotary(block_h * block_p)
     return {
         "H": H,
         "H_KV": H_kv,
         "P": P,
         "BACK": back,
-        "BLOCK_N": tile.block // (block_h * block_p),
+        "BLOCK_N": chosen.block // (block_h * block_p),
         "BLOCK_H": block_h,
         "BLOCK_P": block_p,
-        "num_warps": tile.warps,
+        "num_warps": chosen.warps,
     }
 
 
@@ -126,7 +126,7 @@ def _kernel(
     wide = tl.float64 if dtype == tl.float64 else tl.float32
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None, None]
     n, sequence, position = token.to(tl.int64), (token // L).to(tl.int64), (token % L).to(tl.int64)
-    head = tl.arange(0, BLOCK_H)[None, :, None]  # the query heads, then the key heads
+    head = tl.arange(0, BLOCK_H)[None, :, None]  # The query heads come first, then the key heads.
     pair = tl.arange(0, BLOCK_P)[None, None, :]
     inside = (n < N) & (pair < P)
 

@@ -1,9 +1,9 @@
-"""`swiglu` in Triton: forward reads gate and up and writes the product; backward reads both and the gradient and
-recomputes silu(gate), so that nothing is saved but the inputs.
+"""The gated activation in Triton. The forward pass reads gate and up and writes the product. The backward pass reads
+both and the incoming gradient and recomputes silu(gate), so that only the inputs are saved.
 
-Shapes: N rows (tokens), D hidden. Tensors without gaps are run through as one row of N·D.
+Shapes: N rows (tokens), D hidden. Contiguous tensors are taken as one row of N·D.
 
-Backward (by differentiation), s = sigmoid(gate):  dup = dy · gate · s,   dgate = dy · up · s · (1 + gate · (1 − s)).
+The gradients, with s = sigmoid(gate), are  dup = dy · gate · s  and  dgate = dy · up · s · (1 + gate · (1 − s)).
 """
 
 import functools
@@ -20,7 +20,7 @@ from kernels.registration import op
 
 @op("swiglu")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """See `kernels.swiglu`. Differentiable once."""
+    """See `kernels.swiglu`. It is differentiable once."""
     out = gate.new_empty(gate.shape)
     if out.numel():
         gate_ND, up_ND = _rows(gate, up)
@@ -35,7 +35,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @op("swiglu_backward")
 def run_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up."""
+    """Returns the gradients of gate and up."""
     gate_grad, up_grad = gate.new_empty(gate.shape), up.new_empty(up.shape)
     if grad.numel():
         grad_ND, gate_ND, up_ND = _rows(grad, gate, up)
@@ -57,14 +57,8 @@ def run_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
     return gate_grad, up_grad
 
 
-@swiglu.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@run_backward.register_fake
-def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+swiglu.register_fake(lambda gate, up: gate.new_empty(gate.shape))
+run_backward.register_fake(lambda grad, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)))
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -80,12 +74,12 @@ swiglu.register_autograd(_differentiate, setup_context=_save)
 
 @functools.cache
 def _constants() -> dict[str, Any]:
-    tile = launch.swiglu()
-    return {"BLOCK": tile.block, "num_warps": tile.warps}
+    chosen = launch.swiglu()
+    return {"BLOCK": chosen.block, "num_warps": chosen.warps}
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
-    """Each as [1, N·D] if none has gaps, else as [N, D] with adjacent columns: views wherever strides allow it."""
+    """Returns each as [1, N·D] if all are contiguous, else as [N, D] with adjacent columns, without a copy if possible."""
     if all(x.is_contiguous() for x in tensors):
         return [x.view(1, -1) for x in tensors]
     rows = [x.reshape(-1, x.shape[-1]) for x in tensors]
