@@ -18,20 +18,21 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from engine.config import Config, DataConfig, TokenizerConfig, as_dict, build
-from engine.corpus import prepare
-from engine.export import export_student
-from engine.models.families import Shape, model_of, shape_of
+from engine.config.loading import as_dict, build
+from engine.config.presets import PRESETS
+from engine.config.settings import Config, DataConfig, TokenizerConfig
+from engine.data import prepare
+from engine.data.tokenizer import BOUNDARY, END, MASK, PAD, UNKNOWN, Tokenizer
+from engine.models.families import Shape, new_model, shape_of
+from engine.models.huggingface import export_model
 from engine.models.llama import initialise
-from engine.models.presets import PRESETS
-from engine.tokenizer import BOUNDARY, END, MASK, PAD, UNKNOWN, Tokenizer
 
 SPECIAL = (BOUNDARY, PAD, END, UNKNOWN, MASK)  # the padding token is number 1, as RoBERTas need
 STUDENTS = ("8x256x8x768", "8x256x4x768", "6x320x8x768")  # taken in turn
 TEACHERS = ("12x384x6x1024", "8x512x8x1024")
 TASKS: dict[str, dict[str, Any]] = {
-    "plain": {"objective": {"peers": 0.0}},
-    "distil": {"objective": {"peers": 0.0, "ce": 0.5, "teachers": 0.5, "temperature": 2.0}},
+    "plain": {"objective": {"peer_weight": 0.0}},
+    "distil": {"objective": {"peer_weight": 0.0, "ce_weight": 0.5, "teacher_weight": 0.5, "temperature": 2.0}},
     "mutual": {},
 }
 STREAMS = {"plain": (1, 0), "distil": (1, 2), "mutual": (3, 0)}  # S and K where nobody says otherwise
@@ -108,7 +109,7 @@ def case(
     """One configuration of a task, ready to run. ValueError where settings or shapes are not."""
     settings: dict[str, Any] = {
         **TASKS[task],
-        "data": {"path": str(folder / f"text-{vocabulary}")},
+        "data": {"path": str(folder / f"text-{vocab_size}")},
         "optimizer": {"schedule": "constant", "warmup": 0},
         "train": {"steps": STEPS, "batch": 8, "length": 128},
         "evaluation": {"every": STEPS, "pairs": "none"},
@@ -129,7 +130,7 @@ def case(
     length = config.train.length
     for model in (*settings["students"], *taught):
         model["positions"] = max(model.get("positions", 0), length)
-    write_text(folder / f"text-{vocabulary}", vocabulary, SEQUENCES * length + 1)
+    write_text(folder / f"text-{vocab_size}", vocabulary, SEQUENCES * length + 1)
     tokenizer = prepare.prepare(config.data, say=lambda _: None).tokenizer
     for model in settings["students"]:
         model["init"] = str(write_model(folder, model, vocabulary, tokenizer))
@@ -157,9 +158,9 @@ def write_model(folder: Path, settings: Mapping[str, Any], vocabulary: int, toke
     )  # teachers are told apart by their folders' names
     if not path.exists():
         shape = shape_of(config, vocabulary)
-        model = model_of(shape)
+        model = new_model(shape)
         initialise(model, config.seed)
-        export_student(path, shape, {n: p.detach() for n, p in model.named_parameters()}, tokenizer)
+        export_model(path, shape, {n: p.detach() for n, p in model.named_parameters()}, tokenizer)
     return path
 
 
@@ -183,7 +184,7 @@ def write_text(folder: Path, vocabulary: int, tokens: int) -> None:
     for name in ("train", "validation"):
         drawn.astype(dtype).tofile(folder / f"{name}.bin")
     files = [p for p in folder.rglob("*") if p.is_file() and p != manifest]
-    config = DataConfig(path=str(folder), tokenizer=TokenizerConfig(pieces=vocabulary, mask=True))
+    config = DataConfig(path=str(folder), tokenizer=TokenizerConfig(vocab_size=vocabulary, mask=True))
     record = {
         "format": prepare.FORMAT,
         "name": "random",
@@ -199,8 +200,8 @@ def write_text(folder: Path, vocabulary: int, tokens: int) -> None:
 
 def _tokenizer(vocabulary: int) -> Tokenizer:
     """One of so many pieces, words of a few letters."""
-    pieces = [*SPECIAL, "a", *(f"w{i}" for i in range(vocabulary - len(SPECIAL) - 1))]
-    backend = Backend(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=UNKNOWN))
+    vocab_size = [*SPECIAL, "a", *(f"w{i}" for i in range(vocabulary - len(SPECIAL) - 1))]
+    backend = Backend(models.WordLevel({piece: i for i, piece in enumerate(vocab_size)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])

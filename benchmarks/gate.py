@@ -22,14 +22,15 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import timing
 from engine import train
-from engine.cohort import Cohort, Outcome, Student
-from engine.config import Config
-from engine.data import Step
-from engine.objective import Tally
-from engine.outer_loop import OuterLoop
-from engine.profiling import top_operations
-from engine.run import Run
-from engine.teachers import Teachers
+from engine.compute.profiling import top_operations
+from engine.config.settings import Config
+from engine.data.batches import Step
+from engine.run.run import Run
+from engine.students.cohort import Cohort, Verdict
+from engine.students.gradients import Tally
+from engine.students.outer_loop import OuterLoop
+from engine.students.student import Student
+from engine.teachers.frozen import Teachers
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ def engine_loop(config: Config, gate: Gate) -> None:
         def profiled(self, steps: Iterator[Step]) -> Iterator[Step]:
             return gate.between(super().profiled(steps))
 
-        def record(self, step: Step, tally: Tally, outcome: Outcome) -> None:
+        def record(self, step: Step, tally: Tally, outcome: Verdict) -> None:
             super().record(step, tally, outcome)
             gate.losses = tally.losses_S.tolist()
 

@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 import torch
 
-from engine.runtime import git_commit
+from engine.system.provenance import git_commit
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "liger-kernel", "transformers")
@@ -164,7 +164,7 @@ def compile_models() -> dict[str, dict[str, float | None]]:
     from engine.models.gpt2 import GPT2Shape
     from engine.models.llama import LlamaShape
 
-    size: dict[str, Any] = {"layers": 8, "hidden": 512, "heads": 8, "ffn": 1536, "vocabulary": 16000, "positions": 512}
+    size: dict[str, Any] = {"layers": 8, "hidden": 512, "heads": 8, "ffn": 1536, "vocabulary": 16000, "max_length": 512}
     shapes = {"llama": LlamaShape(**size, kv_heads=8, tied=True), "gpt2": GPT2Shape(**size)}
     return {
         family: compiled_beside_eager(shape, torch.device("cuda"), torch.bfloat16, batch=8)
@@ -179,15 +179,15 @@ def compiled_beside_eager(shape: Any, device: torch.device, dtype: torch.dtype, 
     """
     from benchmarks import timing
     from engine.models.compiled import compile_body
-    from engine.models.families import model_of
+    from engine.models.families import new_model
     from engine.models.llama import initialise
 
-    ways = {"eager": model_of(shape), "compiled": model_of(shape)}
+    ways = {"eager": new_model(shape), "compiled": new_model(shape)}
     for model in ways.values():
         initialise(model, seed=0)
         model.to(device, dtype)
     compile_body(ways["compiled"], learns=True)
-    tokens_BL = torch.randint(shape.vocabulary, (batch, shape.positions), device=device)
+    tokens_BL = torch.randint(shape.vocabulary, (batch, shape.max_length), device=device)
     cotangent_ND = torch.randn(tokens_BL.numel(), shape.hidden, device=device, dtype=dtype)
 
     def results(name: str) -> list[torch.Tensor]:
@@ -234,9 +234,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"{done['name']:14}{done['seconds']:6.0f} s  {done['outcome']}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        together = untimed(Path(folder))
-        with ThreadPoolExecutor(len(together)) as pool:
-            for done in pool.map(lambda job: run(job, job.seconds), together):
+        raise_on_all_ranks = untimed(Path(folder))
+        with ThreadPoolExecutor(len(raise_on_all_ranks)) as pool:
+            for done in pool.map(lambda job: run(job, job.seconds), raise_on_all_ranks):
                 keep(done)
         alone = timed(Path(folder))
         for number, job in enumerate(alone, start=1):

@@ -42,7 +42,8 @@ import kernels
 from benchmarks import timing
 from benchmarks.peers import eager
 from benchmarks.timing import Variant
-from engine.runtime import device_name, keep_freed_memory
+from engine.system.distributed import keep_freed_memory
+from engine.system.provenance import device_name
 from kernels import dispatch
 from kernels.ops.ensemble_kl.loss_spec import LossSpec
 
@@ -158,7 +159,7 @@ def ensemble_kl(
 
     return Case(
         "ensemble_kl",
-        f"N={tokens} V={vocabulary} S={students} R={streams} {short(dtype)}",
+        f"N={tokens} V={vocab_size} S={students} R={streams} {short(dtype)}",
         inputs,
         by(eager.ensemble_losses),
         ours,
@@ -250,7 +251,7 @@ def linear_ensemble_kl(
     pair_bytes = (tokens + vocabulary) * hidden * dtype.itemsize
     return Case(
         "linear_ensemble_kl",
-        f"N={tokens} V={vocabulary} D={hidden} S={students} R={streams} {short(dtype)}",
+        f"N={tokens} V={vocab_size} D={hidden} S={students} R={streams} {short(dtype)}",
         inputs,
         by(eager.ensemble_losses),
         ours,

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from engine.config import ObjectiveConfig
-from engine.data import Batch, Step
+from engine.config.settings import ObjectiveConfig
+from engine.data.batches import Batch, Step
 from engine.models.llama import Llama, LlamaShape, initialise
-from engine.objective import Coefficients, coefficients
-from engine.outer_loop import Stream, hypergradient
-from engine.runtime import device_name, git_commit, keep_freed_memory
+from engine.students.coefficients import LossCoefficients, coefficients
+from engine.students.hypergradient import Stream, hypergradient
+from engine.system.distributed import keep_freed_memory
+from engine.system.provenance import device_name, git_commit
 from kernels import Projected, linear_ensemble_kl
 
-SHAPE = LlamaShape(layers=4, hidden=128, heads=4, kv_heads=4, ffn=384, vocabulary=4096, positions=128, tied=True)
+SHAPE = LlamaShape(layers=4, hidden=128, heads=4, kv_heads=4, ffn=384, vocab_size=4096, max_length=128, tied=True)
 SEQUENCES = 8
 WAYS = ("forward", "backward", "central", "first")
 EVERY = (5, 20)  # steps between updates
@@ -60,9 +61,9 @@ def measured(students: int, rounds: int) -> list[tuple]:
     generator = torch.Generator().manual_seed(0)
     train, held_out = text(generator), text(generator)
     omega_S = torch.full((students,), 1 / students, dtype=torch.float64)
-    objective = ObjectiveConfig(ce=0.5, peers=0.5, weighted=True)
+    objective = ObjectiveConfig(ce_weight=0.5, peer_weight=0.5, weighted=True)
 
-    def weigh(omega_S: Tensor) -> Coefficients:
+    def weigh(omega_S: Tensor) -> LossCoefficients:
         return coefficients(objective, students, CPU, omega=omega_S)
 
     def step(_: None) -> None:
@@ -100,7 +101,7 @@ def measured(students: int, rounds: int) -> list[tuple]:
 
 
 def text(generator: torch.Generator) -> Step:
-    tokens_BL = torch.randint(SHAPE.vocabulary, (SEQUENCES, SHAPE.positions + 1), generator=generator)
+    tokens_BL = torch.randint(SHAPE.vocab_size, (SEQUENCES, SHAPE.max_length + 1), generator=generator)
     batch = Batch(tokens_BL[:, :-1].contiguous(), tokens_BL[:, 1:].flatten())
     count = batch.targets_N.numel()
     return Step(1, 0.0, count, count, 0, [batch])

@@ -10,7 +10,7 @@ A rank's step takes
     FLOPs / rate + bytes / rate + passes · seconds
     + Σ (volume · (g−1)/g / within + volume · (n−1)/n / between + seconds · log₂ ranks)
 
-FLOPs of matrix products as they are computed (engine.flops); bytes that everything else must move, as the kernels were
+FLOPs of matrix products as they are computed (engine.compute.flops); bytes that everything else must move, as the kernels were
 counted to (benchmarks.traffic), and AdamW; passes of a model's layers, each of which costs its launches whatever its
 size. Of collectives, over n nodes of g GPUs: a volume is what a reduce-scatter or an all-gather moves; an all-reduce
 moves it twice. Nothing overlaps, as in the engine.
@@ -35,15 +35,16 @@ from statistics import median
 
 import numpy as np
 
-from engine import dry_run
-from engine.config import Config, build, read_yaml
-from engine.flops import Text, inference, training
-from engine.hardware import listed_peak
-from engine.ledger import NOTHING
-from engine.masking import SHARE
+from engine.compute.flops import Text, inference, training
+from engine.compute.hardware import listed_peak
+from engine.compute.usage import NOTHING
+from engine.config.loading import build, read_yaml
+from engine.config.settings import Config
+from engine.data.masking import SHARE
 from engine.models.families import Shape, parameter_count, shape_of
 from engine.models.llama import LlamaShape
 from engine.models.roberta import RobertaShape
+from engine.run import dry_run
 
 RATES = ("flops", "bytes", "passes", "moved", "collectives")  # of each a rank's step has so many
 ASSUMED = (
@@ -55,7 +56,9 @@ ASSUMED = (
 BANDWIDTH = {"A100": 2.04e12, "H100": 3.35e12, "B200": 8.0e12, "MI300X": 5.3e12}  # bytes/s, as in benchmarks/audit.py
 MEMORY = {"A100": 80e9, "H100": 80e9, "B200": 180e9, "MI300X": 192e9}  # bytes
 STAGES = range(4)
-LIVE_PARAMETERS = 500_000_000  # up to so many stay gathered from forward to backward (engine.cohort.engine_settings)
+LIVE_PARAMETERS = (
+    500_000_000  # up to so many stay gathered from forward to backward (engine.students.cohort.engine_settings)
+)
 PAPERS = ("baby_llama/student-58m.yaml", "baby_llama_2/student.yaml", "babies/published.yaml")
 GPUS = tuple(2**n for n in range(3, 11))
 SEQUENCES = 1024  # of a step over all GPUs, where that is held
@@ -83,7 +86,7 @@ class Cluster:
     gpus: int = 1
     within: float = 450e9  # of a GPU, to others of its node
     between: float = 400e9  # of a node, to others: 8 cards of 400 Gbit/s
-    memory: float = math.inf  # of a GPU
+    peak_memory: float = math.inf  # of a GPU
     kind: str = "cuda"
 
     @property
@@ -99,7 +102,7 @@ class Plan:
     micro_batch: int
     seconds: float  # a step
     communication: float  # of them
-    memory: float  # bytes of a rank
+    peak_memory: float  # bytes of a rank
     fits: bool
 
 
@@ -117,7 +120,7 @@ def quantities(job: Job, cluster: Cluster, stage: int) -> np.ndarray:
         passes += micro_batches * shape.layers * (2 + job.recompute if learns else 1)
     rows = text_of(job.students[0], share, job.length).rows
     R = job.streams or len(job.students) + bool(job.teachers)
-    moved += 4 * rows * job.students[0].vocabulary * (2 * R + len(job.students))
+    moved += 4 * rows * job.students[0].vocab_size * (2 * R + len(job.students))
     for shape in job.students:
         P = parameters(shape)
         moved += optimizer_bytes(job.precision) * P / (cluster.ranks if stage > 0 else 1)
@@ -168,7 +171,7 @@ def parameters(shape: Shape) -> int:
     return parameter_count(shape)
 
 
-def memory(job: Job, cluster: Cluster, stage: int) -> float:
+def peak_memory(job: Job, cluster: Cluster, stage: int) -> float:
     """Bytes of a rank at its peak, allocator and libraries apart: the dry run's."""
     students = {str(i): shape for i, shape in enumerate(job.students)}
     teachers = {str(i): shape for i, shape in enumerate(job.teachers)}
@@ -177,21 +180,21 @@ def memory(job: Job, cluster: Cluster, stage: int) -> float:
     mix = "each" if job.streams and job.streams > len(students) + 1 else "logits"
     config = build(Config, {"students": [plain], "train": train, "objective": {"mix": mix}})
     tokens = (job.micro_batch or math.ceil(job.batch / cluster.ranks)) * job.length
-    return dry_run.memory(config, students, teachers, tokens, cluster.ranks, stage, cluster.kind)
+    return dry_run.peak_memory(config, students, teachers, tokens, cluster.ranks, stage, cluster.kind)
 
 
 def plans(job: Job, cluster: Cluster, rates: np.ndarray) -> list[Plan]:
     """For each stage, with the largest micro-batch that fits (the smallest, if none does)."""
     found, share = [], max(1, job.batch // cluster.ranks)
     for stage in STAGES:
-        if job.precision == "bf16" and stage == 0:  # refused (engine.checks)
+        if job.precision == "bf16" and stage == 0:  # refused (engine.run.checks)
             continue
         for micro in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
             small = replace(job, micro_batch=micro)
-            needed = memory(small, cluster, stage)
-            if needed <= cluster.memory or micro == 1:
+            needed = peak_memory(small, cluster, stage)
+            if needed <= cluster.peak_memory or micro == 1:
                 parts = quantities(small, cluster, stage) * rates
-                found.append(Plan(stage, micro, parts.sum(), parts[3:].sum(), needed, fits=needed <= cluster.memory))
+                found.append(Plan(stage, micro, parts.sum(), parts[3:].sum(), needed, fits=needed <= cluster.peak_memory))
                 break
     return found
 
@@ -213,7 +216,7 @@ class Measured:
     cluster: Cluster
     stage: int
     seconds: float
-    memory: float  # bytes beyond imports
+    peak_memory: float  # bytes beyond imports
 
 
 def read_measured(paths: Iterable[Path]) -> list[Measured]:
@@ -233,12 +236,12 @@ def read_measured(paths: Iterable[Path]) -> list[Measured]:
 
 
 def _measured(row: Mapping[str, str]) -> Measured:
-    vocabulary, length, ranks = (int(row[key]) for key in ("vocabulary", "length", "ranks"))
+    vocab_size, length, ranks = (int(row[key]) for key in ("vocabulary", "length", "ranks"))
     settings = {key: value for key, _, value in (part.partition("=") for part in row["overrides"].split())}
     micro = settings.get("train.micro_batch")
     job = Job(
-        tuple(parse(text, vocabulary, length) for text in row["student_shapes"].split()),
-        tuple(parse(text, vocabulary, length) for text in row["teacher_shapes"].split()),
+        tuple(parse(text, vocab_size, length) for text in row["student_shapes"].split()),
+        tuple(parse(text, vocab_size, length) for text in row["teacher_shapes"].split()),
         int(row["batch"]),
         length,
         row["precision"],
@@ -249,19 +252,19 @@ def _measured(row: Mapping[str, str]) -> Measured:
     kind = "cpu" if "threads a rank" in row["device"] else "cuda"
     cluster = Cluster(1, ranks, within=1.0, between=1.0, kind=kind)  # the fit finds seconds a byte
     own = float(row["beyond_state_mebibytes"]) * 2**20 + state(job, ranks, int(row["zero_stage"]))
-    name = f"{row['task']} S={row['students']} K={row['teachers']} V={vocabulary} L={length} B={row['batch']}"
+    name = f"{row['task']} S={row['students']} K={row['teachers']} V={vocab_size} L={length} B={row['batch']}"
     name += f", {ranks} ranks, ZeRO {row['zero_stage']}" if ranks > 1 else ""
     return Measured(name, job, cluster, int(row["zero_stage"]), float(row["milliseconds"]) / 1000, own)
 
 
-def parse(text: str, vocabulary: int, length: int) -> Shape:
+def parse(text: str, vocab_size: int, length: int) -> Shape:
     """A shape as throughput.py describes it, such as llama-8x256x8x768 or llama-32x960x15x2560x5-untied."""
     family, sizes, *untied = text.split("-")
     names = ("layers", "hidden", "heads", "ffn", "kv_heads")
     settings = dict(zip(names, map(int, sizes.split("x")), strict=False))
-    student = {"name": "s", "family": family, **settings, "positions": length, "tied": not untied}
+    student = {"name": "s", "family": family, **settings, "max_length": length, "tied": not untied}
     (config,) = build(Config, {"students": [student]}).students
-    return shape_of(config, vocabulary)
+    return shape_of(config, vocab_size)
 
 
 def state(job: Job, ranks: int, stage: int) -> float:
@@ -329,12 +332,12 @@ def rates_of(job: Job, rates: Mapping[str, np.ndarray]) -> np.ndarray:
 def job_of(recipe: Path) -> Job:
     """A recipe's step; teachers that are not trained yet have the shapes of the recipes beside it."""
     config = build(Config, read_yaml(recipe))
-    vocabulary = config.data.tokenizer.pieces or 16000
+    vocab_size = config.data.tokenizer.vocab_size or 16000
     train, K = config.train, range(len(config.teachers))
-    teachers = tuple(dry_run.teacher_shape(config, i, vocabulary, recipe.parent) for i in K if config.cache is None)
+    teachers = tuple(dry_run.teacher_shape(config, i, vocab_size, recipe.parent) for i in K if config.cache is None)
     streams = len(config.students) + (len(K) if config.objective.mix == "each" else bool(K))
     return Job(
-        tuple(shape_of(student, vocabulary) for student in config.students),
+        tuple(shape_of(student, vocab_size) for student in config.students),
         teachers,
         train.batch,
         train.length,
@@ -412,9 +415,9 @@ def report(cases: Sequence[Measured]) -> None:
     """The rates, and each case's error."""
     if len(cases) <= len(RATES):
         raise ValueError(f"{len(cases)} measured cases for {len(RATES)} rates: give more of them")
-    rates, needed = fit(cases), [memory(case.job, case.cluster, case.stage) for case in cases]
+    rates, needed = fit(cases), [peak_memory(case.job, case.cluster, case.stage) for case in cases]
     print(", ".join(f"{name} {rate:.3g} s" for name, rate in zip(RATES, rates, strict=True)))
-    beside = median(case.memory - found for case, found in zip(cases, needed, strict=True))
+    beside = median(case.peak_memory - found for case, found in zip(cases, needed, strict=True))
     print(f"{'':52}  measured  predicted   error    memory  predicted   error")
     found = errors(cases)
     for case, error, least in zip(cases, found, needed, strict=True):

@@ -29,16 +29,17 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from engine import tokenizer as tokenization
-from engine.evaluation.scoring import LOGITS_AT_ONCE, batch_of, model_log_probabilities, plan
+from engine.data import tokenizer as tokenization
+from engine.evaluation.scoring import MAX_LOGITS, collate, model_log_probabilities, plan
 from engine.evaluation.tasks import minimal_pairs
 from engine.evaluation.zero_shot import ZeroShot
-from engine.export import export_student
+from engine.models.huggingface import export_model
 from engine.models.llama import Llama, LlamaShape, initialise
-from engine.runtime import Runtime, device_name, git_commit, keep_freed_memory
+from engine.system.distributed import Runtime, keep_freed_memory
+from engine.system.provenance import device_name, git_commit
 
-ALONE = Runtime(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
-SHAPE = LlamaShape(layers=7, hidden=256, heads=8, kv_heads=8, ffn=768, vocabulary=16000, positions=256, tied=True)
+ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+SHAPE = LlamaShape(layers=7, hidden=256, heads=8, kv_heads=8, ffn=768, vocab_size=16000, max_length=256, tied=True)
 PEER = Path(__file__).parent / "peers" / "lm_eval_pairs.py"
 
 
@@ -57,14 +58,14 @@ def main() -> None:
     keep_freed_memory()
 
     tokenizer = tokenization.load(arguments.tokenizer)
-    model = Llama(replace(SHAPE, vocabulary=tokenizer.size)).eval()
+    model = Llama(replace(SHAPE, vocab_size=tokenizer.vocab_size)).eval()
     initialise(model, 0)
     task = minimal_pairs("pairs", arguments.data)
     sets = sorted({question.subset for question in task.questions})[:: arguments.share]
     task.questions[:] = [question for question in task.questions if question.subset in sets]
 
     def prepare() -> ZeroShot:
-        return ZeroShot([task], tokenizer, ALONE, positions=SHAPE.positions, share=True)
+        return ZeroShot([task], tokenizer, ALONE, max_length=SHAPE.max_length, share=True)
 
     def score(zero_shot: ZeroShot) -> None:
         with torch.inference_mode():
@@ -79,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         peer: subprocess.Popen[str] | None = None
         if arguments.lm_eval is not None:
-            export_student(Path(folder) / "student", model.shape, dict(model.named_parameters()), tokenizer)
+            export_model(Path(folder) / "student", model.shape, dict(model.named_parameters()), tokenizer)
             texts = Path(folder) / "texts.txt"
             texts.write_text("\0".join(a for q in task.questions for a in q.answers), encoding="utf-8")
             command = [arguments.lm_eval, PEER, Path(folder) / "student", texts, arguments.threads]
@@ -114,17 +115,17 @@ def ask(peer: "subprocess.Popen[str]", batch_size: int) -> None:
 
 def products(model: Llama, zero_shot: ZeroShot) -> Callable[[], None]:
     """Every matrix product that scoring makes with a weight, and those inside attention."""
-    shape, strands = model.shape, zero_shot.strands
+    shape, trees = model.shape, zero_shot.trees
     weights = [p for layer in model.layers for p in layer.parameters() if p.ndim == 2]
     inputs = {width: torch.randn(2**14, width) for width in {w.shape[1] for w in weights}}
     rounds = []
-    for indices in plan(strands, 1, padding=True):
-        batch = batch_of([strands[i] for i in indices], ALONE.device)
+    for indices in plan(trees, 1, padding=True):
+        batch = collate([trees[i] for i in indices], ALONE.device)
         rounds.append((*batch.tokens_BL.shape, len(batch.rows_U)))
 
     @torch.inference_mode()
     def run() -> None:
-        chunk = LOGITS_AT_ONCE // shape.vocabulary
+        chunk = MAX_LOGITS // shape.vocab_size
         for sequences, length, rows in rounds:
             for weight in weights:
                 torch.mm(inputs[weight.shape[1]][: sequences * length], weight.T)

@@ -52,15 +52,16 @@ from benchmarks import timing
 from benchmarks.cases import STUDENTS, TASKS, TEACHERS, Case, grid
 from benchmarks.gate import PHASES, REST, Gate, Over, Report, engine_loop
 from benchmarks.products import step_products
-from engine.corpus.prepare import prepare
-from engine.data import Step, TokenFile, TrainingData
-from engine.export import shape_of_folder
-from engine.flops import Flops, Text, inference, training
-from engine.ledger import NOTHING
+from engine.compute.flops import Flops, Text, inference, training
+from engine.compute.usage import NOTHING
+from engine.data.batches import Step, TokenFile, TrainingData
+from engine.data.prepare import prepare
 from engine.models.families import Shape, parameter_count
+from engine.models.huggingface import shape_of_folder
 from engine.models.llama import LlamaShape
-from engine.runtime import device_name, end, git_commit
-from engine.teachers import STORAGE, folder_of
+from engine.system.distributed import end
+from engine.system.provenance import device_name, git_commit
+from engine.teachers.frozen import STORAGE, folder_of
 
 CPU = torch.device("cpu")
 MEBIBYTE = 2**20
@@ -98,7 +99,7 @@ def steps(case: Case) -> Iterator[Step]:
         seed=config.train.seed,
         random_offsets=config.train.chunks == "random",
         rank=0,
-        world=1,
+        world_size=1,
         device=device(),
     )
     return data.steps(1, sys.maxsize)
@@ -321,7 +322,7 @@ class Row:
     teachers: int
     student_shapes: str
     teacher_shapes: str
-    vocabulary: int
+    vocab_size: int
     length: int
     batch: int  # sequences a step, over all ranks
     ranks: int
@@ -404,7 +405,7 @@ def _row(
 ) -> Row:
     case, name = key
     config, train, shapes, taught = case.config, case.config.train, case.student_shapes, teacher_shapes(case)
-    seconds, world, tokens = compared.time(labels[key]), ranks(), case.config.train.batch * case.config.train.length
+    seconds, world_size, tokens = compared.time(labels[key]), ranks(), case.config.train.batch * case.config.train.length
     ratio = compared.ratio(labels[key], labels[case, "ours"]) if name != "ours" and (case, "ours") in labels else None
     over = compared.ratio(labels[key], labels[case, "products"]).median if (case, "products") in labels else ""
     flops = flops_of(case)
@@ -416,11 +417,11 @@ def _row(
         teachers=len(taught),
         student_shapes=" ".join(map(described, shapes)),
         teacher_shapes=" ".join(map(described, taught)),
-        vocabulary=case.vocabulary,
+        vocab_size=case.vocab_size,
         length=train.length,
         batch=train.batch,
-        ranks=world,
-        zero_stage=train.stage(world),
+        ranks=world_size,
+        zero_stage=train.stage(world_size),
         precision=train.precision,
         backend=case.backend,
         divergence=config.objective.divergence,
@@ -459,10 +460,10 @@ def flops_of(case: Case) -> Flops:
 
 def state_bytes(case: Case) -> float:
     """What a rank cannot do without between two steps: weights and AdamW's moments of students, weights of teachers."""
-    train, world = case.config.train, ranks()
-    storage, stage = STORAGE[train.precision].itemsize, train.stage(world)
-    a_student = storage / (world if stage == 3 else 1) + 8 / (world if stage > 0 else 1)
-    a_student += 4 / world if train.precision == "bf16" else 0  # the fp32 weights
+    train, world_size = case.config.train, ranks()
+    storage, stage = STORAGE[train.precision].itemsize, train.stage(world_size)
+    a_student = storage / (world_size if stage == 3 else 1) + 8 / (world_size if stage > 0 else 1)
+    a_student += 4 / world_size if train.precision == "bf16" else 0  # the fp32 weights
     students, taught = (sum(map(parameter_count, shapes)) for shapes in (case.student_shapes, teacher_shapes(case)))
     return a_student * students + storage * taught
 
@@ -544,7 +545,7 @@ def main(argv: Sequence[str]) -> int:
         made = partial(
             grid,
             Path(found[0]),
-            *(chosen.task, chosen.students, chosen.teachers, chosen.vocabulary, chosen.backend, chosen.set),
+            *(chosen.task, chosen.students, chosen.teachers, chosen.vocab_size, chosen.backend, chosen.set),
             shapes=chosen.shape,
             teacher_shapes=chosen.teacher_shape,
         )

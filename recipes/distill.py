@@ -7,16 +7,17 @@
 
 A teacher is a Hugging Face folder of a known family, or the folder of a run; its tokenizer must be the data's.
 
-Settings: recipes/distill.yaml; every one there is, with what it means, in engine/config.py.
+Settings: recipes/distill.yaml; `--settings` prints every one, with its default and meaning.
 """
 
-from engine.command import run_recipe
-from engine.config import Config
+from engine.cli import run_recipe
+from engine.config.settings import Config
+from engine.system.errors import UserError
 
 
 def has_teachers(config: Config) -> None:
     if not config.teachers:
-        raise ValueError("no teachers: name at least one, such as teachers.0.path=runs/teacher-gpt2")
+        raise UserError("no teachers: name at least one, such as teachers.0.path=runs/teacher-gpt2")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 does it beforehand, and shows what came of it.
 
     python recipes/prepare.py
-    python recipes/prepare.py data.path=wikipedia-leads data.tokenizer.pieces=8000
+    python recipes/prepare.py data.path=wikipedia-leads data.tokenizer.vocab_size=8000
     python recipes/prepare.py data.path=babylm_10M data.cleaner=baby-llama data.boundary=false
     python recipes/prepare.py --config recipes/babies/prepare.yaml data.path=my_texts
 
-Settings: recipes/prepare.yaml; every one there is, with what it means, in engine/config.py.
+Settings: recipes/prepare.yaml; `--settings` prints every one, with its default and meaning.
 """
 
 import sys
@@ -15,8 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from engine.config import PrepareConfig, load, user_errors
-from engine.corpus.prepare import Prepared, prepare
+from engine.cli import load
+from engine.config.settings import PrepareConfig
+from engine.data.prepare import Prepared, prepare
+from engine.system.errors import report_errors
 
 
 def table(prepared: Prepared) -> Table:
@@ -34,7 +36,7 @@ def table(prepared: Prepared) -> Table:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with report_errors():
         config = load(PrepareConfig, sys.argv[1:], description=__doc__, default=Path(__file__).with_suffix(".yaml"))
         prepared = prepare(config.data)
         Console().print(table(prepared))

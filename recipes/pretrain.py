@@ -4,16 +4,17 @@
     deepspeed recipes/pretrain.py --config recipes/baby_llama/gpt2-705m-original.yaml data.path=babylm_10M
     python recipes/pretrain.py --config recipes/baby_llama_2/teacher-1.yaml --dry-run
 
-Settings: recipes/pretrain.yaml; every one there is, with what it means, in engine/config.py.
+Settings: recipes/pretrain.yaml; `--settings` prints every one, with its default and meaning.
 """
 
-from engine.command import run_recipe
-from engine.config import Config
+from engine.cli import run_recipe
+from engine.config.settings import Config
+from engine.system.errors import UserError
 
 
 def one_model_alone(config: Config) -> None:
     if len(config.students) != 1 or config.teachers:
-        raise ValueError(
+        raise UserError(
             f"{len(config.students)} students and {len(config.teachers)} teachers: this recipe trains one model alone; "
             "take recipes/mutual.py or recipes/distill.py"
         )

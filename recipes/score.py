@@ -5,17 +5,20 @@ family.
     python recipes/score.py --model runs/mutual/students/deep --tasks blimp,blimp_supplement --data evaluation_data
     deepspeed recipes/score.py --model my_llama --tasks mnli,rte --data evaluation_data finetune.seeds=[1,2,3]
 
-Settings: recipes/score.yaml; every one there is, with what it means, in engine/config.py.
+Settings: recipes/score.yaml; `--settings` prints every one, with its default and meaning.
 """
 
 import sys
 from pathlib import Path
 
-from engine.config import ScoreConfig, argument_parser, build, read_yaml, user_errors
+from engine.cli import argument_parser
+from engine.config.loading import build, read_yaml
+from engine.config.settings import ScoreConfig
+from engine.system.errors import report_errors
 
 
 def settings(argv: list[str]) -> ScoreConfig:
-    parser = argument_parser(__doc__, Path(__file__).with_suffix(".yaml"))
+    parser = argument_parser(ScoreConfig, __doc__, Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--model", help="a run's folder, or a Hugging Face folder")
     parser.add_argument("--tasks", help="names with commas between")
     parser.add_argument("--data", help="the folder of the evaluation data")
@@ -27,10 +30,10 @@ def settings(argv: list[str]) -> ScoreConfig:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with report_errors():
         config = settings(sys.argv[1:])
-        from engine.evaluation.report import score_model  # after the settings are known to be right: they import torch
-        from engine.runtime import end
+        from engine.evaluation.scores import score_model  # after the settings are known to be right: they import torch
+        from engine.system.distributed import exit_process
 
         score_model(config)
-        end()
+        exit_process()

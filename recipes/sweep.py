@@ -7,7 +7,7 @@ Optuna proposes (TPE, seeded), Hyperband prunes by the validation loss. A sweep 
 stand in <folder>/<name>/journal.log, and the one that was cut off is taken up again. At the end, and after every trial,
 <folder>/<name>/ holds trials.csv, best first, and slice.svg, the loss against every parameter. Needs extra `search`.
 
-Settings: recipes/sweep.yaml; every one there is, with what it means, in engine/config.py.
+Settings: recipes/sweep.yaml; `--settings` prints every one, with its default and meaning.
 """
 
 import csv
@@ -21,9 +21,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from engine.command import library
-from engine.config import Config, SweepConfig, as_dict, build, load, read_yaml, user_errors
-from engine.trials import ended, open_study, run_trial, watch_run
+from engine.cli import load
+from engine.config.loading import as_dict, build, read_yaml
+from engine.config.settings import Config, SweepConfig
+from engine.search.trials import ended, open_study, require_library, run_trial, watch_run
+from engine.system.errors import UserError, report_errors
 
 RECIPES = Path(__file__).parent
 
@@ -34,7 +36,9 @@ def main() -> None:
     folder = Path(config.folder) / config.name
     base = {f"base.{key}": value for key, value in as_dict(whole(config, {})).items() if key != "run"}
     settings = {**base, "parameters": as_dict(config)["parameters"], "seed": config.seed}
-    pruner = library("optuna").pruners.HyperbandPruner(reduction_factor=2)  # the first run shows how long they are
+    pruner = require_library("optuna").pruners.HyperbandPruner(
+        reduction_factor=2
+    )  # the first run shows how long they are
     study = open_study(folder / "journal.log", settings, pruner)
 
     def objective(trial: Any) -> float:
@@ -66,7 +70,7 @@ def one_trial(config: SweepConfig, folder: Path, chosen: dict[str, Any], trial: 
     try:
         return min(watch_run(trial, arguments, folder / "runs" / name))
     except ValueError as error:
-        raise ValueError(f"trial {trial.number} ({chosen}): {error}") from None
+        raise UserError(f"trial {trial.number} ({chosen}): {error}") from None
 
 
 def write(folder: Path, study: Any, parameters: Iterable[str]) -> None:
@@ -84,7 +88,7 @@ def write(folder: Path, study: Any, parameters: Iterable[str]) -> None:
         from matplotlib import pyplot
 
         with warnings.catch_warnings(action="ignore"):  # it calls its plots experimental
-            axes = library("optuna").visualization.matplotlib.plot_slice(study)
+            axes = require_library("optuna").visualization.matplotlib.plot_slice(study)
         figure = (axes.flat[0] if hasattr(axes, "flat") else axes).get_figure()
         figure.savefig(folder / "slice.svg")
         pyplot.close(figure)
@@ -92,5 +96,5 @@ def write(folder: Path, study: Any, parameters: Iterable[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and not without ending the trial's run
-    with user_errors():
+    with report_errors():
         main()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import ObjectiveConfig
+from engine.config.settings import ObjectiveConfig
 
 
 def wide(x: Tensor) -> Tensor:
@@ -83,18 +83,18 @@ def objective_losses(
     T, students = objective.temperature, len(logits_SNV)
     logits_SNV = [wide(logits) for logits in logits_SNV]
     divergences: list[list[Tensor]] = [[] for _ in range(students)]
-    taught, among = bool(teachers_KNV), objective.peers > 0 and students > 1
+    taught, among = bool(teachers_KNV), objective.peer_weight > 0 and students > 1
     if taught or among:
         logs_SNV = [F.log_softmax(logits / T if T != 1 else logits, dim=-1) for logits in logits_SNV]
         for i in range(students if among else 0):
             for j in range(students):
                 if j != i:
                     kl = kl_div(logs_SNV[i], logs_SNV[j].detach())
-                    divergences[i].append(objective.peers / (students - 1) * T**2 * kl)
+                    divergences[i].append(objective.peer_weight / (students - 1) * T**2 * kl)
         if taught:
             mean = torch.stack([wide(logits) for logits in teachers_KNV]).mean(0)
             log_NV = F.log_softmax(mean / T if T != 1 else mean, dim=-1)
             for i in range(students):
-                divergences[i].append(objective.teachers * T**2 * kl_div(logs_SNV[i], log_NV))
-    own = [objective.ce * cross_entropy(logits, targets_N) for logits in logits_SNV]
+                divergences[i].append(objective.teacher_weight * T**2 * kl_div(logs_SNV[i], log_NV))
+    own = [objective.ce_weight * cross_entropy(logits, targets_N) for logits in logits_SNV]
     return [sum(kl, ce) for kl, ce in zip(divergences, own, strict=True)]

@@ -18,7 +18,7 @@ from liger_kernel.transformers.functional import (
 from torch import Tensor
 
 from benchmarks.peers import eager
-from engine.config import ObjectiveConfig
+from engine.config.settings import ObjectiveConfig
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor]:

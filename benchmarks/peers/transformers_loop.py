@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401  memory is a 
 from transformers.utils import logging
 
 from benchmarks.peers import eager
-from engine.config import Config
+from engine.config.settings import Config
 
 
 class Loop:

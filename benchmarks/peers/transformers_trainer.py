@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from benchmarks.gate import Gate
 from benchmarks.peers.eager import objective_losses
 from benchmarks.peers.transformers_loop import logits, read
-from engine.config import Config
-from engine.data import Step
+from engine.config.settings import Config
+from engine.data.batches import Step
 
 
 class DistillationTrainer(Trainer):

@@ -41,7 +41,7 @@ from benchmarks.studies.runs import (
     settings_of,
     train_to_the_end,
 )
-from engine.config import user_errors
+from engine.system.errors import report_errors
 
 COLUMNS = (
     *("arm", "seed", "model", "validation_loss", "best_loss", "best_step"),
@@ -54,13 +54,13 @@ STUDENTS = {
 }
 POSITIONS = 1024  # of students, more than they read: scores.py asks about longer texts
 TEACHER = {"layers": 4, "hidden": 192, "heads": 6, "ffn": 512}
-APART: dict[str, Any] = {"objective": {"peers": 0.0}}
+APART: dict[str, Any] = {"objective": {"peer_weight": 0.0}}
 ARMS: dict[str, dict[str, Any]] = {
     "alone": APART,
     "mutual": {},
-    "fixed": {"objective": {"ce": 0.5, "peers": 0.5, "weighted": True}},
-    "weighted": {"objective": {"ce": 0.5, "peers": 0.5, "weighted": True}, "outer": {"every": 5}},
-    "weighted third": {"objective": {"ce": 2 / 3, "peers": 1 / 3, "weighted": True}, "outer": {"every": 5}},
+    "fixed": {"objective": {"ce_weight": 0.5, "peer_weight": 0.5, "weighted": True}},
+    "weighted": {"objective": {"ce_weight": 0.5, "peer_weight": 0.5, "weighted": True}, "outer": {"every": 5}},
+    "weighted third": {"objective": {"ce_weight": 2 / 3, "peer_weight": 1 / 3, "weighted": True}, "outer": {"every": 5}},
     "taught": {},
     "taught apart": APART,
     "heirs": {},
@@ -81,7 +81,7 @@ def main() -> None:
     run("teacher", 102, [{"name": "teacher", "seed": 102, **TEACHER}], arguments.teacher_tokens)
     for seed in arguments.seeds:
         students = [
-            {"name": name, "seed": 10 * seed + i, "positions": POSITIONS, **shape}
+            {"name": name, "seed": 10 * seed + i, "max_length": POSITIONS, **shape}
             for i, (name, shape) in enumerate(STUDENTS.items())
         ]
         for arm in (arm for arm in ARMS if arm in arguments.arms):
@@ -155,5 +155,5 @@ def table(found: list[dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with report_errors():
         main()

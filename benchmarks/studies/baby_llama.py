@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies.runs import append, argument_parser, is_done, rows, settings_of, train_to_the_end
-from engine.config import user_errors
+from engine.system.errors import report_errors
 
 COLUMNS = ("arm", "seed", "validation_loss", "parameters", "tokens", "seconds", "git_commit")
 TEACHERS = {
@@ -88,5 +88,5 @@ def table(found: list[dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with report_errors():
         main()

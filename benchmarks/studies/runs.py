@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import Config, build
+from engine.config.loading import build
+from engine.config.settings import Config
 
 
 def argument_parser(
@@ -37,13 +38,13 @@ def settings_of(
     steps = max(10, tokens // (16 * 128))
     every = max(1, steps // arguments.evaluations)
     return {
-        "students": [{"learning_rate": 3e-3, "positions": 128, **student} for student in students],
+        "students": [{"learning_rate": 3e-3, "max_length": 128, **student} for student in students],
         "run": {"name": name, "folder": str(arguments.folder), "log_every": 20},
         "data": {
             "path": arguments.corpus,
             "words": arguments.words,
             "validation": arguments.held_out,
-            "tokenizer": {"pieces": 4096},
+            "tokenizer": {"vocab_size": 4096},
         },
         "optimizer": {"warmup": steps // 10},
         "train": {"steps": steps, "batch": 16, "length": 128, "seed": seed},
@@ -65,8 +66,8 @@ def train_to_the_end(settings: Mapping[str, Any]) -> Path:
 
 
 def records(folder: Path, kind: str) -> list[Mapping[str, Any]]:
-    """Of a run, those of one kind (engine.metrics)."""
-    from engine.metrics import read_metrics
+    """Of a run, those of one kind (engine.reporting.records)."""
+    from engine.reporting.records import read_metrics
 
     return [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == kind]
 

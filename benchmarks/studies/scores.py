@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies.runs import append, rows
-from engine.config import ScoreConfig, build, user_errors
+from engine.config.loading import build
+from engine.config.settings import ScoreConfig
+from engine.system.errors import report_errors
 
 COLUMNS = ("arm", "seed", "model", "task", "items", "score", "strict", "error", "chance", "baseline", "git_commit")
 TASKS = ("blimp_supplement", "wug_adj_nominalization", "blimp", "entity_tracking")
@@ -42,7 +44,7 @@ def main() -> None:
 
 
 def scored(arguments: argparse.Namespace, task: str, arm: str, seed: str) -> list[dict[str, Any]]:
-    from engine.evaluation.report import score_model  # imports torch
+    from engine.evaluation.scores import score_model  # imports torch
 
     run = arguments.folder / f"{arm.replace(' ', '-')}-{seed}"
     given = {"model": str(run), "data": arguments.data, "tasks": (task,)}
@@ -82,5 +84,5 @@ def _spread(values: list[float], sign: str) -> str:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with report_errors():
         main()

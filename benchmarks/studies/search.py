@@ -3,7 +3,7 @@
     python benchmarks/studies/search.py --corpus texts
     python benchmarks/studies/search.py --corpus texts --seeds 1 --trials 2 --flops 1e10 --csv try.csv
 
-For every seed, engine.search looks for three students among tiny LLaMAs (30 shapes), by short runs of as many FLOPs as
+For every seed, engine.search.students looks for three students among tiny LLaMAs (30 shapes), by short runs of as many FLOPs as
 one another, each scored by the held-out loss of its ensemble. Then the students found, and random ones that together
 are as large, are trained from other initial weights, on the text in another order, for `LONGER` times as many FLOPs:
 all by mutual learning. The search's own FLOPs are those of all its trials' training, pruned ones up to there.
@@ -30,8 +30,8 @@ from benchmarks.studies.runs import (
     settings_of,
     train_to_the_end,
 )
-from engine.config import user_errors
-from engine.search import Candidate, ProxyConfig, SearchConfig, ShortRun, Space, proxy
+from engine.system.errors import report_errors
+from engine.search.students import Candidate, ProxyConfig, SearchConfig, ShortRun, Space, proxy
 
 COLUMNS = ("arm", "seed", "students", "parameters", "validation_loss", "tokens", "model_flops", "search_flops")
 LENGTH, PIECES = 64, 1024
@@ -44,7 +44,7 @@ SPACE = SearchConfig(
     hidden=(16, 32, 48, 64, 96),
     heads=(4,),
     ffn=128,
-    positions=LENGTH,
+    max_length=LENGTH,
 )
 
 
@@ -56,7 +56,7 @@ def main() -> None:
 
     def settings(name: str, seed: int) -> dict[str, Any]:
         common = settings_of(arguments, name, [{}], seed, tokens=0)
-        common["data"]["tokenizer"] = {"pieces": PIECES}
+        common["data"]["tokenizer"] = {"vocab_size": PIECES}
         common["train"] |= {"length": LENGTH}
         common["evaluation"] |= {"tokens": 20_000, "samples": 0}
         common["checkpoint"] = {"every": 10**6, "keep": 1}
@@ -111,11 +111,11 @@ def arms(space: Space, best: Sequence[Candidate], seed: int) -> Iterator[tuple[s
 def random_cohort(space: Space, like: Sequence[Candidate], seed: int) -> tuple[Candidate, ...]:
     """A control for `like`: as many random students, together nearest it in parameters, of 200 draws; of 20,000 more
     where that is more than 5% off, as it is at the ends of the space."""
-    draws, shapes = np.random.default_rng(seed), list(space.all())
+    dropout_seeds, shapes = np.random.default_rng(seed), list(space.all())
     goal = sum(map(space.size, like))
 
     def drawn(count: int) -> list[tuple[Candidate, ...]]:
-        return [tuple(shapes[i] for i in draws.integers(len(shapes), size=len(like))) for _ in range(count)]
+        return [tuple(shapes[i] for i in dropout_seeds.integers(len(shapes), size=len(like))) for _ in range(count)]
 
     def off(cohort: Sequence[Candidate]) -> int:
         return abs(sum(map(space.size, cohort)) - goal)
@@ -147,5 +147,5 @@ def shown(row: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with report_errors():
         main()

@@ -20,16 +20,20 @@ from torch import Tensor
 
 from benchmarks.studies.baby_llama import ARMS, STUDENT, student
 from benchmarks.studies.runs import settings_of
-from engine import runtime, teacher_cache
-from engine.cohort import Cohort, Student, new_model
-from engine.config import CacheConfig, Config, ObjectiveConfig, build, user_errors
-from engine.corpus.prepare import Prepared, prepare
-from engine.data import Step, TokenFile, TrainingData
-from engine.export import import_student
+from engine.config.loading import build
+from engine.config.settings import CacheConfig, Config, ObjectiveConfig
+from engine.data.batches import Step, TokenFile, TrainingData
+from engine.data.prepare import Prepared, prepare
+from engine.system.errors import report_errors
 from engine.models.families import shape_of
-from engine.objective import coefficients
-from engine.teachers import NO_TEACHERS, Teachers, identities, load_teachers
-from engine.train import accumulate
+from engine.models.huggingface import import_weights
+from engine.students.coefficients import coefficients
+from engine.students.cohort import Cohort
+from engine.students.gradients import accumulate
+from engine.students.student import Student, new_model
+from engine.system import distributed as runtime
+from engine.teachers import cache as teacher_cache
+from engine.teachers.frozen import NO_TEACHERS, Teachers, hash_teachers, load_teachers
 from kernels import Projected, linear_ensemble_kl
 
 KEPT = (8, 32, 128)
@@ -51,7 +55,7 @@ def main() -> None:
     prepared = prepare(config.data)
     file = TokenFile(prepared.train, prepared.manifest["dtype"], config.train.length)
     data = TrainingData(
-        file, batch=16, micro_batch=None, seed=1, random_offsets=False, rank=0, world=1, device=place.device
+        file, batch=16, micro_batch=None, seed=1, random_offsets=False, rank=0, world_size=1, device=place.device
     )
     live = load_teachers(config, prepared.tokenizer, place.device)
     cohort = Cohort([student_of(config, prepared, place)], place)
@@ -63,15 +67,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = replace(config, cache=CacheConfig(folder, 32))
         begin = time.perf_counter()
-        cached = teacher_cache.teachers(cache, prepared, data, place, identities(cache))
+        cached = teacher_cache.teachers(cache, prepared, data, place, hash_teachers(cache))
         print(f"writing the cache of {len(file.tokens):,} tokens, k = 32: {time.perf_counter() - begin:.0f} s")
         times(cohort, data, {"live teachers": live, "cache": cached, "neither": NO_TEACHERS}, config, arguments.steps)
 
 
 def student_of(config: Config, prepared: Prepared, place: runtime.Runtime) -> Student:
     (one,) = config.students
-    weights = import_student(one, shape_of(one, prepared.tokenizer.size), prepared.tokenizer)
-    return Student(one, new_model(one, prepared.tokenizer.size, weights), config.train, config.optimizer, place)
+    weights = import_weights(one, shape_of(one, prepared.tokenizer.vocab_size), prepared.tokenizer)
+    return Student(one, new_model(one, prepared.tokenizer.vocab_size, weights), config.train, config.optimizer, place)
 
 
 def quality(student: Student, step: Step, live: Teachers, config: Config, k: int) -> list[str]:
@@ -100,7 +104,7 @@ def quality(student: Student, step: Step, live: Teachers, config: Config, k: int
         return torch.cat([g.flatten() for g in found])
 
     cells = [f"{sum(map(len, records)) / len(top.tail):.0f}", f"{1 - top.tail.mean().item():.4f}"]
-    for ce in (config.objective.ce, 0.0):
+    for ce in (config.objective.ce_weight, 0.0):
         exact, found = gradient(stream, ce), gradient(kept, ce)
         cosine = torch.cosine_similarity(exact, found, dim=0).item()
         cells.append(f"{cosine:.5f}, {((found - exact).norm() / exact.norm()).item():.4f}")
@@ -132,5 +136,5 @@ def times(cohort: Cohort, data: TrainingData, variants: dict[str, Teachers], con
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with report_errors():
         main()

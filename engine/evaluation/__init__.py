@@ -1,1 +1,1 @@
-"""What is measured of the students on text they did not learn from."""
+"""How good models are: held-out loss, zero-shot tasks, fine-tuning, and samples of what they write."""

@@ -30,20 +30,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine import schedule
-from engine.cohort import Cohort, Student, set_weights
-from engine.config import FinetuneConfig, ObjectiveConfig, OptimizerConfig, StudentConfig, TrainConfig
-from engine.data import IGNORED, Batch, Step
+from engine.config.settings import FinetuneConfig, ObjectiveConfig, OptimizerConfig, StudentConfig, TrainConfig
+from engine.data.batches import IGNORED, Batch, Step
+from engine.data.tokenizer import Tokenizer
 from engine.evaluation.results import SetScore, TaskScore
-from engine.evaluation.scoring import Strand, batch_of, plan
+from engine.evaluation.scoring import TokenTree, collate, plan
 from engine.evaluation.tasks import folder_of, json_lines
+from engine.models.base import LanguageModel
 from engine.models.classifier import DROPOUT, Classifier
-from engine.models.families import Model, model_of
-from engine.models.roberta import Roberta
-from engine.objective import coefficients
-from engine.runtime import Runtime
-from engine.tokenizer import Tokenizer
-from engine.train import accumulate
+from engine.models.families import new_model
+from engine.students import schedule
+from engine.students.coefficients import LossWeighting
+from engine.students.cohort import Cohort
+from engine.students.gradients import accumulate
+from engine.students.student import Student, set_weights
+from engine.system.distributed import Runtime
+from engine.system.errors import UserError
 
 LONGEST = 512  # tokens; longer examples are cut, the longer of two texts first
 
@@ -119,24 +121,24 @@ def read_classification(task: str, data: Path) -> list[Classification]:
 
 def _examples(task: str, file: Path) -> Examples:
     if not file.is_file():
-        raise ValueError(f"{task}: no {file}: fetch it, or leave the task out")
+        raise UserError(f"{task}: no {file}: fetch it, or leave the task out")
     texts, labels = [], []
     for number, item in enumerate(json_lines(file, label=int), 1):
         try:
             texts.append(tuple(template.format(**item) for template in TEXTS[task]))
         except KeyError as error:
-            raise ValueError(f"{file}:{number}: expected {error.args[0]} in the JSON object") from None
+            raise UserError(f"{file}:{number}: expected {error.args[0]} in the JSON object") from None
         if item["label"] < 0:
-            raise ValueError(f"{file}:{number}: label {item['label']}: expected 0 or more")
+            raise UserError(f"{file}:{number}: label {item['label']}: expected 0 or more")
         labels.append(item["label"])
     if not labels:
-        raise ValueError(f"{file} holds no examples: fetch it again, or leave the task out")
+        raise UserError(f"{file} holds no examples: fetch it again, or leave the task out")
     return Examples(texts, labels)
 
 
 def finetune(
     sets: Sequence[Classification],
-    model: Model,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     config: FinetuneConfig,
     folder: Path,
@@ -151,10 +153,10 @@ def finetune(
         usual = usual or (Settings(5e-5, 64, 6, 12) if config.recipe == "baby-llama" else Settings())
         given = {key: value for key, value in asdict(config).items() if key in asdict(usual) and value is not None}
         jobs += [(one, replace(usual, seed=seed, **given)) for seed in config.seeds or (usual.seed,)]
-    optimizer = OptimizerConfig(betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, floor=0.1)
+    optimizer = OptimizerConfig(betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, min_lr_ratio=0.1)
     if config.recipe == "baby-llama":
         optimizer = OptimizerConfig(betas=(0.9, 0.999), weight_decay=0.0, clip=1.0, schedule="linear")
-    say = say if runtime.is_main else lambda _: None
+    say = say if runtime.is_main_process else lambda _: None
     folder.mkdir(parents=True, exist_ok=True)
     results = [folder / f"{one.name}-{_identity(model, one, optimizer, settings)}.json" for one, settings in jobs]
     for (one, settings), file in zip(jobs, results, strict=True):
@@ -162,9 +164,9 @@ def finetune(
         state = file.with_suffix(".pt")
         if not file.is_file():
             history = _Job(one, settings, optimizer, model, tokenizer, runtime, say).run(state)
-            if runtime.is_main:
+            if runtime.is_main_process:
                 _replace(file, lambda path, history=history: path.write_text(json.dumps(history)))
-        if runtime.is_main:
+        if runtime.is_main_process:
             state.unlink(missing_ok=True)  # not before the result is there
     runtime.barrier()
     found = [
@@ -173,7 +175,7 @@ def finetune(
     return TaskScore(sets[0].task, tuple(found))
 
 
-def _identity(model: Model, one: Classification, optimizer: OptimizerConfig, settings: Settings) -> str:
+def _identity(model: LanguageModel, one: Classification, optimizer: OptimizerConfig, settings: Settings) -> str:
     """Of all that decides a job's result."""
     digest = hashlib.sha256(repr((one, optimizer, settings)).encode())
     for parameter in model.parameters():
@@ -228,21 +230,21 @@ class _Job:
         one: Classification,
         settings: Settings,
         optimizer: OptimizerConfig,
-        model: Model,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         runtime: Runtime,
         say: Callable[[str], None],
     ) -> None:
         self.one, self.settings, self.runtime, self.say = one, settings, runtime, say
-        longest, self.masked = min(LONGEST, model.shape.positions), isinstance(model, Roberta)
+        longest, self.masked = min(LONGEST, model.shape.max_length), not model.shape.causal
         self.train, self.valid = (
-            _strands(part, tokenizer, longest, say, one.name, first=self.masked) for part in (one.train, one.valid)
+            _trees(part, tokenizer, longest, say, one.name, first=self.masked) for part in (one.train, one.valid)
         )
         self.per_epoch = -(-len(self.train) // settings.batch)
         steps = settings.epochs * self.per_epoch
         warmup = int(0.06 * steps) if optimizer.schedule == "cosine" else 0
         self.optimizer, self.steps = replace(optimizer, warmup=warmup), steps
-        self.objective = coefficients(ObjectiveConfig(peers=0.0), 1, runtime.device)
+        self.objective = LossWeighting(ObjectiveConfig(), 1, runtime.device).coefficients()
         self.body = model
         self.history: list[list[int]] = []  # the predictions after every epoch
 
@@ -258,15 +260,15 @@ class _Job:
                 f"{self.one.name}, seed {self.settings.seed}, epoch {len(self.history)} of {self.settings.epochs}: "
                 f"loss {loss:.4f}, accuracy {share:.2%}"
             )
-            saved = {"history": self.history, "record": student.record()}
-            if self.runtime.is_main:
+            saved = {"history": self.history, "record": student.state()}
+            if self.runtime.is_main_process:
                 _replace(state, lambda path, saved=saved: torch.save(saved, path))
         return self.history
 
     def _student(self, state: Path) -> Student:
         settings = self.settings
         with torch.random.fork_rng():
-            body = model_of(self.body.shape)
+            body = new_model(self.body.shape)
         body.load_state_dict(self.body.state_dict())
         model = Classifier(body, self.one.classes, settings.seed)
         saved: dict[str, Any] | None = torch.load(state) if state.is_file() else None
@@ -300,70 +302,70 @@ class _Job:
             step = Step(number, number / self.per_epoch, len(chosen), tokens, 0, micro_batches)
             tally = accumulate(cohort, step, self.objective)
             rate = self.settings.learning_rate * schedule.factor(self.optimizer, number, self.steps)
-            outcome = cohort.step(tally.losses_S, tally.ce_S, [rate], stop=False)
-            if outcome.bad:
-                raise ValueError(f"{self.one.name}: loss not finite in epoch {epoch + 1}: lower finetune.learning_rate")
+            outcome = cohort.update(tally.losses_S, tally.ce_S, [rate], stop=False)
+            if outcome.skipped:
+                raise UserError(f"{self.one.name}: loss not finite in epoch {epoch + 1}: lower finetune.learning_rate")
             total += tally.ce_S
-        return self.runtime.agree(total)[0] / len(self.train)
+        return self.runtime.all_reduce_sum(total)[0] / len(self.train)
 
-    def _batches(self, strands: Sequence[Strand], epoch: int) -> list[Batch]:
+    def _batches(self, trees: Sequence[TokenTree], epoch: int) -> list[Batch]:
         """This rank's part of a batch, in pieces of like length; dropout draws from an example's number and the epoch.
 
         A rank for whom nothing is left takes an example that does not count, as every rank must take part in a step.
         """
         batches = []
-        for indices in plan(strands, self.runtime.world, padding=not self.masked):
-            mine = [strands[i] for i in indices[self.runtime.rank :: self.runtime.world]]
+        for indices in plan(trees, self.runtime.world_size, padding=not self.masked):
+            mine = [trees[i] for i in indices[self.runtime.rank :: self.runtime.world_size]]
             if mine:
                 batches.append(self._batch(mine, epoch))
         if not batches:
-            idle = self._batch([strands[0]], epoch)
+            idle = self._batch([trees[0]], epoch)
             batches.append(replace(idle, targets_N=torch.full_like(idle.targets_N, IGNORED)))
         return batches
 
-    def _batch(self, strands: list[Strand], epoch: int) -> Batch:
-        batch = batch_of(strands, self.runtime.device)
+    def _batch(self, trees: list[TokenTree], epoch: int) -> Batch:
+        batch = collate(trees, self.runtime.device)
         samples_B = batch.owners_N + epoch * len(self.train)
         return Batch(batch.tokens_BL, batch.targets_N, batch.rows_U, samples_B=samples_B)
 
     def _predict(self, cohort: Cohort) -> list[int]:
         (student,) = cohort
         guesses = torch.zeros(len(self.valid), dtype=torch.float64, device=self.runtime.device)
-        world, rank = self.runtime.world, self.runtime.rank
+        world_size, rank = self.runtime.world_size, self.runtime.rank
         with cohort.evaluating():
-            for indices in plan(self.valid, world, padding=not self.masked):
-                mine = indices[rank::world]
+            for indices in plan(self.valid, world_size, padding=not self.masked):
+                mine = indices[rank::world_size]
                 if mine:
                     hidden_ND, head, bias = student.project(student.body(self._batch([self.valid[i] for i in mine], 0)))
                     logits_NC = F.linear(hidden_ND, head, bias)
                     # The likeliest of NaNs would be class 0.
                     finite_N = logits_NC.isfinite().all(-1)
                     guesses[mine] = torch.where(finite_N, logits_NC.argmax(-1).double(), torch.nan)
-        found = self.runtime.agree(guesses)
+        found = self.runtime.all_reduce_sum(guesses)
         if not all(map(math.isfinite, found)):
-            raise ValueError(f"{self.one.name}: predictions are not finite: lower finetune.learning_rate")
+            raise UserError(f"{self.one.name}: predictions are not finite: lower finetune.learning_rate")
         return list(map(int, found))
 
 
-def _strands(
+def _trees(
     part: Examples, tokenizer: Tokenizer, longest: int, say: Callable[[str], None], name: str, *, first: bool = False
-) -> list[Strand]:
+) -> list[TokenTree]:
     """A boundary token, where the tokenizer has one, before each text of an example, as its own template puts it. The
     label belongs to the last token, or to the `first`."""
     front = [] if tokenizer.boundary is None else [tokenizer.boundary]
     encoded = iter(tokenizer.encode_batch([text for texts in part.texts for text in texts]))
-    strands, cut = [], 0
+    trees, cut = [], 0
     for number, (texts, label) in enumerate(zip(part.texts, part.labels, strict=True)):
-        pieces = [front + next(encoded) for _ in texts]
-        cut += sum(map(len, pieces)) > longest
-        while sum(map(len, pieces)) > longest:
-            max(pieces, key=len).pop()
-        ids = [token for piece in pieces for token in piece]
+        vocab_size = [front + next(encoded) for _ in texts]
+        cut += sum(map(len, vocab_size)) > longest
+        while sum(map(len, vocab_size)) > longest:
+            max(vocab_size, key=len).pop()
+        ids = [token for piece in vocab_size for token in piece]
         places, ends = list(range(len(ids))), [len(ids)] * len(ids)
-        strands.append(Strand(ids, places, ends, [0 if first else len(ids) - 1], [0], [label], [number]))
+        trees.append(TokenTree(ids, places, ends, [0 if first else len(ids) - 1], [0], [label], [number]))
     if cut:
-        say(f"{name}: {cut} of {len(strands)} examples are longer than {longest} tokens and were cut")
-    return strands
+        say(f"{name}: {cut} of {len(trees)} examples are longer than {longest} tokens and were cut")
+    return trees
 
 
 CLASSIFICATION = tuple(TEXTS)

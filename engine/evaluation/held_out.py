@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.cohort import Cohort
-from engine.data import IGNORED, HeldOutData
+from engine.data.batches import IGNORED, HeldOutData
 from engine.evaluation.scoring import project
-from engine.runtime import Runtime
+from engine.students.cohort import Cohort
+from engine.system.distributed import Runtime
 
 
 def validation_losses(
@@ -23,10 +23,10 @@ def validation_losses(
         for batch in data.batches():
             hidden = [student.body(batch) for student in cohort]
             valid_N = (batch.targets_N != IGNORED).nonzero().squeeze(1)
-            with cohort.heads():
+            with cohort.gathered_heads():
                 streams = [student.project(hidden_ND) for student, hidden_ND in zip(cohort, hidden, strict=True)]
                 log_prob_SN = project(streams, valid_N, batch.targets_N[valid_N], omega)
             totals[:-1] -= log_prob_SN.sum(dim=1, dtype=torch.float64)
             totals[-1] += len(valid_N)
-    *sums, tokens = runtime.agree(totals)
+    *sums, tokens = runtime.all_reduce_sum(totals)
     return [total / tokens for total in sums]

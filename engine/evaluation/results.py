@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.system.errors import UserError
+
 
 @dataclass(frozen=True)
 class SetScore:
@@ -163,7 +165,7 @@ def write(folder: Path, model: str, scores: Sequence[TaskScore], **about: object
                     rows.writerow((model, task.task, *(getattr(one, column) for column in columns)))
         (folder / "scores.svg").write_text(plot(model, scores))
     except OSError as error:
-        raise ValueError(f"{folder} could not be written ({error}): make room and score again") from None
+        raise UserError(f"{folder} could not be written ({error}): make room and score again") from None
 
 
 def table(scores: Mapping[str, Sequence[TaskScore]], *, sets: bool) -> str:

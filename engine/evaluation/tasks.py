@@ -27,6 +27,7 @@ import numpy as np
 
 from engine.evaluation import results
 from engine.evaluation.results import SetScore
+from engine.system.errors import UserError
 
 EYE_TRACKING = ("RTfirstfix", "RTfirstpass", "RTgopast", "RTrightbound")
 CONTROLS = ("Subtlex_log10", "length", "context_length")
@@ -55,7 +56,7 @@ def read_tasks(names: Sequence[str], data: Path) -> list[Task]:
     """Raises ValueError for a name that is not known, and what is missing or malformed in its files."""
     for name in names:
         if name not in ZERO_SHOT:
-            raise ValueError(f"tasks: {name!r} is not known: expected some of {', '.join(ZERO_SHOT)}")
+            raise UserError(f"tasks: {name!r} is not known: expected some of {', '.join(ZERO_SHOT)}")
     return [ZERO_SHOT[name](name, data) for name in names]
 
 
@@ -65,7 +66,7 @@ def json_lines(file: Path, **kinds: type) -> Iterator[dict]:
     try:
         text = file.read_text(encoding="utf-8").rstrip("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
     for number, line in enumerate(text.split("\n") if text else [], 1):  # not splitlines: JSON may hold other line ends
         item: dict = {}
         try:
@@ -75,7 +76,7 @@ def json_lines(file: Path, **kinds: type) -> Iterator[dict]:
             good = False
         if not good:
             wanted = " and ".join(f"{key} ({kind.__name__})" for key, kind in kinds.items())
-            raise ValueError(f"{file}:{number}: expected {wanted} in a JSON object")
+            raise UserError(f"{file}:{number}: expected {wanted} in a JSON object")
         yield item
 
 
@@ -83,9 +84,9 @@ def minimal_pairs(name: str, path: Path, sets: int | None = None) -> Task:
     """The pairs of a JSON-lines file, or of all in a folder, by phenomenon, else UID, else the file's name."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
-        raise ValueError(f"{name}={path}: expected a file or folder of *.jsonl with minimal pairs")
+        raise UserError(f"{name}={path}: expected a file or folder of *.jsonl with minimal pairs")
     if sets is not None and len(files) != sets:
-        raise ValueError(f"{name}: {path} holds {len(files)} sets, not all {sets}: fetch the missing ones")
+        raise UserError(f"{name}: {path} holds {len(files)} sets, not all {sets}: fetch the missing ones")
     questions = []
     for file in files:
         before = len(questions)
@@ -95,7 +96,7 @@ def minimal_pairs(name: str, path: Path, sets: int | None = None) -> Task:
             group = "argument_structure" if group == "s-selection" else group  # which counts as such in all of BabyLM
             questions.append(Question(subset, (item["sentence_good"], item["sentence_bad"]), group=group))
         if len(questions) == before:
-            raise ValueError(f"{name}: {file} holds no pairs: fetch it again, or leave the task out")
+            raise UserError(f"{name}: {file} holds no pairs: fetch it again, or leave the task out")
     return Task(name, questions, _accuracies)
 
 
@@ -118,7 +119,7 @@ def folder_of(name: str, data: Path, *choices: str) -> Path:
             return data / choice
         if data.name == choice and data.is_dir():
             return data
-    raise ValueError(f"{name}: no {' or '.join(choices)} in {data}: name the folder of the evaluation data, or drop it")
+    raise UserError(f"{name}: no {' or '.join(choices)} in {data}: name the folder of the evaluation data, or drop it")
 
 
 def _pairs(*choices: str, sets: int) -> Callable[[str, Path], Task]:
@@ -129,13 +130,13 @@ def _items(name: str, folder: Path, sets: int | None, **kinds: type) -> Iterator
     """The items of a folder's files, with file and line. Raises ValueError where not all sets are there."""
     files = sorted(folder.glob("*.jsonl"))
     if not files or len(files) != (sets or len(files)):
-        raise ValueError(f"{name}: {folder} holds {len(files)} sets, not {sets or 'any'}: fetch the missing ones")
+        raise UserError(f"{name}: {folder} holds {len(files)} sets, not {sets or 'any'}: fetch the missing ones")
     for file in files:
         number = 0
         for number, item in enumerate(json_lines(file, **kinds), 1):
             yield file, number, item
         if number == 0:
-            raise ValueError(f"{name}: {file} holds no items: fetch it again, or leave the task out")
+            raise UserError(f"{name}: {file} holds no items: fetch it again, or leave the task out")
 
 
 def _ewok(name: str, data: Path) -> Task:
@@ -153,7 +154,7 @@ def _entity_tracking(name: str, data: Path) -> Task:
     sets = 3 if folder.name == "entity_tracking" else None  # of a milestone's share
     for file, number, item in _items(name, folder, sets, input_prefix=str, options=list, numops=int):
         if len(item["options"]) < 2 or not all(isinstance(option, str) and option for option in item["options"]):
-            raise ValueError(f"{file}:{number}: expected at least two texts in options")
+            raise UserError(f"{file}:{number}: expected at least two texts in options")
         answers = tuple(item["input_prefix"] + option for option in item["options"])
         questions.append(Question(f"{file.stem}_{item['numops']}_ops", answers))
     return Task(name, questions, _accuracies)
@@ -165,7 +166,7 @@ def _wug(name: str, data: Path) -> Task:
     for file, number, item in _items(name, folder, 1, sentences=str, ratio=Real):
         answers = tuple(item["sentences"].split("\t"))
         if len(answers) != 2 or not all(answers) or not 0 <= item["ratio"] <= 1:
-            raise ValueError(f"{file}:{number}: expected two sentences with a tab between, a ratio of 0 to 1")
+            raise UserError(f"{file}:{number}: expected two sentences with a tab between, a ratio of 0 to 1")
         questions.append(Question(name, answers))
         ratios.append(item["ratio"])
 
@@ -185,17 +186,17 @@ def _reading(name: str, data: Path) -> Task:
     """
     file = folder_of(name, data, "reading") / "reading_data.csv"
     if not file.is_file():
-        raise ValueError(f"{name}: no {file}: fetch it, or leave the task out")
+        raise UserError(f"{name}: no {file}: fetch it, or leave the task out")
     with file.open(newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     texts, numbers = ("item", "word", "prev_item", "prev_word"), (*CONTROLS, "prev_length", *EYE_TRACKING, SELF_PACED)
     if not rows:
-        raise ValueError(f"{name}: {file} holds no words: fetch it again, or leave the task out")
+        raise UserError(f"{name}: {file} holds no words: fetch it again, or leave the task out")
     for number, row in enumerate(rows, 2):
         for key in (*texts, *numbers):
             if row.get(key) is None or (key in numbers and not _is_number(row[key] or "0")):
                 kind = "a text" if key in texts else "a number"
-                raise ValueError(f"{file}:{number}: {key}={row.get(key)!r}: expected {kind}")
+                raise UserError(f"{file}:{number}: {key}={row.get(key)!r}: expected {kind}")
     columns = {key: np.array([float(row[key] or "nan") for row in rows]) for key in numbers}
     # A sentence that begins with "None" has an empty context in the published file: a word that was read as a gap.
     questions = [Question(name, (row["word"],), row["item"] or "None") for row in rows]

@@ -6,11 +6,12 @@ S models, I texts.
 from collections.abc import Sequence
 from itertools import chain
 
+from engine.data.tokenizer import Tokenizer
 from engine.evaluation.results import TaskScore
-from engine.evaluation.scoring import LogProbabilities, causal_strands, in_common, masked_strands, score
+from engine.evaluation.scoring import LogProbabilities, causal_trees, in_common, masked_copies, score
 from engine.evaluation.tasks import Task
-from engine.runtime import Runtime
-from engine.tokenizer import Tokenizer
+from engine.system.distributed import Runtime
+from engine.system.errors import UserError
 
 
 class ZeroShot:
@@ -27,7 +28,7 @@ class ZeroShot:
         tokenizer: Tokenizer,
         runtime: Runtime,
         *,
-        positions: int,
+        max_length: int,
         share: bool,
         masked: bool = False,
     ) -> None:
@@ -49,24 +50,24 @@ class ZeroShot:
                 ids = [before + next(encoded) for _ in question.answers]
                 for text, own in zip(question.answers, ids, strict=True):
                     size = len(own) + len(back)
-                    if size > positions + (not masked):  # what comes last needs no position where it only is predicted
-                        raise ValueError(
+                    if size > max_length + (not masked):  # what comes last needs no position where it only is predicted
+                        raise UserError(
                             f"{task.name}: {question.context + text!r}: {size} tokens, more than the models' "
-                            f"{positions} positions: take a model that has them, or leave the task out"
+                            f"{max_length} positions: take a model that has them, or leave the task out"
                         )
                 self.lengths.append([len(own) - len(before) for own in ids])
                 firsts += [len(before) if len(ids) == 1 else in_common(ids)] * len(ids)
                 texts += ids
         self.texts = len(texts)
         if not masked:
-            self.strands = causal_strands(texts, firsts, share=share)
+            self.trees = causal_trees(texts, firsts, share=share)
             return
         if tokenizer.mask is None:
-            raise ValueError("the model predicts masked tokens, and its tokenizer has no mask token: fetch it again")
-        self.strands = [
-            strand
+            raise UserError("the model predicts masked tokens, and its tokenizer has no mask token: fetch it again")
+        self.trees = [
+            tree
             for owner, (ids, own) in enumerate(zip(texts, chain.from_iterable(self.lengths), strict=True))
-            for strand in masked_strands(ids + back, range(len(ids) - own, len(ids)), tokenizer.mask, owner)
+            for tree in masked_copies(ids + back, range(len(ids) - own, len(ids)), tokenizer.mask, owner)
         ]
 
     def answers(self, log_probabilities: LogProbabilities) -> list[list[list[float]]]:
@@ -75,7 +76,7 @@ class ZeroShot:
 
         Raises ValueError where one is not finite.
         """
-        scores_SI = score(self.strands, self.texts, log_probabilities, self.runtime, padding=not self.masked)
+        scores_SI = score(self.trees, self.texts, log_probabilities, self.runtime, padding=not self.masked)
         found = []
         for row in scores_SI.tolist():
             scores = iter(row)

@@ -1,1 +1,1 @@
-"""Model families: bodies that end at the final hidden state, and the heads that go on from there."""
+"""Model families, their dropout and compilation, and models as Hugging Face folders."""

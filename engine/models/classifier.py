@@ -7,22 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.dropout import dropped
-from engine.models.gpt2 import GPT2
-from engine.models.inputs import draws_in_use
-from engine.models.llama import Llama
-from engine.models.roberta import Roberta
+from engine.models.base import LanguageModel
+from engine.models.dropout import dropout, seeds_in_use
 
 DROPOUT = 0.1  # before the last layer
-SITE = 2**20  # beyond those of any body
+SITE = 2**20  # of that dropout, beyond the sites of any body
 
 
-class Classifier(nn.Module):
-    """As a language model's, its forward pass stops before the last layer: logits are hidden · `head`ᵀ + `head_bias`,
-    [C, D] and [C]. The head is that of BabyLM 2025's own code."""
+class Classifier(LanguageModel):
+    """A classifier whose forward pass stops before the last layer: its `head` is [C, D] and its `head_bias` [C].
 
-    def __init__(self, body: Llama | GPT2 | Roberta, classes: int, seed: int) -> None:
-        """Takes `body`, whose own head goes; `seed` draws the new one."""
+    The layers of the head are those of BabyLM 2025's own code.
+    """
+
+    def __init__(self, body: LanguageModel, classes: int, seed: int) -> None:
+        """Takes over `body` and removes its own head; `seed` draws the new one."""
         super().__init__()
         self.shape, width = body.shape, body.shape.hidden
         del body.lm_head
@@ -39,13 +38,15 @@ class Classifier(nn.Module):
     def head_bias(self) -> Tensor:
         return self.out.bias
 
-    def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None, draws_B: Tensor | None = None) -> Tensor:
-        """[N, D] of the examples, from the states of their `rows_N` of the flattened batch, a row of a sequence each.
+    def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None, dropout_seeds_B: Tensor | None = None) -> Tensor:
+        """Returns the hidden states [N, D] of the examples.
 
-        draws_B: [B] int64, what each example's dropout is drawn from (engine.models.dropout); only in training.
+        Args:
+            tokens_BL: [B, L] int64, one example per sequence.
+            rows_N: [N] int64, the position in the flattened batch that each example is read off.
+            dropout_seeds_B: [B] int64, one seed per example (engine.models.dropout); read in training only.
         """
-        draws_B = draws_in_use(draws_B, DROPOUT, training=self.training)
-        states = self.body.states if isinstance(self.body, Roberta) else self.body
-        x_ND = states(tokens_BL, rows_N) if isinstance(self.body, Llama) else states(tokens_BL, rows_N, draws_B)
+        dropout_seeds_B = seeds_in_use(dropout_seeds_B, DROPOUT, training=self.training)
+        x_ND = self.body.states(tokens_BL, rows_N, dropout_seeds_B)
         x_ND = F.gelu(self.dense(F.layer_norm(x_ND, x_ND.shape[-1:])))
-        return dropped(F.layer_norm(x_ND, x_ND.shape[-1:]), DROPOUT, draws_B, SITE)
+        return dropout(F.layer_norm(x_ND, x_ND.shape[-1:]), DROPOUT, dropout_seeds_B, SITE)

@@ -49,8 +49,8 @@ def _lookup(weight_VD: Tensor, tokens: Tensor) -> Tensor:
 
 
 @library.custom_op("creche::embedding_backward", mutates_args=())
-def _lookup_backward(gradient: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
-    return torch.ops.aten.embedding_dense_backward(gradient, tokens, vocabulary, -1, False)
+def _lookup_backward(gradient: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
+    return torch.ops.aten.embedding_dense_backward(gradient, tokens, vocab_size, -1, False)
 
 
 @_lookup.register_fake
@@ -59,18 +59,18 @@ def _(weight_VD: Tensor, tokens: Tensor) -> Tensor:
 
 
 @_lookup_backward.register_fake
-def _(gradient: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
-    return gradient.new_empty(vocabulary, gradient.shape[-1])
+def _(gradient: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
+    return gradient.new_empty(vocab_size, gradient.shape[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     weight_VD, tokens = inputs
     ctx.save_for_backward(tokens)
-    ctx.vocabulary = len(weight_VD)
+    ctx.vocab_size = len(weight_VD)
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    return _lookup_backward(gradient, *ctx.saved_tensors, ctx.vocabulary), None
+    return _lookup_backward(gradient, *ctx.saved_tensors, ctx.vocab_size), None
 
 
 _lookup.register_autograd(_differentiate, setup_context=_save)

@@ -1,68 +1,58 @@
 """LLaMA: RMSNorm, rotary positions, SwiGLU, grouped-query attention, tied or untied head (Touvron et al. 2023).
 
-The body ends at the final hidden state; the head is a weight that the loss multiplies itself, so that logits never
-exist for a whole batch. Modules carry Hugging Face's names: with one prefix a state dictionary is theirs.
+Modules carry Hugging Face's names: with one prefix a state dictionary is theirs.
 
-B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary, F inner width of the MLP.
+B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from engine.config import StudentConfig
-from engine.models.inputs import length_of
+from engine.config.settings import StudentConfig
+from engine.models.base import LanguageModel, Shape, check_length
+from engine.system.errors import UserError
 
 
 @dataclass(frozen=True)
-class LlamaShape:
-    """A LLaMA's shape; ValueError where the numbers do not fit one another."""
+class LlamaShape(Shape):
+    """The numbers that describe a LLaMA. It has no dropout."""
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocabulary: int
-    positions: int
-    tied: bool
-    rope_theta: float = 10000.0
     norm_eps: float = 1e-6
+    kv_heads: int = field(kw_only=True)
+    rope_theta: float = 10000.0
+
+    family: ClassVar[str] = "llama"
+    title: ClassVar[str] = "LLaMA"
+    shares_prefixes: ClassVar[bool] = True
+    mlp_matrices: ClassVar[int] = 3
+    foreign_settings: ClassVar[tuple[str, ...]] = ("dropout",)
 
     def __post_init__(self) -> None:
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden={self.hidden} is not divisible by heads={self.heads}: choose a multiple")
-        if self.hidden // self.heads % 2:
-            raise ValueError(f"hidden/heads={self.hidden // self.heads} is odd: rotary positions need an even width")
+        super().__post_init__()
+        if self.head_width % 2:
+            raise UserError(f"hidden/heads={self.head_width} is odd: rotary positions need an even width; change one")
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}: choose a divisor")
+            raise UserError(f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}: choose a divisor")
 
     @classmethod
-    def of(cls, student: StudentConfig, vocabulary: int) -> "LlamaShape":
-        if student.dropout:
-            raise ValueError(f"dropout={student.dropout}: a LLaMA has none; drop it, or take family=gpt2")
-        return cls(
-            layers=student.layers,
-            hidden=student.hidden,
-            heads=student.heads,
-            kv_heads=student.kv_heads or student.heads,
-            ffn=student.ffn,
-            vocabulary=vocabulary,
-            positions=student.positions,
-            tied=student.tied,
-            rope_theta=student.rope_theta or cls.rope_theta,
-            norm_eps=student.norm_eps or cls.norm_eps,
-        )
+    def _own_settings(cls, student: StudentConfig) -> dict[str, Any]:
+        kv_heads = student.kv_heads or student.heads
+        return {"kv_heads": kv_heads, "rope_theta": student.rope_theta or cls.rope_theta}
 
     @property
-    def head_width(self) -> int:
-        return self.hidden // self.heads
+    def of_weights(self) -> "LlamaShape":
+        return replace(self, max_length=1)
+
+    @property
+    def kv_hidden(self) -> int:
+        return self.kv_heads * self.head_width
 
 
 class RMSNorm(nn.Module):
@@ -72,7 +62,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BLD: Tensor, residual_BLD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sum of branch and residual, normalised, and the sum itself: the next residual."""
+        """Returns the normalised sum of branch and residual, and the sum itself, which is the next residual."""
         if residual_BLD is None:
             return kernels.rms_norm(x_BLD, self.weight, self.eps), x_BLD
         return kernels.rms_norm(x_BLD, self.weight, self.eps, residual_BLD)
@@ -82,10 +72,9 @@ class Attention(nn.Module):
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
         self.width = shape.head_width
-        kv_hidden = shape.kv_heads * shape.head_width
         self.q_proj = nn.Linear(shape.hidden, shape.hidden, bias=False)
-        self.k_proj = nn.Linear(shape.hidden, kv_hidden, bias=False)
-        self.v_proj = nn.Linear(shape.hidden, kv_hidden, bias=False)
+        self.k_proj = nn.Linear(shape.hidden, shape.kv_hidden, bias=False)
+        self.v_proj = nn.Linear(shape.hidden, shape.kv_hidden, bias=False)
         self.o_proj = nn.Linear(shape.hidden, shape.hidden, bias=False)
 
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -107,7 +96,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Takes and returns (branch, residual), the sum still open, so that the next norm adds and normalises at once."""
+    """Takes and returns (branch, residual) before they are added, so that the next norm adds and normalises at once."""
 
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
@@ -125,18 +114,19 @@ class Block(nn.Module):
         return self.mlp(x_BLD), after_BLD
 
 
-class Llama(nn.Module):
-    """A LLaMA whose forward pass stops at the hidden state; `head` is the weight [V, D] that makes logits of it."""
+class Llama(LanguageModel):
+    """A LLaMA whose forward pass stops at the final hidden state."""
 
     def __init__(self, shape: LlamaShape, *, recompute: bool = False) -> None:
+        """`recompute`: the backward pass recomputes the blocks' activations instead of keeping them."""
         super().__init__()
         self.shape, self.recompute = shape, recompute
-        self.embed_tokens = nn.Embedding(shape.vocabulary, shape.hidden)
+        self.rope_theta = shape.rope_theta
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.hidden, shape.norm_eps)
-        self.lm_head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
-        if shape.tied:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.lm_head = nn.Linear(shape.hidden, shape.vocab_size, bias=False)
+        self.tie_head()
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -146,16 +136,20 @@ class Llama(nn.Module):
     def head(self) -> Tensor:
         return self.lm_head.weight
 
-    def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None) -> Tensor:
-        """Hidden states [N, D] of the rows to predict.
+    def rotary_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns the cosines and sines [max_length, D_head/2] of all positions."""
+        return rotary_table(self.shape.max_length, self.shape.head_width, self.rope_theta, device)
+
+    def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None, dropout_seeds_B: Tensor | None = None) -> Tensor:
+        """Returns the hidden states [N, D] of the rows to predict.
 
         Args:
             tokens_BL: [B, L] int64.
             rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
+            dropout_seeds_B: not read, as a LLaMA has no dropout; all families are called alike.
         """
-        length = length_of(tokens_BL, self.shape.positions)
-        table = rotary_table(self.shape.positions, self.shape.head_width, self.shape.rope_theta, tokens_BL.device)
-        cos, sin = (angles.narrow(0, 0, length) for angles in table)
+        length = check_length(tokens_BL, self.shape.max_length)
+        cos, sin = (angles.narrow(0, 0, length) for angles in self.rotary_tables(tokens_BL.device))
         branch_BLD, residual_BLD = self.embed_tokens(tokens_BL), None
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
@@ -169,37 +163,46 @@ class Llama(nn.Module):
         hidden_ND, _ = self.norm(branch_ND, residual_ND)
         return hidden_ND
 
+    def tree_states(self, tokens_BL: Tensor, positions_BL: Tensor, ends_BL: Tensor, rows_U: Tensor) -> Tensor:
+        """Runs the layers one by one: a token has the position in its own text and attends to the tokens on its way
+        from the root of its tree. All else sees one long row of tokens."""
+        rows, length = tokens_BL.shape
+        cos, sin = (table[positions_BL.flatten()] for table in self.rotary_tables(tokens_BL.device))
+        places_L = torch.arange(length, device=ends_BL.device)
+        masked_BLL = (ends_BL[:, None, :] <= places_L[:, None]) | (places_L > places_L[:, None])
+        bias_B1LL = torch.zeros(rows, 1, length, length, device=places_L.device, dtype=self.head.dtype)
+        bias_B1LL.masked_fill_(masked_BLL[:, None], -torch.inf)
 
-def rotary_table(positions: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [positions, d/2] in fp32 of d/2 frequencies (Su et al. 2021), d the width of a head.
+        branch_1ND, residual_1ND = self.embed_tokens(tokens_BL.view(1, -1)), None
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            attention = layer.self_attn
+            projections = attention.q_proj, attention.k_proj, attention.v_proj
+            x_1ND, between_1ND = layer.input_layernorm(branch_1ND, residual_1ND)
+            q, k, v = (project(x_1ND).unflatten(-1, (-1, attention.width)) for project in projections)
+            q, k = kernels.rotary(q, k, cos, sin)
+            q, k, v = (x.view(rows, length, *x.shape[2:]).transpose(1, 2) for x in (q, k, v))
+            grouped = q.shape[1] != k.shape[1]
+            mixed_BHLd = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1LL, enable_gqa=grouped)
+            mixed_1ND = attention.o_proj(mixed_BHLd.transpose(1, 2).reshape(1, rows * length, -1))
+            x_1ND, residual_1ND = layer.post_attention_layernorm(mixed_1ND, between_1ND)
+            branch_1ND = layer.mlp(x_1ND)
+        assert residual_1ND is not None, "there is at least one layer"
+        hidden_UD, _ = self.norm(branch_1ND[0, rows_U], residual_1ND[0, rows_U])
+        return hidden_UD
 
-    Kept outside the module: as a buffer it would be rounded to the parameters' dtype.
+
+def rotary_table(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns cosines and sines [length, width/2] in fp32 of width/2 frequencies (Su et al. 2021).
+
+    They are kept outside the module: as a buffer they would be rounded to the parameters' dtype.
     """
-    return _rotary_table(positions, width, theta, device)
+    return _rotary_table(length, width, theta, device)
 
 
 @lru_cache(maxsize=32)
-def _rotary_table(positions: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # the first caller may be inside inference mode, a later one needs gradients
+def _rotary_table(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # The first caller may be in inference mode, and a later one needs gradients.
         frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
         return angle.cos().float().to(device), angle.sin().float().to(device)
-
-
-@torch.no_grad()
-def initialise(model: Any, seed: int) -> None:
-    """Matrices from N(0, 0.02²), norms at one, biases at zero, as LLaMA's and GPT-2's references do; drawn on the CPU,
-    from the seed alone. `model` is of any family.
-
-    The two projections that write into the residual stream are scaled by 1/√(2·layers) (GPT-2, Radford et al. 2019),
-    so that its variance does not grow with depth.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        deviation = 0.02
-        if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")):
-            deviation /= math.sqrt(2 * model.shape.layers)
-        parameter.copy_(torch.empty_like(parameter, device="cpu").normal_(0.0, deviation, generator=generator))

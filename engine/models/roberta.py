@@ -1,6 +1,6 @@
 """RoBERTa for masked language modelling: learned positions, LayerNorm after each branch, exact GELU (Liu et al. 2019).
 
-The body ends where the head's dense layer has transformed the hidden state, for the rows to predict alone; what is left
+The body ends where the head's dense layer has transformed the hidden state, for the rows to predict alone. What is left
 of the head is the embedding's weight and a bias. Modules carry Hugging Face's names: with the prefix `roberta.` on all
 but the head a state dictionary is theirs.
 
@@ -8,60 +8,42 @@ B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from engine.config import StudentConfig
-from engine.models.dropout import attention, dropped
-from engine.models.inputs import draws_in_use, length_of
+from engine.config.settings import StudentConfig
+from engine.models.base import LanguageModel, Shape, check_length
+from engine.models.dropout import attention, dropout, seeds_in_use
+from engine.system.errors import UserError
 
 
 @dataclass(frozen=True)
-class RobertaShape:
-    """A RoBERTa's shape; ValueError where the numbers do not fit one another."""
+class RobertaShape(Shape):
+    """The numbers that describe a RoBERTa. Its head shares the embedding's weight."""
 
-    layers: int
-    hidden: int
-    heads: int
-    ffn: int
-    vocabulary: int
-    positions: int
-    dropout: float = 0.0  # of embeddings, attention weights and both branches
-    norm_eps: float = 1e-5
     padding: int = 1  # the padding token's id; positions are counted from the one after it
 
-    def __post_init__(self) -> None:
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden={self.hidden} is not divisible by heads={self.heads}: choose a multiple")
+    family: ClassVar[str] = "roberta"
+    title: ClassVar[str] = "RoBERTa"
+    causal: ClassVar[bool] = False
 
     @classmethod
-    def of(cls, student: StudentConfig, vocabulary: int) -> "RobertaShape":
-        for name in ("kv_heads", "rope_theta"):
-            if getattr(student, name) is not None:
-                raise ValueError(f"{name}={getattr(student, name)}: a RoBERTa has none; drop it, or take family=llama")
+    def _own_settings(cls, student: StudentConfig) -> dict[str, Any]:
         if not student.tied:
-            raise ValueError("tied=false: a RoBERTa's head shares the embedding's weight; drop it")
-        return cls(
-            layers=student.layers,
-            hidden=student.hidden,
-            heads=student.heads,
-            ffn=student.ffn,
-            vocabulary=vocabulary,
-            positions=student.positions,
-            dropout=student.dropout,
-            norm_eps=student.norm_eps or cls.norm_eps,
-        )
+            raise UserError("tied=false: a RoBERTa's head shares the embedding's weight; drop it")
+        return {}
 
     @property
-    def tied(self) -> bool:
-        return True
+    def head_matrices(self) -> int:
+        return 1
 
     @property
-    def head_width(self) -> int:
-        return self.hidden // self.heads
+    def ends_in_product(self) -> bool:
+        return False  # A norm ends a block.
 
 
 class Output(nn.Module):
@@ -73,8 +55,8 @@ class Output(nn.Module):
         self.dense = nn.Linear(width, shape.hidden)
         self.LayerNorm = nn.LayerNorm(shape.hidden, shape.norm_eps)
 
-    def forward(self, branch: Tensor, residual_BLD: Tensor, draws_B: Tensor | None) -> Tensor:
-        return self.LayerNorm(residual_BLD + dropped(self.dense(branch), self.dropout, draws_B, self.site))
+    def forward(self, branch: Tensor, residual_BLD: Tensor, dropout_seeds_B: Tensor | None) -> Tensor:
+        return self.LayerNorm(residual_BLD + dropout(self.dense(branch), self.dropout, dropout_seeds_B, self.site))
 
 
 class Attention(nn.Module):
@@ -84,10 +66,10 @@ class Attention(nn.Module):
         self.self = nn.ModuleDict({name: nn.Linear(shape.hidden, shape.hidden) for name in ("query", "key", "value")})
         self.output = Output(shape.hidden, shape, site + 1)
 
-    def forward(self, x_BLD: Tensor, draws_B: Tensor | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, dropout_seeds_B: Tensor | None) -> Tensor:
         q, k, v = (projection(x_BLD).unflatten(-1, (-1, self.width)) for projection in self.self.values())
-        mixed_BLHd = attention(q, k, v, self.dropout, draws_B, self.site, causal=False)
-        return self.output(mixed_BLHd.flatten(-2), x_BLD, draws_B)
+        mixed_BLHd = attention(q, k, v, self.dropout, dropout_seeds_B, self.site, causal=False)
+        return self.output(mixed_BLHd.flatten(-2), x_BLD, dropout_seeds_B)
 
 
 class Block(nn.Module):
@@ -98,9 +80,9 @@ class Block(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(shape.hidden, shape.ffn)})
         self.output = Output(shape.ffn, shape, first_site + 2)
 
-    def forward(self, x_BLD: Tensor, draws_B: Tensor | None) -> Tensor:
-        x_BLD = self.attention(x_BLD, draws_B)
-        return self.output(F.gelu(self.intermediate["dense"](x_BLD)), x_BLD, draws_B)
+    def forward(self, x_BLD: Tensor, dropout_seeds_B: Tensor | None) -> Tensor:
+        x_BLD = self.attention(x_BLD, dropout_seeds_B)
+        return self.output(F.gelu(self.intermediate["dense"](x_BLD)), x_BLD, dropout_seeds_B)
 
 
 class Head(nn.Module):
@@ -110,22 +92,23 @@ class Head(nn.Module):
         super().__init__()
         self.dense = nn.Linear(shape.hidden, shape.hidden)
         self.layer_norm = nn.LayerNorm(shape.hidden, shape.norm_eps)
-        self.bias = nn.Parameter(torch.zeros(shape.vocabulary))
+        self.bias = nn.Parameter(torch.zeros(shape.vocab_size))
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.layer_norm(F.gelu(self.dense(x_ND)))
 
 
-class Roberta(nn.Module):
-    """Its forward pass stops before the logits, which are hidden · `head`ᵀ + `head_bias`: [V, D] and [V]."""
+class Roberta(LanguageModel):
+    """A RoBERTa whose forward pass stops before the logits."""
 
     def __init__(self, shape: RobertaShape, *, recompute: bool = False) -> None:
+        """`recompute`: the backward pass recomputes the blocks' activations instead of keeping them."""
         super().__init__()
-        self.shape, self.recompute = shape, recompute
+        self.shape, self.recompute, self.first_position = shape, recompute, shape.padding + 1
         self.embeddings = nn.ModuleDict(
             {
-                "word_embeddings": nn.Embedding(shape.vocabulary, shape.hidden),
-                "position_embeddings": nn.Embedding(shape.positions + shape.padding + 1, shape.hidden),
+                "word_embeddings": nn.Embedding(shape.vocab_size, shape.hidden),
+                "position_embeddings": nn.Embedding(shape.max_length + self.first_position, shape.hidden),
                 "token_type_embeddings": nn.Embedding(1, shape.hidden),
                 "LayerNorm": nn.LayerNorm(shape.hidden, shape.norm_eps),
             }
@@ -133,42 +116,45 @@ class Roberta(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Block(shape, number) for number in range(shape.layers))})
         self.lm_head = Head(shape)
 
+    def tie_head(self) -> None:
+        """The head is the embedding's weight already."""
+
     @property
-    def embedding(self) -> nn.Module:
-        return self.embeddings["word_embeddings"]
+    def embedding(self) -> nn.Embedding:
+        words = self.embeddings["word_embeddings"]
+        assert isinstance(words, nn.Embedding)
+        return words
 
     @property
     def head(self) -> Tensor:
-        weight = self.embedding.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return self.embedding.weight
 
     @property
     def head_bias(self) -> Tensor:
         return self.lm_head.bias
 
-    def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None, draws_B: Tensor | None = None) -> Tensor:
-        """Transformed hidden states [N, D] of the rows to predict.
+    def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None, dropout_seeds_B: Tensor | None = None) -> Tensor:
+        """Returns the transformed hidden states [N, D] of the rows to predict.
 
         Args:
             tokens_BL: [B, L] int64, masked.
             rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
-            draws_B: [B] int64, what each sequence's dropout is drawn from (engine.models.dropout); only in training.
+            dropout_seeds_B: [B] int64, one seed per sequence (engine.models.dropout); read in training only.
         """
-        return self.lm_head(self.states(tokens_BL, rows_N, draws_B))
+        return self.lm_head(self.states(tokens_BL, rows_N, dropout_seeds_B))
 
-    def states(self, tokens_BL: Tensor, rows_N: Tensor | None = None, draws_B: Tensor | None = None) -> Tensor:
-        """As `forward`, before the head transforms them: what another head than the language model's begins with."""
-        length = length_of(tokens_BL, self.shape.positions)
-        draws_B = draws_in_use(draws_B, self.shape.dropout, training=self.training)
+    def states(self, tokens_BL: Tensor, rows_N: Tensor | None = None, dropout_seeds_B: Tensor | None = None) -> Tensor:
+        """Returns what `forward` does, before the language model's head transforms it."""
+        length = check_length(tokens_BL, self.shape.max_length)
+        dropout_seeds_B = seeds_in_use(dropout_seeds_B, self.shape.dropout, training=self.training)
         word, position, token_type, norm = self.embeddings.values()
-        positions_L = self.shape.padding + 1 + torch.arange(length, device=tokens_BL.device)
+        positions_L = self.first_position + torch.arange(length, device=tokens_BL.device)
         x_BLD = norm(word(tokens_BL) + position(positions_L) + token_type(torch.zeros_like(positions_L)))
-        x_BLD = dropped(x_BLD, self.shape.dropout, draws_B, site=0)
+        x_BLD = dropout(x_BLD, self.shape.dropout, dropout_seeds_B, site=0)
         for block in self.encoder["layer"]:  # pyright: ignore[reportGeneralTypeIssues]
             if self.recompute and torch.is_grad_enabled():
-                x_BLD = checkpoint(block, x_BLD, draws_B, use_reentrant=False)
+                x_BLD = checkpoint(block, x_BLD, dropout_seeds_B, use_reentrant=False)
             else:
-                x_BLD = block(x_BLD, draws_B)
+                x_BLD = block(x_BLD, dropout_seeds_B)
         x_ND = x_BLD.flatten(0, 1)
         return x_ND if rows_N is None else x_ND[rows_N]

@@ -7,9 +7,9 @@ import pytest
 
 from benchmarks import cases
 from benchmarks.cases import Case
-from engine.checks import check
-from engine.corpus.prepare import prepare
-from engine.export import import_student
+from engine.data.prepare import prepare
+from engine.models.huggingface import import_weights
+from engine.run.checks import check
 
 
 def grid(folder: Path, *axes: str, tasks: tuple[str, ...] = ("plain",)) -> list[Case]:
@@ -35,14 +35,14 @@ def test_a_grid_has_every_combination_and_each_is_a_run_of_its_own(tmp_path: Pat
 def test_text_and_models_are_what_the_engine_reads(tmp_path: Path):
     *_, case = grid(tmp_path, "students.0.tied=false")
     prepared = prepare(case.config.data, say=lambda _: None)
-    assert prepared.tokenizer.size == case.vocabulary == 70
+    assert prepared.tokenizer.vocab_size == case.vocabulary == 70
     tokens = np.fromfile(prepared.train, np.uint16)
     assert len(tokens) == cases.SEQUENCES * 16 + 1
     counts = np.bincount(tokens, minlength=70)
     assert (counts[: len(cases.SPECIAL)] == 0).all()
     assert counts.max() > 10 * np.median(counts[len(cases.SPECIAL) :]), "a few are frequent"
     (student,) = case.config.students
-    record = import_student(student, case.student_shapes[0], prepared.tokenizer)
+    record = import_weights(student, case.student_shapes[0], prepared.tokenizer)
     assert {"weight/embed_tokens.weight", "weight/lm_head.weight"} <= record.keys(), "untied, as the setting says"
 
 

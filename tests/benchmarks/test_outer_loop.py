@@ -5,7 +5,7 @@ import pytest
 from benchmarks import outer_loop
 from engine.models.llama import LlamaShape
 
-TINY = LlamaShape(layers=1, hidden=16, heads=2, kv_heads=2, ffn=32, vocabulary=64, positions=16, tied=True)
+TINY = LlamaShape(layers=1, hidden=16, heads=2, kv_heads=2, ffn=32, vocab_size=64, max_length=16, tied=True)
 
 
 def test_every_way_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

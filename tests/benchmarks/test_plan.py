@@ -9,10 +9,10 @@ import pytest
 
 from benchmarks import plan, throughput
 from benchmarks.plan import Cluster, Job, Measured
-from engine.flops import Text, inference, training
+from engine.compute.flops import Text, inference, training
 from engine.models.llama import LlamaShape
 
-SMALL = LlamaShape(layers=2, hidden=32, heads=4, kv_heads=4, ffn=48, vocabulary=64, positions=16, tied=True)
+SMALL = LlamaShape(layers=2, hidden=32, heads=4, kv_heads=4, ffn=48, vocab_size=64, max_length=16, tied=True)
 LARGE = replace(SMALL, layers=4, hidden=64)
 P = 64 * 32 + 2 * (4 * 32**2 + 3 * 32 * 48 + 2 * 32) + 32
 JOB = Job((SMALL,), (LARGE,), batch=8, length=16)
@@ -53,7 +53,7 @@ def measured(seconds: float | None = None, **changes: object) -> Measured:
 
 
 def test_rates_are_found_again_and_an_error_is_seen():
-    wide = replace(SMALL, vocabulary=256)
+    wide = replace(SMALL, vocab_size=256)
     cases = [measured(batch=b) for b in (4, 16, 64)]
     cases += [measured(length=n) for n in (8, 64)]
     cases += [measured(teachers=()), measured(teachers=(LARGE, LARGE)), measured(students=(wide, wide), teachers=())]
@@ -70,19 +70,19 @@ def test_the_stage_that_is_fastest_of_those_that_fit():
     found = plan.plans(job, cluster, RATES)
     assert [p.stage for p in found] == [0, 1, 2, 3]
     assert plan.best(found).stage == 0
-    needed = min(p.memory for p in found)
-    assert needed < found[0].memory, "moments are shared out"
-    tight = plan.best(plan.plans(job, replace(cluster, memory=needed * 1.001), RATES))
+    needed = min(p.peak_memory for p in found)
+    assert needed < found[0].peak_memory, "moments are shared out"
+    tight = plan.best(plan.plans(job, replace(cluster, peak_memory=needed * 1.001), RATES))
     assert tight.fits
     assert (tight.stage, tight.micro_batch) != (0, 8)
-    hopeless = plan.best(plan.plans(job, replace(cluster, memory=1), RATES))
+    hopeless = plan.best(plan.plans(job, replace(cluster, peak_memory=1), RATES))
     assert (hopeless.fits, hopeless.micro_batch) == (False, 1)
     assert [p.stage for p in plan.plans(replace(job, precision="bf16"), cluster, RATES)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("shape", [SMALL, replace(SMALL, kv_heads=2, tied=False)])
 def test_shapes_are_read_as_they_are_written(shape: LlamaShape):
-    assert plan.parse(throughput.described(shape), shape.vocabulary, shape.positions) == shape
+    assert plan.parse(throughput.described(shape), shape.vocab_size, shape.max_length) == shape
 
 
 def write(path: Path, **changes: object) -> Path:
@@ -104,7 +104,7 @@ def test_what_is_read_of_measurements(tmp_path: Path, capsys: pytest.CaptureFixt
     (case,) = plan.read_measured([write(tmp_path / "a.csv")])
     assert case.job == JOB
     assert (case.seconds, case.cluster.ranks, case.cluster.kind) == (0.005, 1, "cpu")
-    assert case.memory == 10 * 2**20 + 12 * P + 4 * plan.parameters(LARGE)
+    assert case.peak_memory == 10 * 2**20 + 12 * P + 4 * plan.parameters(LARGE)
     assert "1 of 2 cases are left out" in capsys.readouterr().out
     other = write(tmp_path / "b.csv", device="another")
     with pytest.raises(ValueError, match="one device's files"):

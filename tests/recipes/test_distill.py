@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TINY = """
 run: {name: teacher}
-data: {words: 3000, tokenizer: {pieces: 400}}
+data: {words: 3000, tokenizer: {vocab_size: 400}}
 students: [{name: one, layers: 1, hidden: 16, heads: 2, ffn: 32, positions: 32}]
 optimizer: {warmup: 1}
 train: {steps: 3, batch: 4, length: 32}
@@ -39,7 +39,7 @@ def test_a_teacher_and_its_student(tmp_path: Path) -> None:
 
     taught = run(tmp_path, "pretrain.py")
     assert taught.returncode == 0, taught.stderr
-    student = ("run.name=student", "teachers.0.path=runs/teacher", "objective.ce=0.5")
+    student = ("run.name=student", "teachers.0.path=runs/teacher", "objective.ce_weight=0.5")
     refused = run(tmp_path, "pretrain.py", *student)
     assert refused.returncode == 2
     assert "this recipe trains one model alone" in refused.stderr

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import Config, build
+from engine.config.loading import build
+from engine.config.settings import Config
 from engine.train import train
 
 RECIPE = str(Path(__file__).parents[2] / "recipes" / "export.py")
-TINY = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "positions": 64}
+TINY = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "max_length": 64}
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {
         "students": [{"name": "slow", **TINY, "learning_rate": 1e-9}, {"name": "keen", **TINY, "learning_rate": 1e-2}],
         "run": {"name": "two", "folder": str(folder / "runs")},
-        "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"pieces": 400}},
+        "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"vocab_size": 400}},
         "objective": {"weighted": True},
         "outer": {"initial": [1, 3]},
         "optimizer": {"warmup": 1},

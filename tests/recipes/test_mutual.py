@@ -16,21 +16,22 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from engine import checkpoint
-from engine.config import Config, as_dict, build
-from engine.run import Run
+from engine.config.loading import as_dict, build
+from engine.config.settings import Config
+from engine.run import checkpoint
+from engine.run.run import Run
 from engine.train import train
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes" / "mutual.py")
-TINY = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "positions": 64}
+TINY = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "max_length": 64}
 
 
 def tiny(folder: Path, *overrides: str) -> Config:
     settings = {
         "students": [{"name": "one", **TINY}, {"name": "two", **TINY, "hidden": 24, "seed": 1}],
         "run": {"name": "tiny", "folder": str(folder / "runs")},
-        "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"pieces": 400}},
+        "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"vocab_size": 400}},
         "optimizer": {"warmup": 1},
         "train": {"steps": 6, "batch": 4, "length": 32},
         "evaluation": {"every": 3, "tokens": 100, "samples": 1, "sample_tokens": 4},
@@ -93,21 +94,21 @@ def test_a_finished_run_asked_again_ends_with_the_same_table(
         (["data.path=nowhere"], ["data.path=nowhere", "no such folder", "grammar"]),
         (["students.1.hidden=15"], ["students.two", "hidden=15", "heads=2", "multiple"]),
         (["students.1.name=one"], ["'one'", "2 times", "name of its own"]),
-        (["train.length=100"], ["positions=64", "train.length=100", "raise"]),
+        (["train.length=100"], ["max_length=64", "train.length=100", "raise"]),
         (["optimizer.warmup=6"], ["warmup=6", "train.steps=6", "lower"]),
         (["train.batch=4000"], ["train.batch=4000", "sequences", "smaller"]),
         (["train.micro_batch=3"], ["micro_batch=3", "divisor of 4"]),
-        (["data.tokenizer.pieces=30000"], ["pieces=30000", "at most", "fewer"]),
+        (["data.tokenizer.vocab_size=30000"], ["pieces=30000", "at most", "fewer"]),
         (["train.zero_stage=0", "train.precision=bf16"], ["zero_stage=0", "bf16", "zero_stage=1"]),
         (["train.zero_stage=3", "train.compile=true"], ["train.compile", "zero_stage=3", "zero_stage=2"]),
-        (["objective.peers=0", "objective.temperature=2"], ["objective.temperature", "raise objective.peers"]),
+        (["objective.peer_weight=0", "objective.temperature=2"], ["objective.temperature", "raise objective.peer_weight"]),
         (["students.0.init=nowhere"], ["students.one.init=nowhere", "no config.json"]),
         (["run.resume=always"], ["no checkpoint", "run.resume=auto"]),
         (["students.1.name=ensemble"], ["'ensemble'", "another name"]),
         (["evaluation.data=."], ["evaluation.tasks", "none"]),
-        (["objective.teachers=0.5"], ["objective.teachers=0.5", "without teachers"]),
-        (["optimizer.decay=0.5"], ["optimizer.decay", "trapezoid", "schedule=cosine"]),
-        (["optimizer.schedule=constant", "optimizer.floor=0.1"], ["optimizer.floor=0.1", "constant"]),
+        (["objective.teacher_weight=0.5"], ["objective.teacher_weight=0.5", "without teachers"]),
+        (["optimizer.decay_fraction=0.5"], ["optimizer.decay", "trapezoid", "schedule=cosine"]),
+        (["optimizer.schedule=constant", "optimizer.min_lr_ratio=0.1"], ["optimizer.min_lr_ratio=0.1", "constant"]),
         (["objective.weighted=true", "outer.sequences=4"], ["outer.sequences=4", "no effect without outer.every"]),
         (
             ["objective.weighted=true", "outer.every=2", "outer.terms=first", "outer.inner=lagged"],
@@ -147,7 +148,7 @@ def test_students_with_different_tokenizers(trained: Path) -> None:
     train(tiny(trained, "run.name=warm", f"students.0.init={moved}"))  # the same tokenizer: welcome
     moved.rename(start)
     train(tiny(trained, "run.name=warm", f"students.0.init={moved}"))  # whoever goes on has no more need of it
-    other = tiny(trained, "run.name=other", f"students.0.init={start}", "data.tokenizer.pieces=420")
+    other = tiny(trained, "run.name=other", f"students.0.init={start}", "data.tokenizer.vocab_size=420")
     message = refusal(other)
     assert "students.one.init" in message
     assert "tokenizer" in message

@@ -13,7 +13,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_prepares_the_grammar_and_shows_what_came_of_it(tmp_path: Path):
-    done = run(tmp_path, "data.words=20000", "data.tokenizer.pieces=400")
+    done = run(tmp_path, "data.words=20000", "data.tokenizer.vocab_size=400")
     assert (done.returncode, done.stderr) == (0, "")
     assert "tokens per word" in done.stdout
     folders = list((tmp_path / "prepared").iterdir())
@@ -27,7 +27,7 @@ def test_prepares_the_grammar_and_shows_what_came_of_it(tmp_path: Path):
         ("data.path=/missing", "data.path=/missing: no such folder; expected grammar"),
         ("data.wrods=5", "unknown key 'data.wrods': did you mean 'words'?"),
         ("data.words=0", "data.words=0: input should be greater than or equal to 1"),
-        ("data.tokenizer.pieces=90000", "data.tokenizer.pieces=90000: the training text allows"),
+        ("data.tokenizer.vocab_size=90000", "data.tokenizer.vocab_size=90000: the training text allows"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(argument: str, message: str, tmp_path: Path):

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import tokenizer as tokenization
-from engine.config import StudentConfig, TokenizerConfig
-from engine.corpus.grammar import generate, minimal_pairs
-from engine.evaluation.report import score_model
-from engine.export import export_student
+from engine.config.settings import StudentConfig, TokenizerConfig
+from engine.data import tokenizer as tokenization
+from engine.data.grammar.generator import generate, minimal_pairs
+from engine.evaluation.scores import score_model
+from engine.models.huggingface import export_model
 from engine.models.llama import Llama, LlamaShape, initialise
 
 ROOT = Path(__file__).parents[2]
@@ -50,10 +50,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer").mkdir(parents=True)
     tokenizer = tokenization.train(generate(0, 3000), TokenizerConfig(), PIECES, folder / "tokenizer", boundary=True)
     for seed, name in enumerate(("one", "two")):
-        shape = LlamaShape.of(StudentConfig(name, 1, 16, 2, 24, positions=64), PIECES)
+        shape = LlamaShape.of(StudentConfig(name, 1, 16, 2, 24, max_length=64), PIECES)
         model = Llama(shape)
         initialise(model, seed)
-        export_student(folder / "students" / name, shape, dict(model.named_parameters()), tokenizer)
+        export_model(folder / "students" / name, shape, dict(model.named_parameters()), tokenizer)
     return folder
 
 

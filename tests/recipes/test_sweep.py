@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BASE = """
 students: [{name: one, layers: 1, hidden: 16, heads: 2, ffn: 32, positions: 32}]
-data: {words: 3000, tokenizer: {pieces: 400}}
+data: {words: 3000, tokenizer: {vocab_size: 400}}
 optimizer: {warmup: 1}
 train: {steps: 6, batch: 4, length: 32}
 evaluation: {every: 3, tokens: 100, pairs: none, samples: 0}
@@ -31,7 +31,8 @@ parameters:
 
 PRETRAIN = """
 import json, pathlib, sys
-from engine.config import Config, build, read_yaml
+from engine.config.settings import Config
+from engine.config.loading import build, read_yaml
 
 config = build(Config, read_yaml(pathlib.Path(sys.argv[2])), sys.argv[3:])
 for _ in range(2):

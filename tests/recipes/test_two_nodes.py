@@ -17,7 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "mutual.py"
-SHAPE = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "positions": 64}
+SHAPE = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "max_length": 64}
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 
 
@@ -53,7 +53,7 @@ def config(folder: Path, name: str) -> Path:
     settings = {
         "students": [{"name": "one", **SHAPE}, {"name": "two", **SHAPE, "hidden": 24, "seed": 1}],
         "run": {"name": name, "folder": str(folder / "runs")},
-        "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"pieces": 400}},
+        "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"vocab_size": 400}},
         "optimizer": {"warmup": 1},
         "train": {"steps": 6, "batch": 4, "length": 32},
         "evaluation": {"every": 6, "tokens": 100, "samples": 1, "sample_tokens": 4},

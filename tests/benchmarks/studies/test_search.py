@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.studies.search import SPACE, random_cohort
-from engine.search import Candidate, Space
+from engine.search.students import Candidate, Space
 
 
 @pytest.mark.parametrize("like", [(Candidate(2, 64, 4), Candidate(3, 32, 4)), (Candidate(2, 32, 4),) * 3])

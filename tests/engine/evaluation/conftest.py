@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import runtime
-from engine import tokenizer as tokenization
-from engine.cohort import Cohort, Student, new_model
-from engine.config import OptimizerConfig, StudentConfig, TokenizerConfig, TrainConfig
-from engine.corpus.grammar import generate
-from engine.export import export_student
-from engine.tokenizer import Tokenizer
+from engine.config.settings import OptimizerConfig, StudentConfig, TokenizerConfig, TrainConfig
+from engine.data import tokenizer as tokenization
+from engine.data.grammar.generator import generate
+from engine.data.tokenizer import Tokenizer
+from engine.models.huggingface import export_model
+from engine.students.cohort import Cohort
+from engine.students.student import Student, new_model
+from engine.system import distributed as runtime
 
 ROOT = Path(__file__).parents[3]
 PIECES = 360
@@ -36,8 +37,8 @@ def place() -> Iterator[runtime.Runtime]:
 def cohort(place: runtime.Runtime) -> Cohort:
     """Two students of different shapes, under ZeRO 0 and 1, whose weights are large enough to have opinions."""
     configs = [
-        (TrainConfig(zero_stage=0), StudentConfig("a", 2, 32, 4, 48, kv_heads=2, seed=1, positions=POSITIONS)),
-        (TrainConfig(zero_stage=1), StudentConfig("b", 1, 16, 2, 40, tied=False, seed=2, positions=POSITIONS)),
+        (TrainConfig(zero_stage=0), StudentConfig("a", 2, 32, 4, 48, kv_heads=2, seed=1, max_length=POSITIONS)),
+        (TrainConfig(zero_stage=1), StudentConfig("b", 1, 16, 2, 40, tied=False, seed=2, max_length=POSITIONS)),
     ]
     students = [
         Student(config, new_model(config, PIECES), train, OptimizerConfig(), place) for train, config in configs
@@ -77,5 +78,5 @@ def evaluation_data() -> Path:
 def exported(cohort: Cohort, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first student as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("exported") / "student"
-    export_student(folder, cohort[0].shape, dict(cohort[0].model.named_parameters()), tokenizer)
+    export_model(folder, cohort[0].shape, dict(cohort[0].model.named_parameters()), tokenizer)
     return folder

@@ -14,8 +14,8 @@ import torch
 from engine.evaluation.scoring import model_log_probabilities
 from engine.evaluation.tasks import Task, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
-from engine.export import load_model
-from engine.runtime import Runtime
+from engine.models.huggingface import load_model
+from engine.system.distributed import Runtime
 
 if "CRECHE_STUDENT" not in os.environ:
     pytest.skip("a long comparison: name a student's Hugging Face folder in CRECHE_STUDENT", allow_module_level=True)
@@ -45,7 +45,7 @@ def scored(request: pytest.FixtureRequest, place: Runtime, evaluation_data: Path
     [task] = read_tasks([request.param], evaluation_data)
     model, tokenizer = load_model(STUDENT)
     with torch.inference_mode():
-        zero_shot = ZeroShot([task], tokenizer, place, positions=model.shape.positions, share=True)
+        zero_shot = ZeroShot([task], tokenizer, place, max_length=model.shape.max_length, share=True)
         [answers] = zero_shot.answers(model_log_probabilities([model]))
     return task, answers
 

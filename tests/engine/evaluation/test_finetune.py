@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from engine.cohort import Cohort
-from engine.config import FinetuneConfig, OptimizerConfig
-from engine.data import IGNORED
+from engine.config.settings import FinetuneConfig, OptimizerConfig
+from engine.data.batches import IGNORED
+from engine.data.tokenizer import Tokenizer
 from engine.evaluation import finetune as module
 from engine.evaluation.finetune import Classification, Examples, finetune, read_classification
 from engine.evaluation.results import TaskScore
-from engine.evaluation.scoring import Strand, StrandBatch
-from engine.models.families import Model, model_of
+from engine.evaluation.scoring import TokenTree, TreeBatch
+from engine.models.families import Model, new_model
 from engine.models.llama import Llama
 from engine.models.roberta import RobertaShape
-from engine.runtime import Runtime
-from engine.tokenizer import Tokenizer
+from engine.students.cohort import Cohort
+from engine.system.distributed import Runtime
 
 QUICK = FinetuneConfig(seeds=(1,), learning_rate=3e-3, batch=8, epochs=3)
 
@@ -60,17 +60,17 @@ def test_a_masked_model_learns_too_and_sees_no_padding(
 ) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = model_of(RobertaShape(1, 32, 4, 64, tokenizer.size, 48, dropout=0.1))
+        model = new_model(RobertaShape(1, 32, 4, 64, tokenizer.vocab_size, 48, dropout=0.1))
     with torch.no_grad():
         for parameter in model.get_submodule("encoder").parameters():  # large enough to have opinions
             parameter.mul_(3 if parameter.ndim == 2 else 1)
     lengths: list[set[int]] = []
-    batch_of = module.batch_of
+    collate = module.collate
 
-    def watched(strands: list[Strand], device: torch.device) -> StrandBatch:
-        lengths.append({len(strand.tokens) for strand in strands})
-        assert {strand.rows[0] for strand in strands} == {0}, "the first token's state, which has seen both texts"
-        return batch_of(strands, device)
+    def watched(trees: list[TokenTree], device: torch.device) -> TreeBatch:
+        lengths.append({len(tree.tokens) for tree in trees})
+        assert {tree.rows[0] for tree in trees} == {0}, "the first token's state, which has seen both texts"
+        return collate(trees, device)
 
     monkeypatch.setattr(module, "batch_of", watched)
     dogs = [
@@ -151,11 +151,11 @@ def test_results_are_kept_for_the_same_job_alone(
 
 
 @pytest.mark.parametrize("world", [1, 2, 8])
-def test_ranks_share_out_a_batch(world: int, tokenizer: Tokenizer, model: Llama, place: Runtime) -> None:
+def test_ranks_share_out_a_batch(world_size: int, tokenizer: Tokenizer, model: Llama, place: Runtime) -> None:
     """And one for whom nothing is left takes part with an example that does not count."""
     found: list[int] = []
-    for rank in range(world):
-        at = replace(place, rank=rank, world=world)
+    for rank in range(world_size):
+        at = replace(place, rank=rank, world_size=world_size)
         job = module._Job(SET, module.Settings(batch=5), OptimizerConfig(), model, tokenizer, at, print)
         batches = job._batches(job.train[:5], epoch=2)
         counted = torch.cat([batch.targets_N for batch in batches]) != IGNORED
@@ -196,7 +196,7 @@ def test_predictions_that_are_not_finite_are_no_result(
 def test_long_examples_are_cut_and_it_is_said(tokenizer: Tokenizer) -> None:
     said: list[str] = []
     part = Examples([("look " * 40, "the dog"), ("look", "the dog")], [0, 1])
-    long, short = module._strands(part, tokenizer, 20, said.append, "rte")
+    long, short = module._trees(part, tokenizer, 20, said.append, "rte")
     assert (len(long.tokens), long.tokens.count(tokenizer.boundary or 0)) == (20, 2)
     assert long.tokens[-len(tokenizer.encode("the dog")) :] == tokenizer.encode("the dog"), "the longer text is cut"
     assert short.tokens == [

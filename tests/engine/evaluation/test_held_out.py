@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.cohort import Cohort
-from engine.data import Batch, HeldOutData, TokenFile
+from engine.data.batches import Batch, HeldOutData, TokenFile
 from engine.evaluation.held_out import validation_losses
-from engine.runtime import Runtime
+from engine.students.cohort import Cohort
+from engine.system.distributed import Runtime
 
 LENGTH, CHUNKS = 12, 7  # the last chunk predicts three tokens
 VOCABULARY = 360
@@ -24,8 +24,8 @@ def file(tmp_path: Path) -> TokenFile:
     return TokenFile(tmp_path / "validation.bin", "<u2", LENGTH)
 
 
-def data(file: TokenFile, tokens: int, batch: int, rank: int = 0, world: int = 1) -> HeldOutData:
-    return HeldOutData(file, tokens=tokens, batch=batch, rank=rank, world=world, device=torch.device("cpu"))
+def data(file: TokenFile, tokens: int, batch: int, rank: int = 0, world_size: int = 1) -> HeldOutData:
+    return HeldOutData(file, tokens=tokens, batch=batch, rank=rank, world_size=world_size, device=torch.device("cpu"))
 
 
 def naive_losses(cohort: Cohort, file: TokenFile, chunks: int) -> list[float]:

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.corpus.grammar import minimal_pairs
+from engine.data.grammar.generator import minimal_pairs
 from engine.evaluation.scoring import model_log_probabilities
 from engine.evaluation.tasks import Question, Task, _accuracies
 from engine.evaluation.zero_shot import ZeroShot
-from engine.export import load_model
-from engine.runtime import Runtime
+from engine.models.huggingface import load_model
+from engine.system.distributed import Runtime
 
 TEMPLATES = Path(__file__).parent / "lm_eval"
 INTERPRETER = os.environ.get("CRECHE_LM_EVAL", sys.executable)
@@ -89,7 +89,7 @@ def test_the_accuracies_of_lm_eval_are_ours(
         (exported / "config.json").write_text(json.dumps(config))
     for template, file in tasks:
         task = Task(file.stem, list(questions_of(template, file)), _accuracies)
-        zero_shot = ZeroShot([task], tokenizer, place, positions=700, share=True)
+        zero_shot = ZeroShot([task], tokenizer, place, max_length=700, share=True)
         with torch.inference_mode():
             [answers] = zero_shot.answers(model_log_probabilities([model]))
         assert sum(item[0] == max(item) for item in answers) / len(answers) == pytest.approx(theirs[file.stem])

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.cohort import Cohort
-from engine.data import Batch
+from engine.data.batches import Batch
+from engine.data.tokenizer import Tokenizer
 from engine.evaluation.samples import samples
-from engine.tokenizer import Tokenizer
+from engine.students.cohort import Cohort
 
 COUNT = 60
 
@@ -50,7 +50,7 @@ def test_a_text_ends_before_the_boundary_token_or_at_its_bound(
 
 def test_no_text_is_longer_than_the_positions(cohort: Cohort, tokenizer: Tokenizer, decoded: list[list[int]]) -> None:
     samples(cohort, tokenizer, COUNT, 1000)
-    assert max(map(len, decoded)) == cohort[0].shape.positions - 1, "the boundary token takes one"
+    assert max(map(len, decoded)) == cohort[0].shape.max_length - 1, "the boundary token takes one"
 
 
 def test_without_a_boundary_token_a_text_begins_after_a_newline(

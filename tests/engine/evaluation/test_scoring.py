@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from engine.cohort import Cohort
 from engine.evaluation import scoring
 from engine.evaluation.scoring import (
-    Strand,
-    StrandBatch,
-    causal_strands,
+    TokenTree,
+    TreeBatch,
+    causal_trees,
     cohort_log_probabilities,
     in_common,
-    masked_strands,
+    masked_copies,
     model_log_probabilities,
     plan,
     project,
     score,
 )
 from engine.models.llama import Llama
-from engine.runtime import Runtime
+from engine.students.cohort import Cohort
+from engine.system.distributed import Runtime
 from kernels import Projected
 
 # Answers to five questions: a common beginning, none at all, one text, equal texts, and one text that goes on further.
@@ -46,9 +46,9 @@ def models(cohort: Cohort) -> list[Llama]:
     return llamas(cohort)
 
 
-def strands_of(*, share: bool) -> list[Strand]:
+def strands_of(*, share: bool) -> list[TokenTree]:
     firsts = [FIRST if len(texts) == 1 else in_common(texts) for texts in QUESTIONS for _ in texts]
-    return causal_strands([ids for texts in QUESTIONS for ids in texts], firsts, share=share)
+    return causal_trees([ids for texts in QUESTIONS for ids in texts], firsts, share=share)
 
 
 TEXTS = sum(map(len, QUESTIONS))
@@ -104,12 +104,12 @@ def test_the_students_of_a_run_score_alike_and_are_back_in_training(cohort: Coho
 
 def test_what_texts_begin_with_is_computed_once() -> None:
     texts = [[1, 5, 6, 9, 10], [1, 7, 8], [1, 5, 6, 9, 13, 14], [1, 5, 6, 7, 8]]
-    [strand] = causal_strands(texts, [3, 1, 3, 3], share=True)
-    assert strand.tokens == [1, 5, 6, 7, 9, 13, 7]
-    assert strand.positions == [0, 1, 2, 3, 3, 4, 1]
-    assert strand.ends == [7, 6, 6, 4, 6, 6, 7]
-    assert len(strand.targets) == 2 + 2 + 3 + 2
-    assert len(strand.rows) == len(set(strand.rows)) == 6, "a row serves all texts that are the same up to it"
+    [tree] = causal_trees(texts, [3, 1, 3, 3], share=True)
+    assert tree.tokens == [1, 5, 6, 7, 9, 13, 7]
+    assert tree.max_length == [0, 1, 2, 3, 3, 4, 1]
+    assert tree.ends == [7, 6, 6, 4, 6, 6, 7]
+    assert len(tree.targets) == 2 + 2 + 3 + 2
+    assert len(tree.rows) == len(set(tree.rows)) == 6, "a row serves all texts that are the same up to it"
 
 
 @pytest.mark.parametrize("longest", [4, 12, 512])
@@ -118,24 +118,24 @@ def test_texts_of_which_much_is_common_stay_together_up_to_a_bound(
 ) -> None:
     monkeypatch.setattr(scoring, "TOKENS_A_STRAND", 4)
     monkeypatch.setattr(scoring, "LONGEST", longest)
-    strands = strands_of(share=True)
-    assert (max(len(s.tokens) for s in strands) > 6) is (longest > 4)
+    trees = strands_of(share=True)
+    assert (max(len(s.tokens) for s in trees) > 6) is (longest > 4)
     with torch.no_grad():
-        found_SI = score(strands, TEXTS, model_log_probabilities(models), place, padding=True)
+        found_SI = score(trees, TEXTS, model_log_probabilities(models), place, padding=True)
     torch.testing.assert_close(found_SI[0], torch.tensor(naive([models[0]])).double(), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("padding", [True, False])
 def test_rounds_hold_every_strand_once_within_their_bound(monkeypatch: pytest.MonkeyPatch, padding: bool) -> None:
     monkeypatch.setattr(scoring, "TOKENS_A_BATCH", 20)
-    strands = [causal_strands([list(range(length))], [1], share=False)[0] for length in (5, 9, 3, 5, 5, 30, 9, 2)]
-    rounds = plan(strands, 1, padding=padding)
+    trees = [causal_trees([list(range(length))], [1], share=False)[0] for length in (5, 9, 3, 5, 5, 30, 9, 2)]
+    rounds = plan(trees, 1, padding=padding)
     assert sorted(i for indices in rounds for i in indices) == list(range(8))
     for indices in rounds:
-        lengths = [len(strands[i].tokens) for i in indices]
+        lengths = [len(trees[i].tokens) for i in indices]
         assert len(indices) * max(lengths) <= 20 or len(indices) == 1
         assert padding or len(set(lengths)) == 1
-    assert padding is any(len({len(strands[i].tokens) for i in indices}) > 1 for indices in rounds)
+    assert padding is any(len({len(trees[i].tokens) for i in indices}) > 1 for indices in rounds)
 
 
 def test_two_ranks_score_every_text_once(models: list[Llama], place: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_two_ranks_score_every_text_once(models: list[Llama], place: Runtime, mo
         from_rank_0: list[Tensor] = []
 
         def score_on(rank: int) -> Tensor:
-            place_of_two = replace(place, rank=rank, world=2)
+            place_of_two = replace(place, rank=rank, world_size=2)
             return score(strands_of(share=True), TEXTS, log_probabilities, place_of_two, padding=True)
 
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: from_rank_0.append(sums.clone()))
@@ -194,18 +194,18 @@ def test_pseudo_log_likelihood_equals_a_naive_loop(place: Runtime, monkeypatch: 
         for parameter in model.parameters():
             parameter.mul_(5)
     sentences = [[0, 10, 11, 12, 2], [0, 20, 21, 22, 23, 24, 2], [0, 30, 2]]
-    strands = [
-        strand
+    trees = [
+        tree
         for i, ids in enumerate(sentences)
-        for strand in masked_strands(ids, range(1, len(ids) - 1), mask, owner=i)
+        for tree in masked_copies(ids, range(1, len(ids) - 1), mask, owner=i)
     ]
 
-    def log_probabilities(batch: StrandBatch) -> Tensor:
+    def log_probabilities(batch: TreeBatch) -> Tensor:
         logits = model(input_ids=batch.tokens_BL).logits.flatten(0, 1)[batch.rows_U]
         return logits.log_softmax(-1)[batch.sources_N, batch.targets_N][None]
 
     with torch.no_grad():
-        found = score(strands, len(sentences), log_probabilities, place, padding=False)[0]
+        found = score(trees, len(sentences), log_probabilities, place, padding=False)[0]
         expected = []
         for ids in sentences:
             total = 0.0

@@ -7,17 +7,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from engine import tokenizer as tokenization
-from engine.cohort import Cohort
-from engine.config import TokenizerConfig
-from engine.corpus.grammar import generate, minimal_pairs
+from engine.config.settings import TokenizerConfig
+from engine.data import tokenizer as tokenization
+from engine.data.grammar.generator import generate, minimal_pairs
+from engine.data.tokenizer import Tokenizer
 from engine.evaluation.scoring import model_log_probabilities
 from engine.evaluation.tasks import Question, Task, _accuracies, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
-from engine.export import export_student, load_model
+from engine.models.huggingface import export_model, load_model
 from engine.models.roberta import Roberta, RobertaShape
-from engine.runtime import Runtime
-from engine.tokenizer import Tokenizer
+from engine.students.cohort import Cohort
+from engine.system.distributed import Runtime
 
 POSITIONS = 48
 
@@ -57,7 +57,7 @@ def test_an_exported_student_decides_item_by_item_as_transformers_does(exported:
     texts = ["the dog sees a cat.\nthe cat sleeps.", "the dog sees a cat.\nthe dog sleeps.", "the dog sees.\n"]
     questions += [Question("three", tuple(texts)), Question("same", (texts[0], texts[0]))]
     model, tokenizer = load_model(exported)
-    zero_shot = ZeroShot([task(*questions)], tokenizer, place, positions=POSITIONS, share=True)
+    zero_shot = ZeroShot([task(*questions)], tokenizer, place, max_length=POSITIONS, share=True)
     with torch.inference_mode():
         [found] = zero_shot.answers(model_log_probabilities([model]))
     assert found[-1] == [0.0, 0.0]
@@ -74,7 +74,7 @@ def test_and_so_it_does_on_every_set_of_the_evaluation_data(
     (exported / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 300}))
     try:
         model, tokenizer = load_model(exported)
-        zero_shot = ZeroShot([task(*picked)], tokenizer, place, positions=300, share=True)
+        zero_shot = ZeroShot([task(*picked)], tokenizer, place, max_length=300, share=True)
         with torch.inference_mode():
             [found] = zero_shot.answers(model_log_probabilities([model]))
         assert_equal_decisions(found, plain(exported, picked))
@@ -87,7 +87,7 @@ def test_every_student_and_the_ensemble_get_a_score_of_each_task(
 ) -> None:
     one = task(Question("a", ("look!", "look look!")), Question("b", ("the dog.", "dog the.", "the the.")))
     two = task(Question("c", ("where is she?", "where is she?")))
-    zero_shot = ZeroShot([one, two], tokenizer, place, positions=POSITIONS, share=True)
+    zero_shot = ZeroShot([one, two], tokenizer, place, max_length=POSITIONS, share=True)
     with torch.no_grad():
         found = zero_shot.scores(model_log_probabilities([student.model for student in cohort]))
     assert len(found) == 3
@@ -99,7 +99,7 @@ def test_every_student_and_the_ensemble_get_a_score_of_each_task(
 
 def test_a_context_is_not_scored(cohort: Cohort, place: Runtime, tokenizer: Tokenizer) -> None:
     context, word = "the dog", "sleeps."
-    questions = ZeroShot([task(Question("", (word,), context))], tokenizer, place, positions=POSITIONS, share=True)
+    questions = ZeroShot([task(Question("", (word,), context))], tokenizer, place, max_length=POSITIONS, share=True)
     model = cohort[0].model
     with torch.no_grad():
         [[[found]]] = questions.answers(model_log_probabilities([model]))
@@ -116,11 +116,11 @@ def test_a_text_may_fill_the_positions_and_no_more(
     tokenizer = train_tokenizer(boundary=boundary)
     inputs = len(tokenizer.encode("the dog sleeps.")) - (not boundary)  # all but the last token
     question = task(Question("x", ("the dog sleeps.", "the dog.")))
-    zero_shot = ZeroShot([question], tokenizer, place, positions=inputs, share=True)
+    zero_shot = ZeroShot([question], tokenizer, place, max_length=inputs, share=True)
     with torch.no_grad():
         zero_shot.answers(model_log_probabilities([cohort[0].model]))
     with pytest.raises(ValueError, match=rf"^test: 'the dog sleeps\.': .* {inputs - 1} positions"):
-        ZeroShot([question], tokenizer, place, positions=inputs - 1, share=True)
+        ZeroShot([question], tokenizer, place, max_length=inputs - 1, share=True)
 
 
 @torch.no_grad()
@@ -130,12 +130,12 @@ def test_masked_models_are_scored_by_pseudo_log_likelihood(tmp_path: Path, place
     boundary, mask = tokenizer.boundary, tokenizer.mask
     assert boundary is not None
     assert mask is not None
-    shape = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocabulary=360, positions=POSITIONS)
+    shape = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocab_size=360, max_length=POSITIONS)
     model = Roberta(shape)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.normal_(0, 0.2, generator=generator)
-    export_student(tmp_path / "student", shape, dict(model.named_parameters()), tokenizer)
+    export_model(tmp_path / "student", shape, dict(model.named_parameters()), tokenizer)
     theirs: Any = AutoModelForMaskedLM.from_pretrained(tmp_path / "student").eval()
     pairs = [Question(p.phenomenon, (p.good, p.bad)) for p in minimal_pairs(5, 1)][:4]
     after = Question("after", (" a cat", " the dogs sleep"), context="the dog sees")
@@ -151,7 +151,7 @@ def test_masked_models_are_scored_by_pseudo_log_likelihood(tmp_path: Path, place
         return total
 
     loaded, found_tokenizer = load_model(tmp_path / "student")
-    asked = {"positions": POSITIONS, "share": False, "masked": True}
+    asked = {"max_length": POSITIONS, "share": False, "masked": True}
     zero_shot = ZeroShot([task(*pairs, after)], found_tokenizer, place, **asked)
     [found] = zero_shot.answers(model_log_probabilities([loaded]))
     wanted = [[expected(answer) for answer in pair.answers] for pair in pairs]
@@ -159,9 +159,9 @@ def test_masked_models_are_scored_by_pseudo_log_likelihood(tmp_path: Path, place
     for ours, naive in zip(found, wanted, strict=True):
         assert ours == pytest.approx(naive, rel=1e-5)
     with pytest.raises(ValueError, match="positions"):
-        ZeroShot([task(*pairs)], found_tokenizer, place, **{**asked, "positions": 5})
+        ZeroShot([task(*pairs)], found_tokenizer, place, **{**asked, "max_length": 5})
 
 
 def test_masked_models_need_a_mask_token(tokenizer: Tokenizer, place: Runtime) -> None:
     with pytest.raises(ValueError, match="no mask token"):
-        ZeroShot([task(Question("a", ("a", "b")))], tokenizer, place, positions=9, share=False, masked=True)
+        ZeroShot([task(Question("a", ("a", "b")))], tokenizer, place, max_length=9, share=False, masked=True)

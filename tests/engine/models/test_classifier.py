@@ -3,16 +3,16 @@ import torch
 import torch.nn.functional as F
 
 from engine.models.classifier import DROPOUT, Classifier
-from engine.models.families import Shape, model_of, projected
+from engine.models.families import Shape, new_model, projected
 from engine.models.gpt2 import GPT2Shape
 from engine.models.llama import LlamaShape
 from engine.models.roberta import RobertaShape
 
 SHAPES = (
-    LlamaShape(2, 16, 2, 2, 24, vocabulary=50, positions=12, tied=True),
-    LlamaShape(2, 16, 2, 2, 24, vocabulary=50, positions=12, tied=False),
-    GPT2Shape(2, 16, 2, 24, vocabulary=50, positions=12, tied=True),
-    RobertaShape(2, 16, 2, 24, vocabulary=50, positions=12, dropout=0.1),
+    LlamaShape(2, 16, 2, 2, 24, vocab_size=50, max_length=12, tied=True),
+    LlamaShape(2, 16, 2, 2, 24, vocab_size=50, max_length=12, tied=False),
+    GPT2Shape(2, 16, 2, 24, vocab_size=50, max_length=12, tied=True),
+    RobertaShape(2, 16, 2, 24, vocab_size=50, max_length=12, dropout=0.1),
 )
 TOKENS_BL = torch.arange(5, 17).view(2, 6)
 LAST_N = torch.tensor([5, 11])
@@ -22,7 +22,7 @@ DRAWS_B = torch.tensor([3, 4])
 def classifier(shape: Shape, seed: int = 1) -> Classifier:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Classifier(model_of(shape), 3, seed)
+        return Classifier(new_model(shape), 3, seed)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)

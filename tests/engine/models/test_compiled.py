@@ -11,12 +11,12 @@ import torch
 
 import kernels
 from engine.models.compiled import compile_body
-from engine.models.families import Model, model_of
+from engine.models.families import Model, new_model
 from engine.models.gpt2 import GPT2Shape
 from engine.models.llama import LlamaShape, initialise
 from engine.models.roberta import RobertaShape
 
-SIZE: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "ffn": 48, "vocabulary": 50, "positions": 12}
+SIZE: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "ffn": 48, "vocabulary": 50, "max_length": 12}
 SHAPES = {
     "llama": LlamaShape(**SIZE, kv_heads=1, tied=True),
     "gpt2": GPT2Shape(**SIZE),
@@ -44,7 +44,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
 
 
 def model(family: str) -> Model:
-    made = model_of(SHAPES[family])
+    made = new_model(SHAPES[family])
     initialise(made, seed=0)
     return made.to(DEVICE)
 
@@ -118,7 +118,7 @@ def test_batches_with_more_or_fewer_rows_share_a_graph(graphs: list[torch.fx.Gra
 def test_there_may_be_more_bodies_than_torch_makes_graphs_of_one_function(graphs: list[torch.fx.GraphModule]) -> None:
     shapes = [replace(SHAPES["llama"], ffn=8 * i) for i in range(1, 12)]
     for shape in shapes:
-        teacher = model_of(shape).to(DEVICE)
+        teacher = new_model(shape).to(DEVICE)
         compile_body(teacher, learns=False)
         teacher(TOKENS)
     assert len(graphs) == len(shapes)

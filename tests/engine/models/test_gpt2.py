@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from engine.config import StudentConfig
-from engine.export import hf_weights
-from engine.models.dropout import draws, dropped
+from engine.config.presets import PRESETS
+from engine.config.settings import StudentConfig
+from engine.models.dropout import dropout_seeds, dropout
 from engine.models.families import parameter_count, shape_of
 from engine.models.gpt2 import GPT2, GPT2Shape
+from engine.models.huggingface import hf_weights
 from engine.models.llama import initialise
-from engine.models.presets import PRESETS
 
-SHAPE = GPT2Shape(layers=2, hidden=32, heads=4, ffn=80, vocabulary=61, positions=16, norm_eps=1e-3)
-TOKENS = torch.randint(SHAPE.vocabulary, (3, 11), generator=torch.Generator().manual_seed(5))
+SHAPE = GPT2Shape(layers=2, hidden=32, heads=4, ffn=80, vocab_size=61, max_length=16, norm_eps=1e-3)
+TOKENS = torch.randint(SHAPE.vocab_size, (3, 11), generator=torch.Generator().manual_seed(5))
 SAMPLES = torch.tensor([40, 7, 1000])
 
 
-def model_of(shape: GPT2Shape = SHAPE, *, recompute: bool = False) -> GPT2:
+def new_model(shape: GPT2Shape = SHAPE, *, recompute: bool = False) -> GPT2:
     """A model whose weights are large enough for attention to choose and norms and biases to matter."""
     model, generator = GPT2(shape, recompute=recompute), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def model_of(shape: GPT2Shape = SHAPE, *, recompute: bool = False) -> GPT2:
 
 def gradients(model: GPT2, samples_B: Tensor | None = None, tokens_BL: Tensor = TOKENS) -> dict[str, Tensor]:
     model.zero_grad()
-    hidden_ND = model(tokens_BL[:, :-1], None, None if samples_B is None else draws(3, samples_B))
+    hidden_ND = model(tokens_BL[:, :-1], None, None if samples_B is None else dropout_seeds(3, samples_B))
     F.cross_entropy(hidden_ND @ model.head.T, tokens_BL[:, 1:].flatten(), reduction="sum").backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -45,7 +45,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.mark.parametrize(("changes", "parameters"), [({}, 704_732_160), ({"positions": 256}, 704_928_768)])
+@pytest.mark.parametrize(("changes", "parameters"), [({}, 704_732_160), ({"max_length": 256}, 704_928_768)])
 def test_the_published_shape_has_the_published_size(changes: dict[str, int], parameters: int) -> None:
     settings: dict[str, Any] = PRESETS["gpt2-705m"] | changes
     assert parameter_count(shape_of(StudentConfig(name="a", **settings), 16_000)) == parameters
@@ -54,15 +54,15 @@ def test_the_published_shape_has_the_published_size(changes: dict[str, int], par
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_and_gradients_equal_hugging_faces(tied: bool) -> None:
     shape = replace(SHAPE, tied=tied)
-    ours = model_of(shape)
+    ours = new_model(shape)
     theirs = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=shape.vocabulary,
+            vocab_size=shape.vocab_size,
             n_embd=shape.hidden,
             n_inner=shape.ffn,
             n_layer=shape.layers,
             n_head=shape.heads,
-            n_positions=shape.positions,
+            n_positions=shape.max_length,
             layer_norm_epsilon=shape.norm_eps,
             tie_word_embeddings=tied,
         )
@@ -84,41 +84,41 @@ def test_logits_and_gradients_equal_hugging_faces(tied: bool) -> None:
 
 
 def test_dropout_depends_on_the_sample_and_nothing_else() -> None:
-    model = model_of(replace(SHAPE, dropout=0.3))
+    model = new_model(replace(SHAPE, dropout=0.3))
     both = gradients(model, SAMPLES)
     parts = [gradients(model, SAMPLES[i : i + 1], TOKENS[i : i + 1]) for i in range(3)]
     for name, gradient in both.items():  # whatever the micro-batch and the rank
         torch.testing.assert_close(gradient, sum(part[name] for part in parts))
-    again = gradients(model_of(replace(SHAPE, dropout=0.3), recompute=True), SAMPLES)
+    again = gradients(new_model(replace(SHAPE, dropout=0.3), recompute=True), SAMPLES)
     assert all(torch.equal(both[name], again[name]) for name in both), "recomputation draws the same"
     other = gradients(model, SAMPLES + 1)
     assert distance(other["h.0.attn.c_attn.weight"], both["h.0.attn.c_attn.weight"]) > 0.05
 
 
 def test_dropout_is_off_in_evaluation_and_never_forgotten_in_training() -> None:
-    model = model_of(replace(SHAPE, dropout=0.3))
-    plain = model_of()(TOKENS)
-    assert torch.equal(model.eval()(TOKENS, None, draws(3, SAMPLES)), plain)
+    model = new_model(replace(SHAPE, dropout=0.3))
+    plain = new_model()(TOKENS)
+    assert torch.equal(model.eval()(TOKENS, None, dropout_seeds(3, SAMPLES)), plain)
     with pytest.raises(ValueError, match=r"dropout=0\.3 in training needs draws_B"):
         model.train()(TOKENS)
-    assert not torch.equal(model(TOKENS, None, draws(3, SAMPLES)), plain)
+    assert not torch.equal(model(TOKENS, None, dropout_seeds(3, SAMPLES)), plain)
 
 
 def test_attention_without_dropout_is_what_its_own_path_computes() -> None:
     """The path that draws, with a probability so small that nothing is dropped."""
-    found = model_of(replace(SHAPE, dropout=1e-9))(TOKENS, None, draws(3, SAMPLES))
-    torch.testing.assert_close(found, model_of()(TOKENS))
+    found = new_model(replace(SHAPE, dropout=1e-9))(TOKENS, None, dropout_seeds(3, SAMPLES))
+    torch.testing.assert_close(found, new_model()(TOKENS))
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5])
 def test_elements_are_dropped_independently(probability: float) -> None:
     ones = torch.ones(400, 20, 50)
-    kept = (dropped(ones, probability, draws(1, torch.arange(400)), 3) > 0).float()
+    kept = (dropout(ones, probability, dropout_seeds(1, torch.arange(400)), 3) > 0).float()
     deviation = (probability * (1 - probability)) ** 0.5
     standard = kept.sub(1 - probability).div(deviation)
     assert abs(standard.mean()) * kept.numel() ** 0.5 < 5
     other_site, other_seed = (
-        (dropped(ones, probability, draws(seed, torch.arange(400)), site) > 0).float().sub(1 - probability) / deviation
+        (dropout(ones, probability, dropout_seeds(seed, torch.arange(400)), site) > 0).float().sub(1 - probability) / deviation
         for seed, site in ((1, 4), (2, 3))
     )
     neighbours = [
@@ -130,12 +130,12 @@ def test_elements_are_dropped_independently(probability: float) -> None:
     ]
     for products in neighbours:
         assert abs(products.mean()) * products.numel() ** 0.5 < 5
-    values = dropped(ones, probability, draws(1, torch.arange(400)), 3).unique().tolist()
+    values = dropout(ones, probability, dropout_seeds(1, torch.arange(400)), 3).unique().tolist()
     assert values == pytest.approx([0, 1 / (1 - probability)])
 
 
 def test_chosen_rows_and_too_many_positions() -> None:
-    model, rows_N = model_of(), torch.tensor([32, 0, 7, 7])
+    model, rows_N = new_model(), torch.tensor([32, 0, 7, 7])
     assert torch.equal(model(TOKENS, rows_N), model(TOKENS)[rows_N])
     with pytest.raises(ValueError, match="17 tokens is longer than the model's 16 positions"):
         model(torch.zeros(1, 17, dtype=torch.int64))

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernels
-from engine.config import StudentConfig
-from engine.export import hf_weights
+from engine.config.presets import PRESETS
+from engine.config.settings import StudentConfig
 from engine.models import llama
+from engine.models.huggingface import hf_weights
 from engine.models.llama import Llama, LlamaShape, initialise
-from engine.models.presets import PRESETS
 
 # Grouped queries, and neither of Hugging Face's defaults for rotary positions and norms.
 SHAPE = LlamaShape(
@@ -26,17 +26,17 @@ SHAPE = LlamaShape(
     heads=4,
     kv_heads=2,
     ffn=48,
-    vocabulary=61,
-    positions=16,
+    vocab_size=61,
+    max_length=16,
     tied=True,
     rope_theta=500.0,
     norm_eps=1e-3,
 )
-TOKENS = torch.randint(SHAPE.vocabulary, (3, 11), generator=torch.Generator().manual_seed(5))
+TOKENS = torch.randint(SHAPE.vocab_size, (3, 11), generator=torch.Generator().manual_seed(5))
 TOLERANCE = 1e-5
 
 
-def model_of(shape: LlamaShape = SHAPE, *, recompute: bool = False) -> Llama:
+def new_model(shape: LlamaShape = SHAPE, *, recompute: bool = False) -> Llama:
     """A model whose weights are large enough for attention to choose and norms to matter."""
     model = Llama(shape, recompute=recompute)
     generator = torch.Generator().manual_seed(0)
@@ -69,7 +69,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 )
 def test_published_shapes_have_the_published_sizes(preset: str, parameters: int) -> None:
     with torch.device("meta"):
-        model = Llama(LlamaShape.of(StudentConfig(name="a", **PRESETS[preset]), vocabulary=16_000))
+        model = Llama(LlamaShape.of(StudentConfig(name="a", **PRESETS[preset]), vocab_size=16_000))
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -77,16 +77,16 @@ def test_published_shapes_have_the_published_sizes(preset: str, parameters: int)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_logits_and_gradients_equal_hugging_faces(tied: bool, kv_heads: int) -> None:
     shape = replace(SHAPE, tied=tied, kv_heads=kv_heads)
-    ours = model_of(shape)
+    ours = new_model(shape)
     theirs = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=shape.vocabulary,
+            vocab_size=shape.vocab_size,
             hidden_size=shape.hidden,
             intermediate_size=shape.ffn,
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
             num_key_value_heads=kv_heads,
-            max_position_embeddings=shape.positions,
+            max_position_embeddings=shape.max_length,
             rms_norm_eps=shape.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},  # pyright: ignore[reportArgumentType]
             tie_word_embeddings=tied,
@@ -111,7 +111,7 @@ def test_logits_and_gradients_equal_hugging_faces(tied: bool, kv_heads: int) -> 
 
 
 def test_chosen_rows_are_the_rows_of_the_whole() -> None:
-    model, rows_N = model_of(), torch.tensor([32, 0, 7, 7])
+    model, rows_N = new_model(), torch.tensor([32, 0, 7, 7])
     assert torch.equal(model(TOKENS, rows_N=rows_N), model(TOKENS)[rows_N])
 
 
@@ -119,16 +119,16 @@ def test_recomputing_activations_changes_no_gradient(monkeypatch: pytest.MonkeyP
     calls = []
     swiglu = kernels.swiglu
     monkeypatch.setattr(kernels, "swiglu", lambda *x: calls.append(1) or swiglu(*x))
-    kept, again = gradients(model_of()), gradients(model_of(recompute=True))
+    kept, again = gradients(new_model()), gradients(new_model(recompute=True))
     assert len(calls) == (1 + 2) * SHAPE.layers, "the second model runs every block twice"
     assert kept.keys() == again.keys()
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
 def test_a_sequence_longer_than_the_positions_is_refused() -> None:
-    assert model_of()(torch.zeros(1, 16, dtype=torch.int64)).shape == (16, 32)
+    assert new_model()(torch.zeros(1, 16, dtype=torch.int64)).shape == (16, 32)
     with pytest.raises(ValueError, match="17 tokens is longer than the model's 16 positions"):
-        model_of()(torch.zeros(1, 17, dtype=torch.int64))
+        new_model()(torch.zeros(1, 17, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_rotary_tables_stay_fp32_in_a_bf16_model(monkeypatch: pytest.MonkeyPatch
     seen = []
     rotary = kernels.rotary
     monkeypatch.setattr(kernels, "rotary", lambda q, k, *table: seen.append((q.dtype, *table)) or rotary(q, k, *table))
-    model = model_of().to(torch.bfloat16)
+    model = new_model().to(torch.bfloat16)
     assert model(TOKENS).dtype == torch.bfloat16
     angle_Ld = torch.arange(11).double()[:, None] / 500.0 ** (torch.arange(4).double() / 4)
     for dtype, cos, sin in seen:
@@ -177,7 +177,7 @@ def test_rotary_tables_stay_fp32_in_a_bf16_model(monkeypatch: pytest.MonkeyPatch
 
 def test_tables_made_in_inference_mode_serve_training_afterwards() -> None:
     llama._rotary_table.cache_clear()
-    model = model_of()
+    model = new_model()
     with torch.inference_mode():
         model(TOKENS[:, :-1])
     assert gradients(model).keys() == dict(model.named_parameters()).keys()

@@ -11,21 +11,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from engine.config import StudentConfig
-from engine.data import Batch
+from engine.config.presets import PRESETS
+from engine.config.settings import StudentConfig
+from engine.data.batches import Batch
 from engine.models import families, roberta
-from engine.models.dropout import draws
-from engine.models.presets import PRESETS
+from engine.models.dropout import dropout_seeds
 from engine.models.roberta import Roberta, RobertaShape
-from engine.outer_loop import Stream
+from engine.students.hypergradient import Stream
 
-SHAPE = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocabulary=61, positions=16, norm_eps=1e-3)
-TOKENS = torch.randint(2, SHAPE.vocabulary, (3, 11), generator=torch.Generator().manual_seed(5))
+SHAPE = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocab_size=61, max_length=16, norm_eps=1e-3)
+TOKENS = torch.randint(2, SHAPE.vocab_size, (3, 11), generator=torch.Generator().manual_seed(5))
 ROWS = torch.tensor([30, 0, 7, 19])
 TARGETS = torch.tensor([3, 60, 1, 9])
 
 
-def model_of(shape: RobertaShape = SHAPE, *, recompute: bool = False) -> Roberta:
+def new_model(shape: RobertaShape = SHAPE, *, recompute: bool = False) -> Roberta:
     """A model whose weights are large enough for attention to choose and norms and biases to matter."""
     model = Roberta(shape, recompute=recompute)
     generator = torch.Generator().manual_seed(0)
@@ -49,12 +49,12 @@ def theirs_of(ours: Roberta) -> RobertaForMaskedLM:
     shape = ours.shape
     theirs = RobertaForMaskedLM(
         RobertaConfig(
-            vocab_size=shape.vocabulary,
+            vocab_size=shape.vocab_size,
             hidden_size=shape.hidden,
             intermediate_size=shape.ffn,
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
-            max_position_embeddings=shape.positions + 2,
+            max_position_embeddings=shape.max_length + 2,
             layer_norm_eps=shape.norm_eps,
             type_vocab_size=1,
             hidden_dropout_prob=0.0,
@@ -79,12 +79,12 @@ def hf_name(name: str) -> str:
 )
 def test_the_papers_students_have_the_papers_sizes(preset: str, millions: float) -> None:
     with torch.device("meta"):
-        model = families.model_of(families.shape_of(StudentConfig(name="a", **PRESETS[preset]), vocabulary=50_265))
+        model = families.new_model(families.shape_of(StudentConfig(name="a", **PRESETS[preset]), vocab_size=50_265))
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
 
 
 def test_logits_and_gradients_equal_hugging_faces() -> None:
-    ours = model_of()
+    ours = new_model()
     theirs = theirs_of(ours)
     found = ours(TOKENS) @ ours.head.T + ours.head_bias
     assert distance(found, theirs(TOKENS).logits.flatten(0, 1)) <= 1e-5
@@ -101,7 +101,7 @@ def test_logits_and_gradients_equal_hugging_faces() -> None:
 def test_chosen_rows_are_the_rows_of_the_whole_and_the_rest_is_not_transformed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, transformed = model_of(), []
+    model, transformed = new_model(), []
     forward = roberta.Head.forward
     monkeypatch.setattr(roberta.Head, "forward", lambda self, x: transformed.append(len(x)) or forward(self, x))
     assert distance(model(TOKENS, ROWS), model(TOKENS)[ROWS]) <= 1e-6
@@ -109,23 +109,23 @@ def test_chosen_rows_are_the_rows_of_the_whole_and_the_rest_is_not_transformed(
 
 
 def test_dropout_is_a_sequences_own_and_recomputing_repeats_it() -> None:
-    shape, draws_B = replace(SHAPE, dropout=0.3), draws(1, torch.arange(3))
-    model = model_of(shape)
-    whole = model(TOKENS, None, draws_B).unflatten(0, TOKENS.shape)
-    alone = torch.stack([model(TOKENS[i : i + 1], None, draws_B[i : i + 1]) for i in range(3)])
+    shape, dropout_seeds_B = replace(SHAPE, dropout=0.3), dropout_seeds(1, torch.arange(3))
+    model = new_model(shape)
+    whole = model(TOKENS, None, dropout_seeds_B).unflatten(0, TOKENS.shape)
+    alone = torch.stack([model(TOKENS[i : i + 1], None, dropout_seeds_B[i : i + 1]) for i in range(3)])
     assert distance(alone, whole) <= 1e-6
     assert distance(model.eval()(TOKENS), whole.flatten(0, 1)) > 0.1
-    kept, again = gradients(model_of(shape), draws_B), gradients(model_of(shape, recompute=True), draws_B)
+    kept, again = gradients(new_model(shape), dropout_seeds_B), gradients(new_model(shape, recompute=True), dropout_seeds_B)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
     with pytest.raises(ValueError, match="needs draws_B"):
-        model_of(shape)(TOKENS)
+        new_model(shape)(TOKENS)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_forward_mode_reaches_every_parameter_and_the_heads_bias(dropout: float) -> None:
     """What the outer loop needs: the tangent of the logits equals a difference of them, under the same dropout."""
     shape = replace(SHAPE, dropout=dropout)
-    point = {name: p.detach().double() for name, p in model_of(shape).named_parameters()}
+    point = {name: p.detach().double() for name, p in new_model(shape).named_parameters()}
     generator = torch.Generator().manual_seed(7)
     direction = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in point.items()}
     batch = Batch(TOKENS, TARGETS, ROWS, samples_B=torch.arange(3))
@@ -144,4 +144,4 @@ def test_shapes_and_sequences_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="hidden=30 is not divisible by heads=4"):
         replace(SHAPE, hidden=30)
     with pytest.raises(ValueError, match="17 tokens is longer than the model's 16 positions"):
-        model_of()(torch.zeros(1, 17, dtype=torch.int64))
+        new_model()(torch.zeros(1, 17, dtype=torch.int64))

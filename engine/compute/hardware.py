@@ -1,0 +1,94 @@
+"""What the hardware could do at most, and the energy it says it has used."""
+
+import functools
+import re
+import time
+
+import pynvml
+import torch
+
+# Matrix products, FLOP/s, by what a device's name matches first: with bf16 (or fp16), with TF32, with fp32 throughout.
+# Vendors' data sheets, dense: what they give "with sparsity" is halved.
+PEAKS: list[tuple[str, dict[str, float]]] = [
+    (r"\bA100\b", {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}),
+    (r"\bH100 PCIe\b", {"bf16": 756e12, "tf32": 378e12, "fp32": 51e12}),
+    (r"\bH[12]00 NVL\b", {"bf16": 835e12, "tf32": 417.5e12, "fp32": 60e12}),
+    (r"\b(GH200|H200|H100)\b", {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12}),  # SXM
+    (r"\bGB200\b", {"bf16": 2500e12, "tf32": 1250e12, "fp32": 80e12}),
+    (r"\bB200\b", {"bf16": 2250e12, "tf32": 1100e12, "fp32": 75e12}),
+    (r"\bL40S\b", {"bf16": 362e12, "tf32": 183e12, "fp32": 91.6e12}),
+    (r"\bL4\b", {"bf16": 121e12, "tf32": 60e12, "fp32": 30.3e12}),
+    (r"\bV100-SXM2\b", {"fp32": 15.7e12}),
+    (r"\bMI300X\b", {"bf16": 1307e12, "fp32": 163.4e12}),
+    (r"\bMI250X\b", {"bf16": 191.5e12, "fp32": 47.9e12}),  # one of its two dies: each is a device
+]
+SIDE, REPETITIONS = 768, 4  # of the product that a CPU is measured by: about what the largest layers of a student have
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s at most of matrix products in `dtype` on the device, by torch's settings for fp32; None where unknown.
+
+    A CPU's is that of its own products, measured with the threads that torch has, once a process.
+    """
+    if device.type != "cuda":
+        return _measured(dtype)
+    return listed_peak(torch.cuda.get_device_name(device), kind_of(dtype))
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """The column of `PEAKS` that products in `dtype` take on a GPU."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return "bf16"
+    return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def listed_peak(name: str, kind: str) -> float | None:
+    """FLOP/s; None where the table has none, or the device is a part of one (MIG)."""
+    if "MIG" in name:
+        return None
+    return next((peaks.get(kind) for pattern, peaks in PEAKS if re.search(pattern, name)), None)
+
+
+@functools.cache
+def _measured(dtype: torch.dtype) -> float:
+    left, right = torch.ones(2, SIDE, SIDE, dtype=dtype)  # not drawn: the generator belongs to the run
+    out = torch.empty_like(left)
+    best = float("inf")
+    for _ in range(REPETITIONS):
+        begin = time.perf_counter()
+        torch.mm(left, right, out=out)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * SIDE**3 / best
+
+
+class EnergyMeter:
+    """The energy this rank's device has used since the meter was made or last read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._handle = _nvml_handle(device)
+        self._last = self._joules()
+
+    def take(self) -> float | None:
+        """Joules; None where the device does not report them (all but NVIDIA's)."""
+        now, last = self._joules(), self._last
+        self._last = now
+        return None if now is None or last is None else now - last
+
+    def _joules(self) -> float | None:
+        if self._handle is None:
+            return None
+        try:
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
+        except pynvml.NVMLError:  # of a device before Volta
+            return None
+
+
+def _nvml_handle(device: torch.device) -> object | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    try:
+        pynvml.nvmlInit()
+        # By its UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's.
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
+    except pynvml.NVMLError:
+        return None

@@ -1,0 +1,190 @@
+"""What a run has used so far: tokens, words, FLOPs, seconds and energy, of students, teachers and outer loop apart.
+
+An exported student carries the usage of its run, up to the checkpoint that it was exported from, as `usage.json`. Where
+such a folder becomes a teacher, the run that learns from it counts its training as well.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from engine.compute.flops import Flops, Workload, inference, outer_update, training
+from engine.config.settings import Config
+from engine.models.base import Shape
+from engine.system.errors import UserError
+
+FILE = "usage.json"
+NO_FLOPS = Flops()
+
+
+@dataclass(frozen=True)
+class ModelUsage:
+    """What one student, all teachers, or the outer loop have used over all ranks."""
+
+    tokens: int = 0  # of the text, masked or not
+    words: int = 0  # that began in these tokens
+    model_flops: int = 0
+    hardware_flops: int = 0
+    seconds: float = 0.0  # of their own passes on rank 0; the joint loss is nobody's own
+
+    def plus(self, flops: Flops = NO_FLOPS, *, tokens: int = 0, words: int = 0, seconds: float = 0.0) -> "ModelUsage":
+        return ModelUsage(
+            self.tokens + tokens,
+            self.words + words,
+            self.model_flops + flops.model,
+            self.hardware_flops + flops.hardware,
+            self.seconds + seconds,
+        )
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one step uses, over all ranks."""
+
+    students: tuple[Flops, ...]
+    teachers: Flops = NO_FLOPS
+    teacher_tokens: int = 0
+    outer: Flops = NO_FLOPS
+    outer_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a run has used."""
+
+    run: str = ""  # its name and when it began
+    students: dict[str, ModelUsage] = field(default_factory=dict)
+    teachers: ModelUsage = ModelUsage()  # their forward passes here, or those that filled the cache
+    outer: ModelUsage = ModelUsage()
+    seconds: float = 0.0  # of training, from start to start; ranks side by side count once
+    joules: float | None = None  # of all devices while training; None: they do not report it
+    inherited: "tuple[Usage, ...]" = ()  # of the runs that made the teachers and the initial weights
+    unknown: tuple[str, ...] = ()  # folders of teachers and initial weights that do not say
+
+    def parts(self) -> Iterator[tuple[str, ModelUsage]]:
+        """Yields the name and usage of every student, of the teachers and of the outer loop."""
+        yield from self.students.items()
+        yield from (("teachers", self.teachers), ("outer loop", self.outer))
+
+    @property
+    def flops(self) -> Flops:
+        """The FLOPs of this run alone."""
+        return sum((Flops(part.model_flops, part.hardware_flops) for _, part in self.parts()), NO_FLOPS)
+
+    @property
+    def inherited_flops(self) -> Flops:
+        """The FLOPs of the runs that made the teachers and initial weights, and of theirs in turn, each run once."""
+        return sum((usage.flops for usage in self._ancestors().values()), NO_FLOPS)
+
+    def _ancestors(self) -> "dict[str, Usage]":
+        """Returns the inherited usages by run; of a run that students were taken from twice, the later."""
+        ancestors: dict[str, Usage] = {}
+        for inherited in self.inherited:
+            for run, usage in ({inherited.run: inherited} | inherited._ancestors()).items():
+                if run not in ancestors or ancestors[run].seconds < usage.seconds:
+                    ancestors[run] = usage
+        return ancestors
+
+    def add_step(self, cost: StepCost, *, tokens: int, words: int, outer_seconds: float = 0.0) -> "Usage":
+        """Returns the usage with a step's FLOPs and text added. Seconds other than the outer loop's come with
+        `add_time`."""
+        pairs = zip(self.students.items(), cost.students, strict=True)
+        teacher_words = words if cost.teacher_tokens else 0
+        return replace(
+            self,
+            students={name: used.plus(flops, tokens=tokens, words=words) for (name, used), flops in pairs},
+            teachers=self.teachers.plus(cost.teachers, tokens=cost.teacher_tokens, words=teacher_words),
+            outer=self.outer.plus(cost.outer, tokens=cost.outer_tokens, seconds=outer_seconds),
+        )
+
+    def add_time(self, seconds: float, students: Sequence[float], teachers: float, joules: float | None) -> "Usage":
+        """Returns the usage with time and energy added: the run's seconds, each student's and the teachers'."""
+        pairs = zip(self.students.items(), students, strict=True)
+        return replace(
+            self,
+            students={name: used.plus(seconds=own_seconds) for (name, used), own_seconds in pairs},
+            teachers=self.teachers.plus(seconds=teachers),
+            seconds=self.seconds + seconds,
+            joules=self.joules if joules is None else (self.joules or 0.0) + joules,
+        )
+
+
+def step_cost(
+    config: Config, students: Sequence[Shape], teachers: Sequence[Shape], work: Workload, held_out: Workload | None
+) -> StepCost:
+    """Returns what a step costs.
+
+    Args:
+        teachers: the models that predict in the step; none with a cache.
+        held_out: what an update of the outer loop read in this step; None: there was none.
+    """
+    outer, outer_tokens = NO_FLOPS, 0
+    if held_out is not None:
+        outer = outer_update(students, work, held_out, config.outer, config.objective.divergence)
+        outer_tokens = held_out.tokens + (work.tokens if config.outer.terms == "all" else 0)
+    return StepCost(
+        tuple(training(shape, work, recompute=config.train.recompute) for shape in students),
+        sum((inference(shape, work) for shape in teachers), NO_FLOPS),
+        work.tokens if teachers else 0,
+        outer,
+        outer_tokens,
+    )
+
+
+def new_usage(
+    run: str, students: Sequence[str], folders: Sequence[Path], cached: tuple[Sequence[Shape], Workload] | None
+) -> Usage:
+    """Returns the usage of a run that begins.
+
+    Args:
+        run: its name and when it began.
+        students: their names.
+        folders: of teachers and initial weights. Raises UserError where a usage.json in one is damaged.
+        cached: the shapes of teachers, and the text, whose predictions are read from a cache. Filling the cache is
+            counted in full, whoever did it.
+    """
+    inherited = {str(folder): read_usage(folder) for folder in folders}
+    teachers = ModelUsage()
+    if cached is not None:
+        shapes, work = cached
+        teachers = teachers.plus(sum((inference(shape, work) for shape in shapes), NO_FLOPS), tokens=work.tokens)
+    return Usage(
+        run,
+        {name: ModelUsage() for name in students},
+        teachers,
+        inherited=tuple(usage for usage in inherited.values() if usage is not None),
+        unknown=tuple(folder for folder, usage in inherited.items() if usage is None),
+    )
+
+
+def read_usage(folder: Path) -> Usage | None:
+    """Returns what the model in a folder took to train; None where the folder does not say, UserError where the file
+    is damaged."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        return pydantic.TypeAdapter(Usage).validate_json(path.read_bytes())
+    except pydantic.ValidationError as error:
+        raise UserError(
+            f"{path} is damaged ({error.errors()[0]['msg']}): delete it, or export the model again"
+        ) from None
+
+
+def as_dict(usage: Usage) -> dict[str, Any]:
+    """Returns the usage for JSON; energy that no device reports is left out."""
+    return _without_unknown_energy(asdict(usage))
+
+
+def as_json(usage: Usage) -> str:
+    """Returns the content of usage.json."""
+    return json.dumps(as_dict(usage), indent=1) + "\n"
+
+
+def _without_unknown_energy(usage: dict[str, Any]) -> dict[str, Any]:
+    usage["inherited"] = [_without_unknown_energy(inherited) for inherited in usage["inherited"]]
+    return {key: value for key, value in usage.items() if key != "joules" or value is not None}

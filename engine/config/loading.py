@@ -1,0 +1,153 @@
+"""Settings from YAML and the command line, in three layers: a later layer goes over an earlier one.
+
+The layers are the defaults of `engine.config.settings`, a YAML file (`--config`) and dotted overrides such as
+`students.0.layers=8`. An unknown key or a value of the wrong type is a UserError; nothing is ignored.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import pydantic
+import yaml
+
+from engine.config.presets import PRESETS
+from engine.config.settings import Config
+from engine.system.errors import UserError
+from engine.system.files import write_text
+
+C = TypeVar("C")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns the settings in a YAML file as nested dictionaries and lists; UserError where it holds none."""
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file; name a YAML file of settings")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())}); correct the file") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path}: expected a mapping of settings, found {type(settings).__name__}")
+    return settings
+
+
+def build(cls: type[C], settings: dict[str, Any], overrides: Sequence[str] = ()) -> C:
+    """Returns dataclass `cls` filled from nested settings and `a.b.0.c=value` overrides.
+
+    Raises UserError for what does not fit; the message names the key, what was expected and the nearest known key.
+    """
+    for override in overrides:
+        _apply_override(settings, override)
+    settings = _with_presets(settings)
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(settings)
+    except pydantic.ValidationError as error:
+        raise UserError(_one_line(cls, error)) from None
+
+
+def save(config: Config, path: Path, **comments: str) -> None:
+    """Writes the settings as YAML, with `comments`, such as the git commit, as leading comment lines."""
+    leading = "".join(f"# {key}: {value}\n" for key, value in comments.items())
+    write_text(path, leading + yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Returns settings as plain dictionaries and lists, equal to what YAML reads back."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Returns the settings by dotted key, as overrides name them."""
+
+    def leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if not isinstance(value, dict | list):
+            yield prefix, value
+            return
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{prefix}.{key}".lstrip("."))
+
+    return dict(leaves(as_dict(config), ""))
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    """Sets one `a.b.0.c=value` in nested dictionaries and lists, in place."""
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise UserError(f"{override!r}: expected key=value, such as train.steps=1000")
+    *parents, last = path.split(".")
+    parent: Any = settings
+    for depth, (key, next_key) in enumerate(pairwise([*parents, last])):
+        empty: Any = [] if next_key == "0" else {}
+        if isinstance(parent, list):
+            parent = parent[_list_index(parent, key, path, empty)]
+        else:
+            parent = parent.setdefault(key, empty)
+        if not isinstance(parent, dict | list):
+            raise UserError(f"{override!r}: {'.'.join(parents[: depth + 1])} is a value and has no {last!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not YAML; put quotes around text with special signs") from None
+    if isinstance(parent, list):
+        parent[_list_index(parent, last, path, None)] = value
+    else:
+        parent[last] = value
+
+
+def _list_index(items: list[Any], key: str, path: str, empty: Any) -> int:
+    """Returns the index that `key` names; the one behind the last item appends `empty` first."""
+    if not key.isdecimal() or int(key) > len(items):
+        raise UserError(
+            f"{path}: {key!r} is not an index of a list of {len(items)}: expected 0 to {len(items)} "
+            f"({len(items)} appends an item)"
+        )
+    if int(key) == len(items):
+        items.append(empty)
+    return int(key)
+
+
+def _with_presets(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings with the presets of the students filled in; what a student sets itself goes over them."""
+    students = settings.get("students")
+    if not isinstance(students, list):
+        return settings
+    return {**settings, "students": [_with_preset(s) if isinstance(s, dict) else s for s in students]}
+
+
+def _with_preset(student: dict[str, Any]) -> dict[str, Any]:
+    name = student.get("preset")
+    if name is None:
+        return student
+    if not isinstance(name, str) or name not in PRESETS:
+        raise UserError(f"preset {name!r} is not known: expected one of {', '.join(PRESETS)}")
+    return {**PRESETS[name], **student}
+
+
+def _one_line(cls: type, error: pydantic.ValidationError) -> str:
+    errors = error.errors()
+    # A misspelt key also leaves the right one missing; the misspelling is what to mend.
+    first = next((e for e in errors if e["type"] == "unexpected_keyword_argument"), errors[0])
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        known = _keys_at(cls, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        return f"unknown key {key!r}: " + (
+            f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+        )
+    if first["type"] == "missing":
+        return f"{key} is missing: give it a value"
+    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _keys_at(cls: Any, location: tuple[int | str, ...]) -> list[str]:
+    """Returns the keys of the dataclass at a location such as ("students", 0)."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        kind = {f.name: f.type for f in dataclasses.fields(cls)}[part]
+        cls = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    return [f.name for f in dataclasses.fields(cls)]

@@ -1,1 +1,0 @@
-"""Text that comes with the engine: a generator of child-directed English."""

@@ -1,0 +1,1 @@
+"""From text to batches: sources, cleaning, split, tokenizer, token files, the steps that read them, and masking."""

@@ -1,0 +1,1 @@
+"""The cleaners of the papers, by the name of the corpus."""

@@ -1,0 +1,1 @@
+"""The generator of child-directed English, the text that comes with the engine."""

@@ -1,0 +1,256 @@
+"""Text to token ids and back: sentencepiece BPE with byte fallback, or byte-level BPE as in Baby Llama.
+
+Both kinds are trained into one file, `tokenizer.json`, and read back by one library (Hugging Face's `tokenizers`), so
+what the engine trains on and what an exported folder gives are the same ids by construction.
+
+What text becomes before it is cut (`normalize`), with `normalization: nfkc`:
+  sentencepiece  NFKC; runs of spaces are one space and spaces at the ends of a line or field go; U+2581, which stands
+                 for a space inside pieces, becomes one. `none` changes U+2581 alone.
+  byte-bpe       NFKC, and one leading space goes. `none` removes that space alone.
+With `lowercase`, every character becomes small after NFKC, by itself: no final sigma.
+
+A newline and a tab are tokens of their own, never part of a piece, and what follows them is cut as a whole text is: a
+line, or what a speaker says after `*MOT:\\t`, begins with the same pieces as a sentence that is scored alone.
+(byte-bpe, as in the paper, cuts a whole text at once: only its first word gets the leading space.)
+"""
+
+import hashlib
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from engine.config.settings import TokenizerConfig
+from engine.system.errors import UserError
+
+PAD, BOUNDARY, UNKNOWN, END, MASK = "<pad>", "<s>", "<unk>", "</s>", "<mask>"
+SPACE = "\u2581"  # sentencepiece's mark for a space, in front of every word
+FIELD_ENDS = ("\n", "\t")
+CHARACTER_COVERAGE = 0.9999  # characters rarer than all but this share of the text become bytes
+FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+class Tokenizer:
+    """A trained tokenizer: `size` pieces, the ids of its tokens for the `boundary` of texts, their `end` and the `mask`
+    (None: it has none), all `special` ids, a `hash` over its definition.
+
+    Special tokens are never read out of text: the four characters of "<s>" are ordinary characters.
+    """
+
+    def __init__(self, definition: str, settings: str) -> None:
+        """From the contents of `tokenizer.json` and `tokenizer_config.json`."""
+        self._files = dict(zip(FILES, (definition, settings), strict=True))
+        self._backend = tokenizers.Tokenizer.from_str(definition)
+        self._backend.encode_special_tokens = True
+        self.vocab_size = self._backend.get_vocab_size()
+        self.hash = hashlib.sha256(definition.encode()).hexdigest()
+        self.special = frozenset(i for i, t in self._backend.get_added_tokens_decoder().items() if t.special)
+        found = (json.loads(settings).get(f"{name}_token") for name in ("bos", "eos", "mask"))
+        tokens = [x["content"] if isinstance(x, dict) else x for x in found]  # a dictionary as transformers 4 wrote it
+        self.boundary, self.end, self.mask = (None if x is None else self._backend.token_to_id(x) for x in tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without a boundary token."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without boundary tokens; uses all cores."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out: `decode(encode(text)) == normalize(text, config)`."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def surfaces(self) -> list[str]:
+        """What each piece adds to a text behind other text: "" for special tokens, spaces as spaces."""
+        anchor = next(i for i in map(self._backend.token_to_id, ("a", "<0x61>")) if i is not None)
+        texts = self._backend.decode_batch(
+            [[anchor, piece] for piece in range(self.vocab_size)], skip_special_tokens=True
+        )
+        return [text[1:] for text in texts]
+
+    def export(self, folder: Path) -> None:
+        """Write the files from which `transformers.AutoTokenizer` makes a fast tokenizer with the same ids.
+
+        That one puts the boundary token, where there is one, in front of a sentence and between those of a pair. The
+        boundary is its `bos_token` and its `eos_token`: it is the one token trained to stand at either end of a text.
+        """
+        for name, content in self._files.items():
+            (folder / name).write_text(content, encoding="utf-8")
+
+
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer that `train` or `Tokenizer.export` wrote; ValueError where it is missing."""
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no {name}; name a folder that recipes/prepare.py or an export wrote")
+    definition, settings = ((folder / name).read_text(encoding="utf-8") for name in FILES)
+    return Tokenizer(definition, settings)
+
+
+def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder: Path, *, boundary: bool) -> Tokenizer:
+    """Train on `texts` (documents, lines separated by newlines) to exactly `pieces` tokens; files go into `folder`.
+
+    The same texts give the same tokenizer. Beside the files of `Tokenizer.export`, `sentencepiece.model` is kept: it
+    cuts each normalised line or field into the same ids, and knows nothing of newlines.
+    Raises ValueError where the text does not allow so many pieces (or so few), naming the bound.
+    """
+    if config.kind == "sentencepiece":
+        model = _train_sentencepiece(_fields(texts, config), vocab_size, boundary, mask=config.mask)
+        backend = _from_sentencepiece(model, config)
+        (folder / "sentencepiece.model").write_bytes(model)
+    else:
+        backend = _train_byte_bpe(texts, config, vocab_size)
+    specials = [t for t in (PAD, BOUNDARY, UNKNOWN, END, MASK) if backend.token_to_id(t) is not None]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
+    if boundary:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{BOUNDARY} $A",
+            pair=f"{BOUNDARY} $A {BOUNDARY} $B:0",
+            special_tokens=[(BOUNDARY, backend.token_to_id(BOUNDARY))],
+        )
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOUNDARY if boundary else None,
+        "eos_token": BOUNDARY if boundary else None,
+        "pad_token": PAD,
+        **({"mask_token": MASK} if config.mask else {}),
+        "split_special_tokens": True,  # as in Tokenizer: "<s>" in a text is not the boundary
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    tokenizer = Tokenizer(backend.to_str(), json.dumps(settings, indent=2) + "\n")
+    tokenizer.export(folder)
+    return tokenizer
+
+
+def normalize(text: str, config: TokenizerConfig) -> str:
+    """What the tokenizer sees, and what decoding gives back; see the top of this file."""
+    if config.normalization == "nfkc":
+        text = unicodedata.normalize("NFKC", text)
+    if config.lowercase:
+        text = "".join(map(str.lower, text))
+    if config.kind == "byte-bpe":
+        return text.removeprefix(" ")
+    text = text.replace(SPACE, " ")
+    if config.normalization == "nfkc":
+        text = re.sub(r" *([\n\t]) *", r"\1", re.sub(r" {2,}", " ", text)).strip(" ")
+    return text
+
+
+def _fields(texts: Iterable[str], config: TokenizerConfig) -> Iterator[str]:
+    """The lines and fields that sentencepiece learns from."""
+    for text in texts:
+        yield from (field for field in re.split(r"[\n\t]", normalize(text, config)) if field)
+
+
+def _train_sentencepiece(fields: Iterator[str], vocab_size: int, boundary: bool, *, mask: bool) -> bytes:
+    pad, bos, unk = (1, 0, 2) if mask and boundary else (1, -1, 0) if mask else (0, 1, 2) if boundary else (0, -1, 1)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=fields,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=CHARACTER_COVERAGE,
+            normalization_rule_name="identity",  # `normalize` has done it
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 30,  # bytes; longer ones would be left out without a word
+            user_defined_symbols=list(FIELD_ENDS),
+            control_symbols=[MASK] if mask else [],
+            pad_id=pad,
+            bos_id=bos,
+            unk_id=unk,  # sentencepiece wants one; with byte fallback it never occurs
+            eos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if bound := re.search(r"too high .*<= (\d+)", str(error)):
+            raise _too_many(vocab_size, int(bound[1])) from None
+        if bound := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            raise _too_few(vocab_size, int(bound[1])) from None
+        raise
+    return model.getvalue()
+
+
+def _from_sentencepiece(model: bytes, config: TokenizerConfig) -> tokenizers.Tokenizer:
+    """The same segmentation as a `tokenizers` pipeline.
+
+    sentencepiece joins the neighbours whose concatenation is the best-ranked piece. A BPE with a list of merges does
+    the same when every piece is reached from each of its splits into two pieces, better-ranked pieces first.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocabulary = {processor.IdToPiece(i): i for i in range(processor.GetPieceSize())}
+    merges = []
+    for piece in sorted(vocabulary, key=lambda p: -processor.GetScore(vocabulary[p])):
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        merges += sorted(
+            ((left, right) for left, right in splits if left in vocabulary and right in vocabulary),
+            key=lambda split: (vocabulary[split[0]], vocabulary[split[1]]),
+        )
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token=UNKNOWN, fuse_unk=False)
+    )
+    spaces = [*_characters(config), normalizers.Replace(SPACE, " ")]
+    if config.normalization == "nfkc":
+        spaces += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
+    backend.normalizer = normalizers.Sequence(
+        [*spaces, normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]  # pyright: ignore[reportArgumentType]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+            *(decoders.Replace(f"{end} ", end) for end in FIELD_ENDS),
+        ]
+    )
+    # Added tokens are cut out before anything else, so the pipeline above runs on one line or field at a time.
+    backend.add_tokens([AddedToken(end, normalized=False) for end in FIELD_ENDS])
+    return backend
+
+
+def _characters(config: TokenizerConfig) -> list[normalizers.Normalizer]:
+    nfkc = [normalizers.NFKC()] if config.normalization == "nfkc" else []
+    return [*nfkc, *([normalizers.Lowercase()] if config.lowercase else [])]
+
+
+def _train_byte_bpe(texts: Iterable[str], config: TokenizerConfig, vocab_size: int) -> tokenizers.Tokenizer:
+    """Baby Llama's tokenizer (its notebook), but with all 256 bytes in the alphabet: there, unseen ones were lost."""
+    specials = [BOUNDARY, PAD, END, MASK] if config.mask else [PAD, BOUNDARY, END]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(specials) + len(alphabet):
+        raise _too_few(vocab_size, len(specials) + len(alphabet))
+    backend = tokenizers.Tokenizer(models.BPE())
+    if normalizing := _characters(config):
+        backend.normalizer = normalizing[0] if len(normalizing) == 1 else normalizers.Sequence(normalizing)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator((line for text in texts for line in text.splitlines(keepends=True)), trainer)
+    if backend.get_vocab_size() < vocab_size:
+        raise _too_many(vocab_size, backend.get_vocab_size())
+    return backend
+
+
+def _too_many(vocab_size: int, bound: int) -> UserError:
+    return UserError(f"data.tokenizer.vocab_size={vocab_size}: the training text allows {bound} at most; ask for fewer")
+
+
+def _too_few(vocab_size: int, bound: int) -> UserError:
+    return UserError(
+        f"data.tokenizer.vocab_size={vocab_size}: bytes, characters and special tokens need {bound}; ask for more"
+    )

@@ -1,0 +1,169 @@
+"""What all model families share: the numbers that describe a model, and the interface of its body and head.
+
+B sequences, L positions, N rows to predict, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from engine.config.settings import StudentConfig
+from engine.system.errors import UserError
+from kernels import Projected
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers that describe a model. Raises UserError where they do not fit one another.
+
+    What families differ in is a class attribute or a property, so that nobody needs to ask for the family.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    ffn: int
+    vocab_size: int
+    max_length: int
+    tied: bool = True
+    dropout: float = 0.0  # of embeddings, attention weights and both branches
+    norm_eps: float = 1e-5
+
+    family: ClassVar[str]
+    title: ClassVar[str]  # the family's name in text
+    causal: ClassVar[bool] = True  # whether a position sees only those before it; otherwise tokens are masked
+    shares_prefixes: ClassVar[bool] = False  # whether the family has `LanguageModel.tree_states`
+    mlp_matrices: ClassVar[int] = 2  # matrices [hidden, ffn] of one block
+    foreign_settings: ClassVar[tuple[str, ...]] = ("kv_heads", "rope_theta")  # of StudentConfig, of other families
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise UserError(f"hidden={self.hidden} is not divisible by heads={self.heads}: choose a multiple")
+
+    @classmethod
+    def from_settings(cls, student: StudentConfig, vocab_size: int) -> "Shape":
+        """Returns the shape that a student's settings describe; UserError for a setting of another family."""
+        for name in cls.foreign_settings:
+            value = getattr(student, name)
+            if value:
+                raise UserError(f"{name}={value}: a {cls.title} has none; drop it, or take another family")
+        return cls(
+            layers=student.layers,
+            hidden=student.hidden,
+            heads=student.heads,
+            ffn=student.ffn,
+            vocab_size=vocab_size,
+            max_length=student.max_length,
+            tied=student.tied,
+            dropout=student.dropout,
+            norm_eps=student.norm_eps or cls.norm_eps,
+            **cls._own_settings(student),
+        )
+
+    @classmethod
+    def _own_settings(cls, student: StudentConfig) -> dict[str, Any]:
+        """Returns the fields that only this family has."""
+        return {}
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def kv_hidden(self) -> int:
+        """Width of all keys (or values) of one position together."""
+        return self.hidden
+
+    @property
+    def head_matrices(self) -> int:
+        """Matrices [hidden, hidden] between the last block and the logits."""
+        return 0
+
+    @property
+    def of_weights(self) -> "Shape":
+        """The shape with everything that the weights do not depend on at one value: equal ones fit the same weights."""
+        return replace(self, dropout=0.0)
+
+    @property
+    def ends_in_product(self) -> bool:
+        """Whether a matrix product ends a block with nothing behind it that the backward pass would need its result
+        for, so that recomputation may leave it out."""
+        return self.dropout == 0
+
+
+class LanguageModel(nn.Module):
+    """A model whose forward pass stops at the hidden state: its logits are hidden · `head`ᵀ + `head_bias`.
+
+    The loss multiplies by the head itself, so that logits never exist for a whole batch.
+    """
+
+    shape: Shape
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The embedding of the tokens."""
+        raise AttributeError("a family has an embedding")
+
+    @property
+    def head(self) -> Tensor:
+        """The weight [V, D] that makes logits of hidden states."""
+        raise AttributeError("a family has a head")
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """The bias [V] of the logits; None where the family has none."""
+        return None
+
+    def tie_head(self) -> None:
+        """Shares the embedding's weight with the output head, where the shape says so."""
+        if self.shape.tied:
+            self.get_submodule("lm_head").weight = self.embedding.weight
+
+    def project(self, hidden_ND: Tensor) -> Projected:
+        """Returns the model's stream of logits, not multiplied out."""
+        return Projected(hidden_ND, self.head, self.head_bias)
+
+    def tree_states(self, tokens_BL: Tensor, positions_BL: Tensor, ends_BL: Tensor, rows_U: Tensor) -> Tensor:
+        """Returns the hidden states [U, D] of texts that share what they begin with (engine.evaluation.scoring).
+
+        Only families whose `shape.shares_prefixes` is true have it.
+
+        Args:
+            positions_BL: of each token in its own text.
+            ends_BL: behind the last token of the row that sees this one.
+            rows_U: the positions in the flattened batch whose states are wanted.
+        """
+        raise ValueError(f"a {self.shape.title} reads every text by itself: make the trees without sharing")
+
+    def states(self, tokens_BL: Tensor, rows_N: Tensor | None = None, dropout_seeds_B: Tensor | None = None) -> Tensor:
+        """Returns the hidden states [N, D] that another head than the language model's begins with."""
+        return self(tokens_BL, rows_N, dropout_seeds_B)
+
+
+def check_length(tokens_BL: Tensor, max_length: int) -> int:
+    """Returns L; ValueError where it is more than the model can read."""
+    length = tokens_BL.shape[1]
+    if length > max_length:
+        raise ValueError(f"a sequence of {length} tokens is longer than the model's max_length={max_length}")
+    return length
+
+
+def initial_weights(model: nn.Module, layers: int, seed: int) -> None:
+    """Draws a model's weights on the CPU, from the seed alone.
+
+    Matrices come from N(0, 0.02²), norms are one and biases zero, as in LLaMA's and GPT-2's references. The two
+    projections that write into the residual stream are scaled by 1/√(2·layers), so that its variance does not grow
+    with depth (Radford et al. 2019).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        deviation = 0.02
+        if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")):
+            deviation /= (2 * layers) ** 0.5
+        drawn = torch.empty_like(parameter, device="cpu").normal_(0.0, deviation, generator=generator)
+        parameter.data.copy_(drawn)

@@ -1,0 +1,147 @@
+"""The writer of metrics.jsonl and of its mirror for TensorBoard."""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from torch.utils.tensorboard import FileWriter
+
+from engine.reporting.records import Record, read_metrics, stream_names
+from engine.system.errors import UserError
+
+
+class MetricsLog:
+    """Appends records to `<run_dir>/metrics.jsonl` and mirrors their numbers to `<run_dir>/tensorboard`. Rank 0 only.
+
+    `position` says where the file has to end before this run goes on: `None`, a new run, which may find no records;
+    `0`, begin again and drop what an earlier attempt left; otherwise the byte length that `position()` gave when the
+    checkpoint was saved. Whatever was written after it belongs to steps that are about to be taken again and is cut
+    off, so that a resumed run's file equals an uninterrupted run's.
+
+    Raises ValueError, and changes nothing, if a new run finds records, or if the file is shorter than `position` or
+    has no record ending there.
+    """
+
+    def __init__(self, run_dir: Path, position: int | None) -> None:
+        path = run_dir / "metrics.jsonl"
+        _check_position(path, position)
+        self._teachers: list[str] = []
+        first_step = 0
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab", buffering=0)  # what a full disk refuses must not wait in a buffer to fail again
+        if position is not None:
+            self._file.truncate(position)
+            for record in read_metrics(path):
+                first_step = record["step"] + 1
+                if record["kind"] == "streams":
+                    self._teachers = record["teachers"]
+        # FileWriter, not SummaryWriter: one event holds all of a record's scalars, a tenth of the time (0.4 ms for 48).
+        self._board = FileWriter(str(run_dir / "tensorboard"))
+        if position is not None:  # what SummaryWriter's purge_step does: earlier files lose this step and all after it
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # pyright: ignore[reportAttributeAccessIssue]
+            event = event_pb2.Event(session_log=start)  # pyright: ignore[reportAttributeAccessIssue]
+            self._board.add_event(event, first_step)
+
+    def write(self, record: Record) -> None:
+        """Appends one record: one line, one write, handed to the operating system before this returns.
+
+        Raises ValueError where the disk refuses.
+        """
+        try:
+            line = json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise self._refused(error) from None
+        if record["kind"] == "streams":
+            self._teachers = record["teachers"]
+        summary = summary_pb2.Summary()  # pyright: ignore[reportAttributeAccessIssue]
+        for tag, value in _scalars(record, self._teachers):
+            summary.value.add(tag=tag, simple_value=value)
+        if summary.value:
+            self._board.add_summary(summary, record["step"])
+
+    def position(self) -> int:
+        """The file's length in bytes, once all of it is on disk. Take it after a step's last record.
+
+        Raises ValueError where the disk refuses.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._refused(error) from None
+        return self._file.tell()
+
+    def _refused(self, error: OSError) -> UserError:
+        return UserError(f"{self._file.name} could not be written ({error}): make room and run again")
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _check_position(path: Path, position: int | None) -> None:
+    length = path.stat().st_size if path.exists() else 0
+    if position is None:
+        if length:
+            raise UserError(
+                f"{path} already holds {length} bytes of another run's records; resume that run or name a new one"
+            )
+    elif position > length:
+        raise UserError(
+            f"{path} has {length} bytes, but the checkpoint was saved when it had {position};"
+            " restore the file or resume from an older checkpoint"
+        )
+    elif position:
+        with path.open("rb") as file:
+            file.seek(position - 1)
+            if file.read(1) != b"\n":
+                raise UserError(
+                    f"{path} has no record ending at byte {position}, where the checkpoint says one ends;"
+                    " the file was edited or belongs to another run: restore it"
+                )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _scalars(record: Record, teachers: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """TensorBoard's view of a record: (tag, value) of every number in it that is finite."""
+    values: dict[str, Any] = {}
+    if record["kind"] == "step" or record["kind"] == "evaluation":
+        ensemble = {"ensemble": record["ensemble"]} if "ensemble" in record else {}
+        for name, numbers in (record["students"] | ensemble).items():
+            flat = dict(numbers) | numbers.get("scores", {})
+            values |= {f"{measure}/{name}": value for measure, value in flat.items() if measure != "scores"}
+    if record["kind"] == "outer":
+        values |= {f"omega/{name}": value for name, value in record["omega"].items()}
+        values |= {f"outer/{key}": record[key] for key in ("held_out_loss", "step_size", "seconds")}
+        values |= {f"outer/{term}": value for term, value in record["shares"].items()}
+    if record["kind"] == "step":
+        values |= {f"run/{key}": record[key] for key in ("epoch", "tokens", "seconds", "tokens_per_second")}
+        values |= {f"run/{key}": record.get(key) for key in ("model_flops", "hardware_flops", "mfu", "hfu", "joules")}
+        learners = list(record["students"])
+        for i, row in enumerate(record["kl"]):
+            streams = stream_names(learners, teachers, len(row))
+            values |= {f"kl/{learners[i]} from {streams[j]}": value for j, value in enumerate(row) if j != i}
+    for tag, value in values.items():
+        if value is not None and math.isfinite(value):
+            yield tag, float(value)

@@ -1,0 +1,119 @@
+"""What a run shows while it trains: its last step, and what each student was last worth."""
+
+import math
+import time
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from engine.reporting.records import Record, StepRecord, StudentEvaluation
+from engine.system.formatting import format_seconds
+
+
+class Progress:
+    """Shows a run's records as they come: a live display on a terminal, else one line every `interval` seconds.
+
+    A context manager. Does nothing on ranks other than 0. Skipped steps and events are always printed, at once.
+    `start` is the number of steps already finished when the run was resumed.
+    """
+
+    def __init__(
+        self, total: int, *, start: int = 0, rank: int = 0, console: Console | None = None, interval: float = 10.0
+    ) -> None:
+        self._total, self._start, self._interval = total, start, interval
+        self._rank = rank
+        self._console = console or Console()
+        self._live: Live | None = None
+        self._step: StepRecord | None = None
+        self._evaluation: dict[str, StudentEvaluation] = {}
+        self._began = time.monotonic()
+        self._printed_at = -math.inf
+        self._printed_step = start
+
+    def __enter__(self) -> "Progress":
+        self._began = time.monotonic()
+        # Not `console.is_terminal`: FORCE_COLOR, which CI services set, would make that animate a log file.
+        if self._rank == 0 and self._console.file.isatty() and not self._console.is_dumb_terminal:
+            self._live = Live(console=self._console, get_renderable=self._display, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+        elif self._step is not None and self._step["step"] != self._printed_step:
+            self._print_step(self._step)
+
+    def show(self, record: Record) -> None:
+        if self._rank != 0:
+            return
+        match record["kind"]:
+            case "step":
+                self._step = record
+                if self._live is None and time.monotonic() - self._printed_at >= self._interval:
+                    self._print_step(record)
+            case "evaluation":
+                self._evaluation = record["students"]
+            case "skipped":
+                self._print(f"step {record['step']:,} skipped: {', '.join(record['students'])}: {record['reason']}")
+            case "event":
+                self._print(f"step {record['step']:,}: {record['text']}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _print_step(self, record: StepRecord) -> None:
+        self._printed_at, self._printed_step = time.monotonic(), record["step"]
+        students = (
+            f"{name}: " + " ".join(f"{title} {cell}" for title, cell in self._cells(record, name).items())
+            for name in record["students"]
+        )
+        self._print(" | ".join([self._heading(record), *students]))
+
+    def _heading(self, record: StepRecord | None) -> str:
+        elapsed = time.monotonic() - self._began
+        done = record["step"] if record else self._start
+        left = elapsed / (done - self._start) * (self._total - done) if done > self._start else None
+        parts = [f"step {done:,}/{self._total:,}", f"{format_seconds(elapsed)} elapsed"]
+        if left is not None:
+            parts.append(f"{format_seconds(left)} left")
+        if record:
+            parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+            parts += [f"MFU {record['mfu']:.0%}"] if "mfu" in record else []
+        return ", ".join(parts)
+
+    def _cells(self, record: StepRecord, name: str) -> dict[str, str]:
+        student = record["students"][name]
+        cells = {"CE": f"{student['ce']:.3f}"}
+        row = list(record["students"]).index(name)
+        others = [kl for column, kl in enumerate(record["kl"][row]) if column != row] if record["kl"] else []
+        if others:
+            cells["KL"] = f"{sum(others) / len(others):.3f}"
+        cells["lr"] = f"{student['lr']:.1e}"
+        if name in self._evaluation:
+            evaluation = self._evaluation[name]
+            cells["val"] = f"{evaluation['validation_loss']:.3f}"
+            if evaluation["pairs_accuracy"] is not None:
+                cells["pairs"] = f"{evaluation['pairs_accuracy']:.1%}"
+        return cells
+
+    def _display(self) -> RenderableType:
+        record = self._step
+        done = record["step"] if record else self._start
+        head = Table.grid(expand=True)
+        head.add_row(ProgressBar(total=self._total, completed=done))
+        head.add_row(Text(self._heading(record)))
+        if record is None:
+            return head
+        cells = {name: self._cells(record, name) for name in record["students"]}
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        table.add_column("student", overflow="ellipsis", no_wrap=True)
+        titles = next(iter(cells.values()), {}).keys()
+        for title in titles:
+            table.add_column(title, justify="right", no_wrap=True)
+        for name, row in cells.items():
+            table.add_row(Text(name), *row.values())
+        return Group(head, table)

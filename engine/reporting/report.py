@@ -1,0 +1,279 @@
+"""`report.html`: a run on one page, drawn from what it recorded. Needs no network and no script.
+
+Legend: S students, K teachers, R = S + K streams, students first.
+"""
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from engine.reporting.charts import Chart, Curve, curve, format_value
+from engine.reporting.records import EvaluationRecord, OuterRecord, Summary, read_metrics, stream_names
+from engine.system.errors import UserError
+from engine.system.formatting import format_count, format_seconds
+
+KL_POINTS = 100
+NEGLIGIBLE = 0.01  # share of the hypergradient's terms beside the first
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes `<run_dir>/report.html` from `metrics.jsonl`, `config.yaml` and, once the run has ended, `summary.json`.
+
+    A run that was killed or still goes on gets a report of what it has recorded so far. Returns the report's path.
+    Raises ValueError if there is no `metrics.jsonl` or a line of it, other than the last, is not a record.
+    """
+    metrics, summary_path, config_path = (run_dir / name for name in ("metrics.jsonl", "summary.json", "config.yaml"))
+    if not metrics.exists():
+        raise UserError(f"{metrics} does not exist: expected the folder of a run that has begun")
+    history = read_history(metrics)
+    summary: Summary | None = json.loads(summary_path.read_text("utf-8")) if summary_path.exists() else None
+    config = config_path.read_text("utf-8") if config_path.exists() else ""
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.loader = FileSystemLoader(Path(__file__).parent)
+    environment.filters.update(count=format_count, seconds=format_seconds, value=format_value)
+    page = environment.get_template("report_template.html").render(
+        name=summary["run"] if summary else run_dir.resolve().name,
+        facts=facts(history, summary, config),
+        summary=summary,
+        loss=loss(history, summary),
+        pairs=pairs(history),
+        divergences=divergences(history),
+        sections={
+            "Whom the ensemble trusts": weights(history),
+            "Optimisation": optimisation(history),
+            "Throughput": throughput(history),
+        },
+        compute=compute(history, summary),
+        events=history.events,
+        config=config,
+    )
+    report = run_dir / "report.html"
+    aside = run_dir / "report.html.part"
+    aside.write_text(page, "utf-8")
+    os.replace(aside, report)
+    return report
+
+
+@dataclass
+class History:
+    """`metrics.jsonl` as columns over the steps that it records. What was not finite is None."""
+
+    students: list[str] = field(default_factory=list)
+    teachers: list[str] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    totals: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))  # by measure
+    measures: dict[tuple[str, str], list[Any]] = field(default_factory=lambda: defaultdict(list))  # and student
+    kl_steps: list[int] = field(default_factory=list)
+    kl: dict[tuple[int, int], list[Any]] = field(default_factory=lambda: defaultdict(list))  # by learner and stream
+    outer: list[OuterRecord] = field(default_factory=list)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    events: list[tuple[int, str, str]] = field(default_factory=list)  # step, "event" or "skipped", text
+
+    def ends(self) -> tuple[int, int]:
+        """The first and the last step of which anything is known."""
+        others = (record["step"] for record in [*self.evaluations, *self.outer])
+        steps = [*self.steps[:1], *self.steps[-1:], *others]
+        return min(steps), max(steps)
+
+    def chart(self, title: str, unit: str, curves: list[Curve], **options: Any) -> Chart:
+        """A chart over the steps, all events marked."""
+        kinds = {"quiet": "event", "alarm": "skipped"}
+        marks = {colour: [step for step, its, _ in self.events if its == kind] for colour, kind in kinds.items()}
+        return Chart(title, unit, curves, *self.ends(), marks=marks, **options)
+
+    def recorded(self, measure: str) -> list[Curve]:
+        """Per student: `measure` over the steps."""
+        return _curves(self.steps, {name: self.measures[name, measure] for name in self.students})
+
+    def evaluated(self, measure: str) -> list[Curve]:
+        """Per student: `measure` over the evaluations; none if none has it."""
+        steps = [record["step"] for record in self.evaluations]
+        columns = {name: [record["students"][name][measure] for record in self.evaluations] for name in self.students}
+        known = any(value is not None for column in columns.values() for value in column)
+        return _curves(steps, columns) if known else []
+
+
+def _curves(steps: list[int], columns: Mapping[str, Sequence[float | None]]) -> list[Curve]:
+    """Per student, in their order and colours."""
+    return [curve(name, steps, values, colour(i)) for i, (name, values) in enumerate(columns.items())]
+
+
+def colour(stream: int) -> str:
+    return f"c{stream % 8}"
+
+
+def read_history(path: Path) -> History:
+    history = History()
+    for record in read_metrics(path):
+        match record["kind"]:
+            case "streams":
+                history.students, history.teachers = record["students"], record["teachers"]
+            case "step":
+                history.students = history.students or list(record["students"])
+                history.steps.append(record["step"])
+                for measure in ("epoch", "tokens", "tokens_per_second", "model_flops", "mfu", "hfu"):
+                    history.totals[measure].append(record.get(measure))
+                for name, numbers in record["students"].items():
+                    for measure, value in numbers.items():
+                        history.measures[name, measure].append(value)
+                if record["kl"]:
+                    history.kl_steps.append(record["step"])
+                for i, row in enumerate(record["kl"]):
+                    for j, value in enumerate(row):
+                        history.kl[i, j].append(value)
+            case "outer":
+                history.outer.append(record)
+            case "evaluation":
+                history.evaluations.append(record)
+            case "skipped":
+                text = f"skipped: {', '.join(record['students'])}: {record['reason']}"
+                history.events.append((record["step"], "skipped", text))
+            case "event":
+                history.events.append((record["step"], "event", record["text"]))
+    return history
+
+
+def facts(history: History, summary: Summary | None, config: str) -> dict[str, str]:
+    if summary:
+        data, commit = summary["data"], summary["git_commit"]
+        facts = {
+            "finished": datetime.fromisoformat(summary["finished"]).strftime("%-d %B %Y, %H:%M %Z").strip(),
+            "took": format_seconds(summary["seconds"]),
+            "steps": f"{summary['steps']:,}",
+            "tokens seen": format_count(summary["tokens"]),
+            "on": f"{summary['world_size']} × {summary['device']}, ZeRO {summary['zero_stage']}",
+            "data": f"{data['name']}, {format_count(data['train_words'])} words",
+        }
+    else:
+        found = re.search(r"^# git[_ ]commit: (\S+)", config, re.MULTILINE)
+        commit = found.group(1) if found else None
+        facts = {"state": "not finished", "last step": f"{history.steps[-1]:,}" if history.steps else "none yet"}
+    if history.steps:
+        facts.setdefault("tokens seen", format_count(history.totals["tokens"][-1]))
+        facts["epochs"] = f"{history.totals['epoch'][-1]:.2f}"
+    if commit:
+        facts["git commit"] = commit[:12]
+    return facts
+
+
+def loss(history: History, summary: Summary | None) -> list[Chart]:
+    if not history.steps:
+        return []
+    training, validation = history.recorded("ce"), history.evaluated("validation_loss")
+    note = "Training batches, their mean and range."
+    if validation:
+        training = [replace(curve, faint=True) for curve in training]
+        note = "Faint: training batches, their mean and range. Strong: the held-out text."
+    curves, rules = [*training, *validation], {}
+    if summary and summary["data"]["entropy_per_word"] is not None:
+        rules["best possible"] = summary["data"]["entropy_per_word"] / summary["data"]["tokens_per_word"]
+
+    # The first steps fall from ln V and would press the rest of the curve flat; they are cut off, and the page says so.
+    drawn = [values for curve in curves if (values := curve.y[np.isfinite(curve.y)]).size] or [np.zeros(1)]
+    low, top = min([*rules.values(), *(values.min() for values in drawn)]), max(values.max() for values in drawn)
+    high = max(np.quantile(values, 0.97) for values in drawn)
+    cut = top - low > 1.35 * (high - low)
+    if cut:
+        peak = np.nanmax([curve.high for curve in training], initial=top)
+        note += f" Cut at the top: the first losses reached {peak:.3g}."
+    span = (None, high if cut else None)
+    return [history.chart("Cross-entropy", "nats per token", curves, span=span, bands=True, rules=rules, note=note)]
+
+
+def pairs(history: History) -> list[Chart]:
+    curves = [replace(curve, y=100 * curve.y) for curve in history.evaluated("pairs_accuracy")]
+    return [history.chart("Accuracy", "% of pairs", curves, rules={"chance": 50})] if curves else []
+
+
+def divergences(history: History) -> dict[str, Any] | None:
+    """The KL matrix: its last values, each with its share of the greatest, and their courses; None without KL."""
+    streams = 1 + max((j for _, j in history.kl), default=0)
+    if streams < 2:
+        return None
+    names = stream_names(history.students, history.teachers, streams)
+    learners = range(len(history.students))
+    rows = [
+        [curve(names[j], history.kl_steps, history.kl[i, j], colour(j), KL_POINTS) for j in range(streams) if j != i]
+        for i in learners
+    ]
+    values = np.concatenate([course.y for row in rows for course in row])
+    positive = values[values > 0]
+    span = (positive.min() / 1.15, positive.max() * 1.15) if positive.size else (None, None)
+    last = np.full((len(history.students), streams), np.nan)
+    last[~np.eye(*last.shape, dtype=bool)] = [course.y[-1] for row in rows for course in row]
+    return {
+        "names": names,
+        "steps": max(1, len(history.kl_steps) // KL_POINTS),
+        "last": last,
+        "shares": np.nan_to_num(last / np.nanmax(last, initial=1e-9)),
+        "charts": [
+            history.chart(f"{names[i]} learns from", "nats per token", rows[i], span=span, log=True) for i in learners
+        ],
+    }
+
+
+def weights(history: History) -> list[Chart]:
+    """The students' weights ω over the run, and what moved them."""
+    if not history.outer:
+        return []
+    steps = [record["step"] for record in history.outer]
+    curves = _curves(steps, {name: [record["omega"][name] for record in history.outer] for name in history.students})
+    terms = {"direct": "the ensemble itself", "own": "their own cross-entropy", "peers": "what they teach the others"}
+    shares = np.array([[record["shares"][term] for term in terms] for record in history.outer], float).mean(0)
+    listed = ", ".join(f"{share:.1%} {text}" for share, text in zip(shares, terms.values(), strict=True))
+    note = f"Moved by {listed} (the hypergradient’s terms; means over {len(steps):,} updates)."
+    if shares[1:].sum() < NEGLIGIBLE:
+        note += " How ω changes what the students learn is negligible here: outer.terms=direct would do without it."
+    return [history.chart("Weights of the students", "", curves, span=(0, None), note=note)]
+
+
+def optimisation(history: History) -> list[Chart]:
+    if not history.steps:
+        return []
+    clipped = (f"{name} {np.mean(history.measures[name, 'clipped']):.0%}" for name in history.students)
+    note = f"Before clipping. Steps clipped: {', '.join(clipped)}."
+    return [
+        history.chart("Gradient norm", "", history.recorded("grad_norm"), log=True, bands=True, note=note),
+        history.chart("Learning rate", "", history.recorded("lr"), span=(0, None)),
+    ]
+
+
+def throughput(history: History) -> list[Chart]:
+    if not history.steps:
+        return []
+    each, flops = history.recorded("tokens_per_second"), history.recorded("model_flops_per_second")
+    total = curve("all", history.steps, history.totals["tokens_per_second"], "ink")
+    unit = "total, and each student by the time of its own work"
+    charts = [
+        history.chart("Tokens per second", unit, [*each, total], span=(0, None), bands=True),
+        history.chart("Model FLOP/s", "recomputation not counted", flops, span=(0, None)),
+    ]
+    mfu, hfu = (100 * np.array(history.totals[measure], float) for measure in ("mfu", "hfu"))
+    if np.isfinite([mfu, hfu]).any():
+        curves = [curve("MFU", history.steps, mfu, "ink"), curve("HFU", history.steps, hfu, "c0")]
+        unit = "% of what the devices could do"
+        note = "MFU: model FLOPs of students, teachers and outer loop. HFU: also what is formed again, or masked."
+        charts.append(history.chart("Utilisation", unit, curves, span=(0, None), bands=True, note=note))
+    return charts
+
+
+def compute(history: History, summary: Summary | None) -> list[Chart]:
+    """The loss against what it took, where every step says so."""
+    flops = np.array(history.totals["model_flops"], float)
+    if not flops.size or not np.isfinite(flops).all():
+        return []
+    flops += summary["inherited_flops"]["model"] if summary and "inherited_flops" in summary else 0
+    losses = history.evaluated("validation_loss") or history.recorded("ce")
+    curves = [replace(curve, x=np.interp(curve.x, history.steps, flops)) for curve in losses]
+    note = "All of the run’s, its teachers’ own training included where it is known."
+    return [Chart("Loss", "nats per token", curves, flops[0], flops[-1], "FLOP", note=note)]

@@ -1,0 +1,212 @@
+"""A run around the loop: what it records, when it evaluates and saves, how it pauses and finishes.
+
+S students.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from engine.compute import profiling
+from engine.compute.flops import Workload
+from engine.compute.usage import Usage, step_cost
+from engine.config.settings import Config
+from engine.data.batches import Step, TrainingData
+from engine.data.prepare import Prepared
+from engine.evaluation.evaluator import Evaluator
+from engine.models.base import Shape
+from engine.reporting.report import write_report
+from engine.run import checkpoint
+from engine.run.export import export_run, export_student
+from engine.run.folder import RunFolder
+from engine.run.recorder import Recorder
+from engine.run.state import RunState, random_state
+from engine.run.summary import final_table, summarise
+from engine.students import schedule
+from engine.students.cohort import Cohort, Verdict
+from engine.students.gradients import Tally
+from engine.students.outer_loop import OuterLoop
+from engine.system.distributed import Runtime
+from engine.system.errors import UserError
+from engine.teachers.frozen import Teachers
+
+MILESTONES = [digit * 10**decade for decade in (6, 7, 8) for digit in range(1, 10)] + [10**9]  # words
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that the loop works on. `engine.run.build.build_run` makes it; `state` is what changes."""
+
+    config: Config
+    runtime: Runtime
+    folder: RunFolder
+    prepared: Prepared
+    data: TrainingData
+    total_steps: int
+    evaluator: Evaluator
+    teachers: Teachers
+    teacher_shapes: Sequence[Shape]  # of the teachers that predict in a step; none where a cache is read
+    cohort: Cohort
+    outer_loop: OuterLoop
+    recorder: Recorder
+    state: RunState
+    peak_flops: float | None  # FLOP/s of all ranks' devices at most, where known
+    stack: ExitStack  # closes what is open while the run trains
+
+    def steps(self) -> Iterator[Step]:
+        """Yields the steps that are left, profiled where the settings ask for it."""
+        steps = self.teachers.read_ahead(self.data.steps(self.state.step + 1, self.total_steps))
+        chosen, memory = self.config.run.profile, self.config.run.memory_snapshot
+        return profiling.profiled(steps, chosen, self.folder.path / "profile", self.runtime, memory=memory)
+
+    def learning_rates(self, step: Step) -> list[float]:
+        """Returns each student's learning rate in the step, [S]."""
+        factor = schedule.factor(self.config.optimizer, step.number, self.total_steps)
+        return [student.config.learning_rate * factor for student in self.cohort]
+
+    def record(self, step: Step, tally: Tally, verdict: Verdict) -> None:
+        """Counts the step, writes it down, and evaluates and saves where that is due; a collective call.
+
+        Raises UserError where too many steps in a row were skipped.
+        """
+        before, self.state = self.state, self._state_after(step, verdict)
+        milestones = self._milestones_passed(before)
+        last = step.number == self.total_steps
+        evaluate = last or step.number % self.config.evaluation.every == 0 or self._words_passed(before)
+        save = last or verdict.stop or step.number % self.config.checkpoint.every == 0
+        if verdict.skipped or evaluate or save or milestones or step.number % self.config.run.log_every == 0:
+            self._record_step(step, tally, verdict)
+        if self.outer_loop.last_update is not None:
+            self.recorder.outer_update(self.state.step, self.outer_loop.last_update)
+        if verdict.skipped:
+            self._record_skip(verdict)
+        if not (evaluate or save or milestones):
+            return
+        with self.recorder.paused():
+            improved = evaluate and self._evaluate()
+            for milestone in milestones:
+                self._export_milestone(milestone)
+            if improved or save:
+                self._save()  # It comes last: a run that goes on from here has all the records of this step.
+
+    def _state_after(self, step: Step, verdict: Verdict) -> RunState:
+        state, skipped = self.state, verdict.skipped
+        return replace(
+            state,
+            step=step.number,
+            tokens=state.tokens + step.tokens,
+            words=state.words + step.words,
+            updates=state.updates + (not skipped),
+            skipped_in_a_row=state.skipped_in_a_row + 1 if skipped else 0,
+            omega=self.outer_loop.state.omega if self.config.objective.weighted else (),
+            outer_updates=self.outer_loop.state.updates,
+            usage=self._usage_after(step),
+        )
+
+    def _usage_after(self, step: Step) -> Usage:
+        update, world_size = self.outer_loop.last_update, self.runtime.world_size
+        cost = step_cost(
+            self.config,
+            [student.shape for student in self.cohort],
+            self.teacher_shapes,
+            Workload.of_step(step, world_size),
+            None if update is None else Workload.of_step(update.held_out, world_size),
+        )
+        seconds = 0.0 if update is None else update.seconds
+        return self.state.usage.add_step(cost, tokens=step.tokens, words=step.words, outer_seconds=seconds)
+
+    def _milestones_passed(self, before: RunState) -> list[int]:
+        wanted = MILESTONES if self.config.checkpoint.milestones else ()
+        return [words for words in wanted if before.words < words <= self.state.words]
+
+    def _words_passed(self, before: RunState) -> bool:
+        every = self.config.evaluation.every_words
+        return every is not None and before.words // every < self.state.words // every
+
+    def _record_step(self, step: Step, tally: Tally, verdict: Verdict) -> None:
+        measured = self.recorder.measure(tally)
+        usage = self.state.usage.add_time(
+            measured.seconds, measured.student_seconds, measured.teacher_seconds, measured.joules
+        )
+        self.state = replace(self.state, usage=usage)
+        self.recorder.step(step, self.state, measured, verdict, self.learning_rates(step))
+
+    def _record_skip(self, verdict: Verdict) -> None:
+        names = [self.cohort.names[i] for i in verdict.not_finite]
+        self.recorder.skipped(self.state.step, names)
+        if self.state.skipped_in_a_row >= self.config.train.skip_limit:
+            raise UserError(
+                f"{', '.join(names)}: loss or gradient not finite {self.state.skipped_in_a_row} steps in a row, up to "
+                f"step {self.state.step}; lower the learning rate; the last checkpoint is "
+                f"{checkpoint.latest(self.folder.checkpoints) or 'none'}"
+            )
+
+    def _evaluate(self) -> bool:
+        """Evaluates every student; returns whether the mean validation loss is the best so far."""
+        evaluations, phenomena = self.evaluator.evaluate(self.cohort, self.state.omega)
+        self.recorder.evaluation(self.state.step, evaluations)
+        losses = [evaluation["validation_loss"] for evaluation in evaluations[: len(self.cohort)]]
+        mean = sum(losses) / len(losses)
+        improved = math.isfinite(mean) and (self.state.best_loss is None or mean < self.state.best_loss)
+        if improved:
+            best = self.evaluator.describe(self.cohort, evaluations, phenomena)
+            self.state = replace(self.state, best_step=self.state.step, best_loss=mean, best=best)
+        return improved
+
+    def _export_milestone(self, words: int) -> None:
+        """Exports every student as BabyLM asks for it after so many words; a collective call."""
+        folder, name = self.folder.path / "milestones", f"chck_{words // 10**6}M"
+        states = [student.state() for student in self.cohort]
+        with self.runtime.main_process_first():
+            if self.runtime.is_main_process:
+                for student, weights in zip(self.cohort, states, strict=True):
+                    place = folder / student.name / name
+                    export_student(place, student.config, weights, self.prepared.tokenizer, self.state.usage)
+        text = f"{name}: every student exported after {self.state.words:,} words, {self.state.tokens:,} tokens"
+        self.recorder.event(self.state.step, text)
+
+    def _save(self) -> None:
+        position = self.recorder.position()
+        self.state = replace(self.state, metrics_position=position, random_state=random_state())
+        keep = self.config.checkpoint.keep
+        checkpoint.save(self.folder.checkpoints, self.cohort, self.state, self.runtime, keep=keep)
+
+    def pause(self) -> None:
+        """Ends a run that was asked to stop, whose checkpoint is written, and says how to go on."""
+        with self.runtime.main_process_first():
+            if self.runtime.is_main_process:
+                write_report(self.folder.path)
+                self.stack.close()
+                print(f"stopped at step {self.state.step} as asked; the same command goes on from there")
+
+    def finish(self) -> None:
+        """Exports the best checkpoint's students, writes the summary and the report, and prints the table.
+
+        Raises UserError where no evaluation gave a finite loss.
+        """
+        if self.state.best_step is None:
+            raise UserError(f"{self.folder.path}: no finite validation loss in the whole run; lower the learning rates")
+        with self.runtime.main_process_first():
+            if self.runtime.is_main_process:
+                self._write_results(self.state.best_step)
+
+    def _write_results(self, best_step: int) -> None:
+        path = self.folder.path
+        export_run(path, self.config, self.prepared, best_step)
+        best = checkpoint.read_state(checkpoint.at_step(self.folder.checkpoints, best_step))
+        summary = summarise(
+            path,
+            self.config,
+            self.prepared,
+            self.cohort,
+            self.runtime,
+            self.state,
+            omega=best.omega,
+            peak_flops=self.peak_flops,
+        )
+        (path / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+        write_report(path)
+        self.stack.close()  # The progress display ends before the table begins.
+        print(final_table(summary))

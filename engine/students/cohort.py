@@ -1,0 +1,95 @@
+"""All students of a run: they all step together, or none does.
+
+Gradients reach an engine through its own loss alone, so that no graph is shared between engines.
+
+S students.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.students import zero
+from engine.students.student import Student
+from engine.system.distributed import Runtime
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a step ended, the same on every rank."""
+
+    gradient_norms: list[float]  # per student, before clipping; NaN or infinite where that student's were not finite
+    not_finite: list[int]  # students that caused a loss or gradient that is not finite; if there are any, none stepped
+    stop: bool  # whether some rank was asked to stop
+
+    @property
+    def skipped(self) -> bool:
+        return bool(self.not_finite)
+
+
+class Cohort(Sequence[Student]):
+    """All students of a run."""
+
+    def __init__(self, students: Sequence[Student], runtime: Runtime) -> None:
+        self._students, self._runtime = list(students), runtime
+
+    def __len__(self) -> int:
+        return len(self._students)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._students[index]
+
+    @property
+    def names(self) -> list[str]:
+        return [student.name for student in self]
+
+    @contextmanager
+    def gathered_heads(self) -> Iterator[None]:
+        """Makes every head whole on every rank; under ZeRO 3 it holds from the loss to the end of the backward pass.
+
+        Begin it after the bodies have run: a body releases the embedding that it has used, and a tied head with it.
+        """
+        models = [student.model for student in self if student.zero_stage == 3]
+        heads = [head for model in models for head in (model.head, model.head_bias) if head is not None]
+        with zero.gathered(heads):
+            yield
+
+    def update(self, losses_S: Tensor, ce_S: Tensor, learning_rates: Sequence[float], *, stop: bool) -> Verdict:
+        """Has every student step, or none if a loss or gradient of one is not finite on any rank; a collective call.
+
+        One collective and one wait for the device decide it, and carry the wish to stop along.
+
+        Args:
+            losses_S, ce_S: this rank's losses and cross-entropies, summed over micro-batches.
+        """
+        squares_S = torch.stack([student.squared_gradient_norm() for student in self])
+        # Multiplied by zero, what is finite vanishes, and what is not becomes NaN.
+        flags = torch.cat([squares_S + 0.0 * losses_S.float(), 0.0 * ce_S.float(), squares_S.new_tensor([stop])])
+        *numbers, stopping_ranks = self._runtime.all_reduce_sum(flags)
+        norms = [math.sqrt(square) if square >= 0 else math.nan for square in numbers[: len(self)]]
+        # Through the divergence one student's NaN reaches the losses of all; a cross-entropy is a student's own.
+        not_finite = [i for i, zero_or_nan in enumerate(numbers[len(self) :]) if zero_or_nan != 0]
+        not_finite = not_finite or [i for i, norm in enumerate(norms) if not math.isfinite(norm)]
+        for student, learning_rate, norm in zip(self, learning_rates, norms, strict=True):
+            if not_finite:
+                student.discard_gradients()
+            else:
+                student.step(learning_rate, norm)
+        return Verdict(norms, not_finite, stop=stopping_ranks > 0)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Puts all models in evaluation mode, without gradients, for the block."""
+        for student in self:
+            student.engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for student in self:
+                student.engine.train()

@@ -1,0 +1,87 @@
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from engine.compute.profiling import top_operations
+from engine.config.loading import build
+from engine.config.settings import Config
+from engine.train import train
+
+
+def config(folder: Path, *overrides: str) -> Config:
+    settings = {
+        "students": [{"name": "one", "layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "max_length": 32}],
+        "run": {"name": "traced", "folder": str(folder / "runs")},
+        "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"vocab_size": 400}},
+        "optimizer": {"warmup": 1},
+        "train": {"steps": 4, "batch": 2, "length": 32},
+        "evaluation": {"every": 100, "tokens": 100, "samples": 0, "pairs": "none"},
+    }
+    return build(Config, settings, overrides)
+
+
+def test_chosen_steps_are_traced_and_learn_the_same(tmp_path: Path) -> None:
+    train(config(tmp_path, "run.profile=[2,3]"))
+    folder = tmp_path / "runs" / "traced" / "profile"
+    assert sorted(path.name for path in folder.iterdir()) == ["rank-0.json.gz", "rank-0.txt"]
+    trace = json.loads(gzip.decompress((folder / "rank-0.json.gz").read_bytes()))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"step 2", "step 3"} <= names
+    assert not {"step 1", "step 4"} & names
+    assert "calls" in (folder / "rank-0.txt").read_text()
+
+    train(config(tmp_path, "run.name=plain"))
+    losses = [
+        [json.loads(line).get("students") for line in (tmp_path / "runs" / name / "metrics.jsonl").open()]
+        for name in ("traced", "plain")
+    ]
+    assert [one["one"]["loss"] for one in losses[0][1:5]] == [one["one"]["loss"] for one in losses[1][1:5]]
+
+
+DISK = """
+import sys
+from pathlib import Path
+import pytest
+from engine.system import distributed as runtime
+from engine.data.batches import Step
+from engine.compute.profiling import profiled
+place, folder = runtime.start(), Path(sys.argv[1]) / "profile"
+if place.rank == 1:
+    (folder / "rank-1.txt").mkdir(parents=True)
+with pytest.raises(ValueError, match="^rank 1: .*Is a directory: .*rank-1"):
+    list(profiled((Step(n, 0, 1, 1, 0, []) for n in (1, 2, 3)), (2, 2), folder, place, memory=False))
+runtime.end()
+"""
+
+
+def test_a_trace_that_cannot_be_written_is_told_by_rank_0_too(spawn_ranks: Callable[..., None], tmp_path: Path) -> None:
+    script = tmp_path / "disk.py"
+    script.write_text(DISK)
+    spawn_ranks(script, 2, tmp_path)
+
+
+def test_what_cannot_be_traced_is_refused(tmp_path: Path) -> None:
+    for overrides, message in (
+        (("run.profile=[3,9]",), r"run.profile=\[3, 9\]: expected the first and the last step to trace, of 4"),
+        (("run.profile=[3,2]",), r"run.profile=\[3, 2\]"),
+        (("run.memory_snapshot=true",), "run.memory_snapshot is of a GPU's memory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config(tmp_path, *overrides))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_top_operations_know_flops_and_bytes() -> None:
+    left, right = torch.ones(8, 16), torch.ones(16, 4)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as finished:
+        _ = left @ right
+        (left @ right).bfloat16().sum()
+    rows = {line.split()[0]: line.split()[1:] for line in top_operations(finished).splitlines()}
+    calls, _, _, flops, given = rows["aten::mm"]
+    assert (calls, flops, given) == ("2", "2.048k", "1.536k"), "2 · 2·8·16·4, and 2 · 4·(8·16 + 16·4) bytes"
+    assert rows["aten::sum"][-1] == f"{2 * 32 * 2}", "its own call and the one it makes, of bf16"

@@ -1,0 +1,149 @@
+"""What a run says that it has cost: counted, kept over a resume, and carried by what it exports."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.compute import usage as usage
+from engine.compute.flops import Flops, Workload, inference, outer_update, training
+from engine.compute.usage import ModelUsage, Usage
+from engine.config.loading import build
+from engine.config.settings import Config, OuterConfig
+from engine.models.llama import LlamaShape
+from engine.models.roberta import RobertaShape
+from engine.run.checkpoint import latest, read_state
+from engine.run.run import Run
+from engine.train import train
+
+TINY = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "max_length": 32}
+SMALL, LARGE = (LlamaShape(1, hidden, 2, 2, 32, 400, 32, tied=True) for hidden in (16, 24))
+TEXT = Workload.whole(4, 32)
+
+
+def config(folder: Path, name: str, *overrides: str, students: int = 1, **settings: Any) -> Config:
+    cohort = [{"name": "one", **TINY}, {"name": "two", **TINY, "hidden": 24}][:students]
+    return build(
+        Config,
+        {
+            "students": cohort,
+            "run": {"name": name, "folder": str(folder / "runs")},
+            "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"vocab_size": 400}},
+            "optimizer": {"warmup": 1},
+            "train": {"steps": 6, "batch": 4, "length": 32},
+            "evaluation": {"every": 100, "tokens": 100, "samples": 0, "pairs": "none"},
+            "checkpoint": {"every": 2},
+            **settings,
+        },
+        overrides,
+    )
+
+
+def ledger_of(run: Path) -> Usage:
+    found = latest(run / "checkpoints")
+    assert found is not None
+    return read_state(found).usage
+
+
+def counts(found: Usage) -> list[tuple[int, ...]]:
+    return [(a.tokens, a.words, a.model_flops, a.hardware_flops) for _, a in found.accounts()]
+
+
+def test_teacher_students_and_outer_loop_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(config(tmp_path, "teacher"))
+    learnt: dict[str, Any] = {
+        "students": 2,
+        "teachers": [{"path": str(tmp_path / "runs" / "teacher")}],
+        "objective": {"weighted": True, "ce_weight": 0.5, "peer_weight": 0.25, "teacher_weight": 0.25},
+        "outer": {"every": 3, "sequences": 2},
+    }
+    train(config(tmp_path, "whole", **learnt))
+    found = ledger_of(tmp_path / "runs" / "whole")
+    six = lambda flops: (6 * flops.model, 6 * flops.hardware)  # noqa: E731
+    tokens = found.students["one"].tokens
+    assert 0 <= 6 * 128 - tokens < 32, "all but what a short last sequence lacks"
+    assert found.students["two"].words > 0
+    for name, shape in (("one", SMALL), ("two", LARGE)):
+        account = found.students[name]
+        assert (account.model_flops, account.hardware_flops) == six(training(shape, TEXT))
+        assert account.seconds > 0
+    assert (found.teachers.model_flops, found.teachers.hardware_flops) == six(inference(SMALL, TEXT))
+    assert found.teachers.tokens == tokens
+    update = outer_update([SMALL, LARGE], TEXT, Workload.whole(2, 32), OuterConfig())
+    assert found.outer.hardware_flops == pytest.approx(2 * update.hardware, rel=0.02), "rows without a target"
+    assert found.outer.seconds > 0
+    assert found.joules is None
+
+    teacher = usage.read(tmp_path / "runs" / "teacher" / "students" / "one")
+    assert teacher is not None
+    assert teacher == ledger_of(tmp_path / "runs" / "teacher"), "exported from the only checkpoint that was evaluated"
+    assert found.before == teacher.flops
+    assert found.inherited == (teacher,)
+    assert usage.read(tmp_path / "runs" / "whole" / "students" / "two") == found
+    summary = json.loads((tmp_path / "runs" / "whole" / "summary.json").read_text())
+    assert "joules" not in summary["usage"]
+
+    finished, record = [], Run.record
+    with monkeypatch.context() as patch:
+
+        def killed_after_3(run: Run, step: Any, *rest: Any) -> None:
+            record(run, step, *rest)
+            finished.append(step.number)
+            if step.number == 3:
+                raise KeyboardInterrupt
+
+        patch.setattr(Run, "record", killed_after_3)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path, "broken", **learnt))
+    train(config(tmp_path, "broken", **learnt))
+    assert counts(ledger_of(tmp_path / "runs" / "broken")) == counts(found)
+
+    lines = (tmp_path / "runs" / "broken" / "metrics.jsonl").read_text().splitlines()
+    steps = [one for one in map(json.loads, lines) if one["kind"] == "step"]
+    assert steps[-1]["model_flops"] == found.flops.model
+    assert all(0 < step["mfu"] < step["hfu"] for step in steps)
+
+
+def test_filling_a_cache_is_counted_once(tmp_path: Path) -> None:
+    train(config(tmp_path, "teacher"))
+    settings: dict[str, Any] = {
+        "teachers": [{"path": str(tmp_path / "runs" / "teacher")}],
+        "cache": {"path": str(tmp_path / "cache"), "k": 16},
+    }
+    for name in ("first", "second"):
+        train(config(tmp_path, name, **settings))
+        found = ledger_of(tmp_path / "runs" / name).teachers
+        sequences = found.tokens // 32
+        assert sequences > 50
+        assert found.model_flops == inference(SMALL, Workload.whole(sequences, 32)).model
+
+
+def test_of_masked_text_what_is_predicted_reaches_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, record = [], Run.record
+
+    def recorded(run: Run, step: Any, *rest: Any) -> None:
+        steps.append(step)
+        record(run, step, *rest)
+
+    monkeypatch.setattr(Run, "record", recorded)
+    train(config(tmp_path, "masked", "data.tokenizer.mask=true", "students.0.family=roberta"))
+    found = ledger_of(tmp_path / "runs" / "masked").students["one"]
+    shape = RobertaShape(1, 16, 2, 32, 400, 32)
+    texts = [Workload(4, 32, step.valid_tokens, step.valid_tokens, step.tokens) for step in steps]
+    assert found.model_flops == sum(training(shape, text).model for text in texts)
+    assert found.tokens == sum(text.tokens for text in texts) > 5 * sum(text.valid for text in texts)
+
+
+def test_a_run_that_taught_twice_counts_once() -> None:
+    grandmother = Usage("grandmother", {"a": ModelUsage(model_flops=100, hardware_flops=110, seconds=1.0)})
+    mother = Usage("mother", {"a": ModelUsage(model_flops=10, hardware_flops=11)}, inherited=(grandmother,))
+    later = replace(grandmother, students={"a": ModelUsage(model_flops=200, hardware_flops=220)}, seconds=2.0)
+    assert Usage("child", inherited=(mother, later, later)).before == Flops(210, 231)
+
+
+def test_a_damaged_ledger_is_refused_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "usage.json").write_text('{"run": 3')
+    with pytest.raises(ValueError, match=r"usage.json is no ledger \(Invalid JSON.*\): delete it, or export again"):
+        usage.read(tmp_path)

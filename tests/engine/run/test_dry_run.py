@@ -1,0 +1,99 @@
+"""What a run would take, said beforehand; for every recipe in the repository."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.compute.peak_memory import LOGITS
+from engine.config.loading import build, read_yaml
+from engine.config.settings import Config
+from engine.run.dry_run import report
+from kernels.ops.linear_ensemble_kl import native, triton
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PUBLISHED = {
+    "gpt2-705m-original": (704_732_160, 6, 256),
+    "gpt2-705m-later": (704_928_768, 4, 128),
+    "llama-360m-original": (359_973_888, 4, 128),
+    "llama-360m-later": (359_973_888, 4, 128),
+    "student-58m": (58_343_936, 6, 32),
+    "control-58m": (58_343_936, 6, 32),
+    "teacher-1": (345_355_200, 8, 128),
+    "teacher-2": (345_355_200, 8, 128),
+    "student": (345_355_200, 8, 128),
+    "published": (59_930_201, 100, 180),
+}
+RUNS = [path for path in RECIPES.glob("bab*/*.yaml") if path.stem != "prepare"]
+YAMLS = sorted([*RUNS, *(RECIPES / f"{n}.yaml" for n in ("pretrain", "distill", "mutual"))])
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_every_recipe(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = build(Config, read_yaml(path))
+    found = report(config, path.parent)
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+    assert found.count("teacher runs/") == len(config.teachers)
+    if path.stem in PUBLISHED and path.parent.name != "recipes":
+        parameters, epochs, batch = PUBLISHED[path.stem]
+        assert f": {parameters:,} parameters" in found.splitlines()[0]
+        assert config.train.epochs == epochs
+        assert config.train.batch == batch
+        assert f"{epochs}.00 times the text" in found
+
+
+def test_numbers_by_hand(tmp_path: Path) -> None:
+    """A LLaMA of 1 layer: every number can be worked out."""
+    student = {"name": "a", "layers": 1, "hidden": 8, "heads": 2, "ffn": 16, "tied": False, "max_length": 16}
+    settings = {
+        "students": [student],
+        "data": {"tokenizer": {"vocab_size": 100}},
+        "train": {"steps": 10, "batch": 4, "length": 16, "micro_batch": 1},
+        "optimizer": {"warmup": 1},
+    }
+    found = report(build(Config, settings), tmp_path)
+    parameters = 2 * 100 * 8 + 4 * 8 * 8 + 3 * 8 * 16 + 3 * 8
+    assert f"student a: {parameters:,} parameters" in found
+    assert "steps: 10 of 4 × 16 tokens" in found
+    assert "tokens: 640, " in found
+    flops = 640 * 6 * (4 * 8 * 8 + 3 * 8 * 16 + 8 * 17 + 100 * 8)
+    assert f"FLOPs: {flops:.3g}, the teachers' part 0" in found
+    rows = [line.split() for line in found.splitlines() if re.match(r" +[124] ", line)]
+    assert [row[:2] for row in rows] == [["1", "1"], ["2", "1"], ["4", "1"]], "8 ranks do not divide 4 sequences"
+
+
+def test_memory_falls_with_ranks_and_no_gpt2_is_allocated() -> None:
+    path = RECIPES / "baby_llama" / "gpt2-705m-original.yaml"
+    before = torch.random.get_rng_state()
+    found = report(build(Config, read_yaml(path), ["train.micro_batch=1"]), path.parent)
+    table = [[float(x) for x in line.split()[3:]] for line in found.splitlines() if re.match(r" +[1248] ", line)]
+    assert all(column == sorted(column, reverse=True) for column in map(list, zip(*table, strict=True)))
+    weights = 704_732_160 * (2 + 2 + 12) / 2**30
+    assert weights < table[0][0] < 1.3 * weights, "bf16 weights and gradients, fp32 weights and moments"
+    eight_ranks = 704_732_160 * (2 + 2 + 12 / 8) / 2**30
+    assert eight_ranks < table[3][0] < 1.3 * eight_ranks
+    assert torch.equal(before, torch.random.get_rng_state()), "nothing was drawn"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_memory_is_what_a_step_takes(world_size: int, tmp_path: Path, spawn_ranks: Callable[..., None]) -> None:
+    """Two students of 1.2M parameters, or of many layers; what an allocator and gloo take beside is not in it."""
+    spawn_ranks(Path(__file__).with_name("memory_worker.py"), world_size, tmp_path)
+    findings = json.loads((tmp_path / f"findings-{world_size}.json").read_text())
+    assert len(findings) == 10
+    for case, bytes_ in findings.items():
+        assert bytes_["said"] == pytest.approx(bytes_["found"], rel=0.12), case
+
+
+def test_the_loss_takes_what_the_kernels_allow_it() -> None:
+    assert LOGITS == {"cpu": native.BUDGET, "cuda": triton.CHUNK_BYTES}
+
+
+def test_a_teacher_that_nobody_makes_is_named(tmp_path: Path) -> None:
+    path = RECIPES / "distill.yaml"
+    with pytest.raises(ValueError, match=r"teachers: runs/nobody: no such folder, and no recipe in .* makes it"):
+        report(build(Config, read_yaml(path), ["teachers.0.path=runs/nobody"]), path.parent)

@@ -1,0 +1,295 @@
+"""One rank of the parity tests: every case in one process group, findings of rank 0 as JSON.
+
+Run by test_parity.py with RANK and its like set. A case trains students by Crèche's cohort and by `plain_loop`, a loop
+in plain PyTorch that never heard of DeepSpeed, ranks, accumulation, chunks or fused losses. They learn from the text,
+from one another and from two frozen teachers at once; one is a GPT-2, with dropout.
+"""
+
+import itertools
+import json
+import sys
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.config.settings import Config, ObjectiveConfig, OptimizerConfig, StudentConfig, TeacherConfig, TrainConfig
+from engine.data.batches import IGNORED, TokenFile, TrainingData
+from engine.models.dropout import dropout_seeds
+from engine.models.families import Model, new_model, shape_of
+from engine.models.llama import initialise
+from engine.students.coefficients import LossCoefficients, coefficients
+from engine.students.cohort import Cohort
+from engine.students.gradients import accumulate
+from engine.students.student import Student, decay_groups
+from engine.students.student import new_model as a_students_model
+from engine.system import distributed as runtime
+from engine.teachers.frozen import Teachers, shares_of, streams_of
+from kernels import linear_ensemble_kl
+
+VOCABULARY, LENGTH, BATCH, STEPS = 61, 16, 8, 20
+OPTIMIZER = OptimizerConfig(clip=1.5, weight_decay=0.1)
+OBJECTIVE = ObjectiveConfig(ce_weight=0.8, peer_weight=0.9, teacher_weight=0.7, temperature=2.0)
+TEACHERS = [
+    StudentConfig("gpt2", 1, 32, 4, 48, family="gpt2", dropout=0.5, seed=8, max_length=LENGTH),
+    StudentConfig("llama", 2, 16, 2, 40, tied=False, seed=9, max_length=LENGTH),
+]
+
+
+def students(tied: bool) -> list[StudentConfig]:
+    return [
+        StudentConfig("a", 2, 32, 4, 48, kv_heads=2, tied=tied, learning_rate=3e-4, seed=1, max_length=LENGTH),
+        StudentConfig("b", 1, 16, 2, 40, tied=tied, learning_rate=1e-3, seed=2, max_length=LENGTH),
+        StudentConfig(
+            "c", 1, 24, 2, 24, tied=not tied, family="gpt2", dropout=0.1, learning_rate=5e-4, seed=3, max_length=LENGTH
+        ),
+    ]
+
+
+def new_model(config: StudentConfig) -> Model:
+    model = new_model(shape_of(config, VOCABULARY))
+    initialise(model, config.seed)
+    return model
+
+
+def sure_models() -> list[Model]:
+    """The teachers: initial weights ten times larger, so that they have something to say."""
+    models = [new_model(config).eval() for config in TEACHERS]
+    with torch.no_grad():
+        for parameter in (p for model in models for p in model.parameters() if p.ndim == 2):
+            parameter.mul_(10)
+    return models
+
+
+def teaching(precision: str, students: int, place: runtime.Runtime) -> tuple[Teachers, LossCoefficients]:
+    config = Config((), tuple(TeacherConfig(teacher.name) for teacher in TEACHERS))
+    models = [model.bfloat16() if precision == "bf16" else model for model in sure_models()]
+    teachers = Teachers(*streams_of(config), models, shares_of(config))
+    return teachers, coefficients(OBJECTIVE, students, place.device, teachers=teachers.weights)
+
+
+def data(file: TokenFile, micro_batch: int | None, rank: int, world_size: int) -> TrainingData:
+    return TrainingData(
+        file,
+        batch=BATCH,
+        micro_batch=micro_batch,
+        seed=7,
+        random_offsets=False,
+        rank=rank,
+        world_size=world_size,
+        device=torch.device("cpu"),
+    )
+
+
+@cache
+def plain_loop(tied: bool, path: Path) -> tuple[list[list[float]], list[list[float]], list[dict[str, torch.Tensor]]]:
+    """Deep mutual learning from its equations (Zhang et al. 2018), whole batches, full logits, one autograd graph."""
+    file = TokenFile(path, "uint16", LENGTH)
+    models, optimizers = [], []
+    for config in students(tied):
+        model = new_model(config)
+        models.append(model)
+        groups = decay_groups(model, OPTIMIZER.weight_decay)
+        optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps))
+    temperature, losses, norms, taught = OBJECTIVE.temperature, [], [], sure_models()
+    for step in data(file, None, 0, 1).steps(1, STEPS):
+        (batch,) = step.micro_batches
+        assert batch.samples_B is not None
+        drawn = dropout_seeds(students(tied)[2].seed, batch.samples_B)
+        hidden = [model(batch.tokens_BL, None, *[drawn][: i // 2]) for i, model in enumerate(models)]  # the third draws
+        logits = [h @ model.head.T for h, model in zip(hidden, models, strict=True)]
+        with torch.no_grad():
+            teacher_NV = sum(model(batch.tokens_BL) @ model.head.T for model in taught) / len(taught)
+        predicted = batch.targets_N != IGNORED
+        logs = [F.log_softmax(z[predicted] / temperature, -1) for z in [*logits, teacher_NV]]
+        losses.append([])
+        norms.append([])
+        for i, model in enumerate(models):
+            loss = OBJECTIVE.ce * F.cross_entropy(logits[i], batch.targets_N)
+            for j in range(len(logs)):
+                if j != i:
+                    weight = OBJECTIVE.peers / (len(models) - 1) if j < len(models) else OBJECTIVE.teachers
+                    kl = F.kl_div(logs[i], logs[j].detach(), reduction="batchmean", log_target=True)
+                    loss = loss + temperature**2 * weight * kl
+            loss.backward()
+            losses[-1].append(loss.item())
+            norms[-1].append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip).item())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses, norms, [{n: p.detach().clone() for n, p in m.named_parameters()} for m in models]
+
+
+def cohort_of(configs: list[StudentConfig], train: TrainConfig, place: runtime.Runtime) -> Cohort:
+    models = [a_students_model(c, VOCABULARY, recompute=train.recompute) for c in configs]
+    return Cohort([Student(c, m, train, OPTIMIZER, place) for c, m in zip(configs, models, strict=True)], place)
+
+
+def weights(cohort: Cohort) -> list[dict[str, torch.Tensor]]:
+    return [
+        {k.removeprefix("weight/"): v for k, v in student.record().items() if k.startswith("weight/")}
+        for student in cohort
+    ]
+
+
+def largest_difference(ours: list[dict], theirs: list[dict]) -> float:
+    """Over all tensors, |ours − theirs| / |theirs| in the Euclidean norm.
+
+    GPT-2's keys' biases are left out: softmax does not see them, and AdamW makes steps of their gradients' rounding.
+    """
+
+    def seen(name: str, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) if name.endswith("c_attn.bias") else x
+
+    differences = [
+        (seen(name, a[name]) - seen(name, b[name])).norm() / seen(name, b[name]).norm()
+        for a, b in zip(ours, theirs, strict=True)
+        for name in b
+    ]
+    return torch.stack(differences).max().item()  # Python's own would pass over a NaN
+
+
+def parity(
+    place: runtime.Runtime,
+    path: Path,
+    stage: int,
+    accumulation: int,
+    tied: bool,
+    precision: str = "fp32",
+    **options: bool,
+) -> dict:
+    configs, file = students(tied), TokenFile(path, "uint16", LENGTH)
+    train = TrainConfig(zero_stage=stage, precision=precision, **options)  # pyright: ignore[reportArgumentType]
+    cohort = cohort_of(configs, train, place)
+    teachers, objective = teaching(precision, len(cohort), place)
+    micro_batch = BATCH // place.world_size // accumulation
+    losses, norms = [], []
+    for step in data(file, micro_batch, place.rank, place.world_size).steps(1, STEPS):
+        assert len(step.micro_batches) == accumulation
+        tally = accumulate(cohort, step, objective, teachers)
+        losses.append(place.all_reduce_sum(tally.losses_S.clone()))
+        norms.append(
+            cohort.step(tally.losses_S, tally.ce_S, [c.learning_rate for c in configs], stop=False).gradient_norms
+        )
+    expected_losses, expected_norms, expected_weights = plain_loop(tied, path)
+    return {
+        "norms": (torch.tensor(norms) / torch.tensor(expected_norms) - 1).abs().max().item(),
+        "clipped": (torch.tensor(expected_norms) > OPTIMIZER.clip).float().mean().item(),
+        "losses": (torch.tensor(losses) / torch.tensor(expected_losses) - 1).abs().max().item(),
+        "weights": largest_difference(weights(cohort), expected_weights),
+        "fell": expected_losses[0][0] - expected_losses[-1][0],
+    }
+
+
+class Waits(TorchDispatchMode):
+    """Counts the tensors of one element that become numbers of Python's: for each, a GPU would be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def poison(place: runtime.Runtime, file: TokenFile, stage: int, what: str, precision: str) -> dict:
+    """A NaN in student b's loss or gradient, on the last rank only: does anything move, and does the next step work?"""
+    configs = students(tied=True)
+    cohort = cohort_of(configs, TrainConfig(zero_stage=stage, precision=precision), place)  # pyright: ignore[reportArgumentType]
+    teachers, objective = teaching(precision, len(cohort), place)
+    rates = [c.learning_rate for c in configs]
+    first, second, third = data(file, None, place.rank, place.world_size).steps(1, 3)
+    tally = accumulate(cohort, first, objective, teachers)
+    cohort.step(tally.losses_S, tally.ce_S, rates, stop=False)
+    before = [student.record() for student in cohort]
+
+    bad_rank = place.rank == place.world_size - 1
+    hooks = []
+    if what == "gradient" and bad_rank:
+        hooks.append(cohort[1].model.norm.weight.register_hook(lambda g: g * float("nan")))
+    if what == "forward" and bad_rank:  # from here it reaches the losses of all, through the divergence
+        hooks.append(cohort[1].model.norm.register_forward_hook(lambda _, __, out: (out[0] * float("nan"), out[1])))
+    tally = accumulate(cohort, second, objective, teachers)
+    for hook in hooks:
+        hook.remove()
+    if what == "loss" and bad_rank:
+        tally.losses_S[1] = float("inf")
+    outcome = cohort.step(tally.losses_S, tally.ce_S, rates, stop=place.rank == 0)
+    after = [student.record() for student in cohort]
+    tally = accumulate(cohort, third, objective, teachers)
+    with Waits() as waits:
+        third_outcome = cohort.step(tally.losses_S, tally.ce_S, rates, stop=False)
+    later = [student.record() for student in cohort]
+    return {
+        "bad": outcome.bad,
+        "stop": outcome.stop,
+        "moved": sum(not torch.equal(a[k], b[k]) for a, b in zip(before, after, strict=True) for k in a),
+        "later_bad": third_outcome.bad,
+        "later_moved": sum(not torch.equal(a[k], b[k]) for a, b in zip(after, later, strict=True) for k in a),
+        "later_finite": all(t.isfinite().all().item() for record in later for t in record.values()),
+        "tensors": sum(len(record) for record in before),
+        "waits": waits.count,
+    }
+
+
+def separate(place: runtime.Runtime, file: TokenFile, stage: int) -> dict:
+    """Which students hold a gradient anywhere, in a parameter or in ZeRO's buffers, after one student's backward."""
+    cohort = cohort_of(students(tied=True), TrainConfig(zero_stage=stage), place)  # pyright: ignore[reportArgumentType]
+    teachers, objective = teaching("fp32", len(cohort), place)
+    (step,) = data(file, None, place.rank, place.world_size).steps(1, 1)
+    (batch,) = step.micro_batches
+    hidden = [student.body(batch) for student in cohort]
+    seen = {}
+    with cohort.heads():
+        streams = [student.project(hidden_ND) for student, hidden_ND in zip(cohort, hidden, strict=True)]
+        result = linear_ensemble_kl(
+            streams, teachers(batch), batch.targets_N, normalizer=step.valid_tokens, **vars(objective)
+        )
+        for i, student in enumerate(cohort):
+            student.backward(result.losses[i], last=True)
+            seen[student.name] = [other.name for other in cohort if holds_gradient(other)]
+            student.discard()
+    return seen
+
+
+def holds_gradient(student: Student) -> bool:
+    reduced = getattr(student.engine.optimizer, "averaged_gradients", {})
+    return any(p.grad is not None for p in student.model.parameters()) or any(g is not None for g in reduced.values())
+
+
+def main(folder: Path) -> None:
+    place = runtime.start()
+    path = folder / f"tokens-{place.world}.bin"
+    if place.is_main_process:
+        np.random.default_rng(0).zipf(1.3, 4000).clip(1, VOCABULARY - 1).astype(np.uint16).tofile(path)
+    place.barrier()
+    file = TokenFile(path, "uint16", LENGTH)
+    findings = {}
+    for stage, accumulation, tied in itertools.product((0, 1, 2, 3), (1, 4), (True, False)):
+        name = f"zero{stage}-accumulation{accumulation}-{'tied' if tied else 'untied'}"
+        findings[f"parity-{name}"] = parity(place, path, stage, accumulation, tied)
+    findings["parity-zero1-recompute"] = parity(place, path, 1, 1, True, recompute=True)
+    findings["parity-zero3-recompute"] = parity(place, path, 3, 4, True, recompute=True)
+    graphs = partial(torch.compile, backend="aot_eager")  # all but the making of code, which takes minutes here
+    with mock.patch.object(torch, "compile", graphs):
+        findings["parity-zero1-compile"] = parity(place, path, 1, 4, True, compile=True)
+        findings["parity-zero2-compile-recompute"] = parity(place, path, 2, 1, False, compile=True, recompute=True)
+    for stage in (1, 2, 3):
+        findings[f"parity-zero{stage}-bf16"] = parity(place, path, stage, 2, True, precision="bf16")
+    for stage, what in itertools.product((0, 1, 2, 3), ("loss", "gradient", "forward")):
+        findings[f"poison-zero{stage}-{what}-fp32"] = poison(place, file, stage, what, "fp32")
+    for stage in (1, 2, 3):
+        findings[f"poison-zero{stage}-gradient-bf16"] = poison(place, file, stage, "gradient", "bf16")
+    for stage in (0, 1, 2, 3):
+        findings[f"separate-zero{stage}"] = separate(place, file, stage)
+    if place.is_main_process:
+        (folder / f"findings-{place.world}.json").write_text(json.dumps(findings))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    runtime.end()
