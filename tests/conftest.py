@@ -25,13 +25,13 @@ def corpus() -> Path:
 def spawn_ranks() -> Callable[..., None]:
     """Run `script arguments...` once per rank and wait; the first that ends with another `code` fails the test."""
 
-    def spawn(script: Path, world: int, *arguments: object, timeout: int = 500, code: int = 0) -> None:
+    def spawn(script: Path, world_size: int, *arguments: object, timeout: int = 500, code: int = 0) -> None:
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             port = server.getsockname()[1]
         ranks = []
-        for rank in range(world):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world}
+        for rank in range(world_size):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
             ranks.append(
                 subprocess.Popen(

@@ -91,7 +91,9 @@ def _check_students(config: Config) -> None:
         raise UserError(f"students: {len(names)} are listed; expected 1 to {MAX_STREAMS}")
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"students: the name {name!r} is used {names.count(name)} times; give each its own")
+            raise UserError(
+                f"students: the name {name!r} is used {names.count(name)} times; give each student a name of its own"
+            )
     if "ensemble" in names and len(names) > 1:
         raise UserError("students: all of them together are called 'ensemble' in the records; choose another name")
     begun = checkpoint.latest(Path(config.run.folder) / config.run.name / "checkpoints") is not None

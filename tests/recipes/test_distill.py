@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 TINY = """
 run: {name: teacher}
 data: {words: 3000, tokenizer: {vocab_size: 400}}
-students: [{name: one, layers: 1, hidden: 16, heads: 2, ffn: 32, positions: 32}]
+students: [{name: one, layers: 1, hidden: 16, heads: 2, ffn: 32, max_length: 32}]
 optimizer: {warmup: 1}
 train: {steps: 3, batch: 4, length: 32}
 evaluation: {tokens: 100, pairs: none, samples: 0}

@@ -18,16 +18,16 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from engine.compute.memory import peak_memory
 from engine.config.loading import build
 from engine.config.settings import Config
 from engine.data.batches import Step, TokenFile, TrainingData
 from engine.models.families import shape_of
-from engine.run import dry_run
-from engine.students.coefficients import coefficients
+from engine.students.coefficients import LossWeighting
 from engine.students.cohort import Cohort
 from engine.students.gradients import accumulate
-from engine.students.student import Student, new_model
-from engine.system import distributed as runtime
+from engine.students.student import Student, student_model
+from engine.system.distributed import Runtime, exit_process, init_distributed
 
 VOCABULARY, LENGTH = 4000, 32
 TRIES = 4  # of which the least counts: gloo's threads let go of what they have sent when they come to it ...
@@ -71,12 +71,12 @@ def standing(others: list[weakref.ref[torch.Tensor]]) -> int:
     return sum(sizes.values())
 
 
-def peak(cohort: Cohort, config: Config, step: Step, place: runtime.Runtime, trace: Path) -> int:
+def peak(cohort: Cohort, config: Config, step: Step, runtime: Runtime, trace: Path) -> int:
     """Bytes beyond what stood before the step."""
-    objective = coefficients(config.objective, len(cohort), place.device)
+    coefficients = LossWeighting(config.objective, len(cohort), runtime.device).coefficients()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        tally = accumulate(cohort, step, objective)
-        cohort.step(tally.losses_S, tally.ce_S, [0.0] * len(cohort), stop=False)
+        tally = accumulate(cohort, step, coefficients)
+        cohort.update(tally.losses_S, tally.ce_S, [0.0] * len(cohort), stop=False)
     profiled.export_chrome_trace(str(trace))
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
     held = most = 0
@@ -86,31 +86,31 @@ def peak(cohort: Cohort, config: Config, step: Step, place: runtime.Runtime, tra
     return most
 
 
-def measured(place: runtime.Runtime, folder: Path, shape: str, share: int, micro_batches: int, stage: int) -> Any:
-    config = settings(shape, share * place.world_size, share // micro_batches, stage)
+def measured(runtime: Runtime, folder: Path, shape: str, share: int, micro_batches: int, stage: int) -> Any:
+    config = settings(shape, share * runtime.world_size, share // micro_batches, stage)
     train = config.train
     others = [weakref.ref(tensor) for tensor in tensors()]
-    students = [Student(s, new_model(s, VOCABULARY), train, config.optimizer, place) for s in config.students]
-    cohort = Cohort(students, place)
+    students = [Student(s, student_model(s, VOCABULARY), train, config.optimizer, runtime) for s in config.students]
+    cohort = Cohort(students, runtime)
     data = TrainingData(
         TokenFile(folder / "tokens.bin", "uint16", LENGTH),
         batch=train.batch,
         micro_batch=train.micro_batch,
         seed=1,
         random_offsets=False,
-        rank=place.rank,
-        world_size=place.world_size,
-        device=place.device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
     )
-    objective = coefficients(config.objective, len(cohort), place.device)
+    coefficients = LossWeighting(config.objective, len(cohort), runtime.device).coefficients()
     first, *then = data.steps(1, 1 + TRIES)
-    tally = accumulate(cohort, first, objective)
-    cohort.step(tally.losses_S, tally.ce_S, [0.0] * len(cohort), stop=False)
+    tally = accumulate(cohort, first, coefficients)
+    cohort.update(tally.losses_S, tally.ce_S, [0.0] * len(cohort), stop=False)
     del tally
-    trace = folder / f"trace-{place.rank}.json"
-    found = min(standing(others) + peak(cohort, config, step, place, trace) for step in then)
+    trace = folder / f"trace-{runtime.rank}.json"
+    found = min(standing(others) + peak(cohort, config, step, runtime, trace) for step in then)
     shapes = {s.name: shape_of(s, VOCABULARY) for s in config.students}
-    said = dry_run.peak_memory(config, shapes, {}, share // micro_batches * LENGTH, place.world_size, stage)
+    said = peak_memory(config, shapes, {}, share // micro_batches * LENGTH, runtime.world_size, stage)
     return {"found": found, "said": said}
 
 
@@ -118,21 +118,21 @@ def main() -> None:
     folder = Path(sys.argv[1])
     for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
         setattr(dist, name, unhurried(getattr(dist, name)))  # before DeepSpeed takes them
-    place = runtime.start()
+    runtime = init_distributed()
     gc.freeze()  # what was imported is not looked through again and again
-    with place.main_process_first():
-        if place.is_main_process:
+    with runtime.main_process_first():
+        if runtime.is_main_process:
             tokens = np.random.default_rng(0).integers(VOCABULARY, size=200 * LENGTH, dtype=np.uint16)
             tokens.tofile(folder / "tokens.bin")
     findings = {
         f"{shape}, {micro_batches} micro-batch(es), ZeRO {stage}": measured(
-            place, folder, shape, sequences * micro_batches, micro_batches, stage
+            runtime, folder, shape, sequences * micro_batches, micro_batches, stage
         )
         for shape, sequences, micro_batches, stage in CASES
     }
-    if place.is_main_process:
-        (folder / f"findings-{place.world}.json").write_text(json.dumps(findings))
-    runtime.end()
+    if runtime.is_main_process:
+        (folder / f"findings-{runtime.world_size}.json").write_text(json.dumps(findings))
+    exit_process()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from engine.run.checkpoint import latest, read_state, read_student
 from engine.run.run import Run
 from engine.students.cohort import Verdict
 from engine.students.gradients import Tally
-from engine.system import distributed as runtime
+from engine.system.distributed import exit_process, init_distributed
 from engine.train import train
 
 STEPS = 24  # an epoch is about 11
@@ -56,8 +56,8 @@ def at_step(number: int, act: Callable[[], None]) -> Any:
     """Do something when step `number` has been recorded."""
     original = Run.record
 
-    def record(self: Run, step: Step, tally: Tally, outcome: Verdict) -> None:
-        original(self, step, tally, outcome)
+    def record(self: Run, step: Step, tally: Tally, verdict: Verdict) -> None:
+        original(self, step, tally, verdict)
         if step.number == number:
             act()
 
@@ -143,33 +143,33 @@ def greatest(values: list[float]) -> float:
 
 
 def main(folder: Path) -> None:
-    place = runtime.start()
-    whole, broken, stopped = (f"{name}-{place.world}" for name in ("whole", "broken", "stopped"))
+    runtime = init_distributed()
+    whole, broken, stopped = (f"{name}-{runtime.world_size}" for name in ("whole", "broken", "stopped"))
     train(config(folder, whole))
 
     killed(config(folder, broken), 7)  # inside the first epoch, three steps after a checkpoint
     killed(config(folder, broken), 18)  # in the second
     train(config(folder, broken))
 
-    asked_to_stop(config(folder, stopped), 5, signal.SIGTERM, place.world_size - 1)
+    asked_to_stop(config(folder, stopped), 5, signal.SIGTERM, runtime.world_size - 1)
     stopped_at = read_state(latest(folder / "runs" / stopped / "checkpoints") or Path()).step
     asked_to_stop(config(folder, stopped), 13, signal.SIGUSR1, 0)
     train(config(folder, stopped))
 
-    for name in ("bf16", "bf16-broken") if place.world_size == 2 else ():
+    for name in ("bf16", "bf16-broken") if runtime.world_size == 2 else ():
         settings = config(folder, name, "train.precision=bf16", "train.zero_stage=2")
         if name == "bf16-broken":
             killed(settings, 7)
         train(settings)
 
-    if place.world_size == 1:
+    if runtime.world_size == 1:
         asked_to_stop(config(folder, "moved", "train.zero_stage=0"), 5, signal.SIGTERM, 0)
     else:
         asked_to_stop(config(folder, "moved", "train.zero_stage=1"), 10, signal.SIGTERM, 0)
         asked_to_stop(config(folder, "moved", "train.zero_stage=2", "train.micro_batch=8"), 15, signal.SIGTERM, 1)
         train(config(folder, "moved", "train.zero_stage=3", "train.recompute=true"))
-    place.barrier()
-    if place.is_main_process:
+    runtime.barrier()
+    if runtime.is_main_process:
         findings = {
             "broken": same_bits(folder, whole, broken),
             "broken_history": history(folder, whole) == history(folder, broken),
@@ -182,7 +182,7 @@ def main(folder: Path) -> None:
             "best": read_state(latest(folder / "runs" / broken / "checkpoints") or Path()).best_step,
             "pid_file": (folder / "runs" / broken / "ranks.pid").exists(),
         }
-        if place.world_size == 2:
+        if runtime.world_size == 2:
             pairs = [
                 (a["students"][name]["ce"], b["students"][name]["ce"])
                 for a, b in zip(history(folder, "whole-1"), history(folder, "moved"), strict=True)
@@ -195,9 +195,9 @@ def main(folder: Path) -> None:
             findings["moved_weights"] = greatest(
                 [((one[k] - other[k]).norm() / one[k].norm()).item() for k in one if "/weight/" in k]
             )
-        (folder / f"findings-{place.world}.json").write_text(json.dumps(findings))
+        (folder / f"findings-{runtime.world_size}.json").write_text(json.dumps(findings))
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    runtime.end()
+    exit_process()

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.compute.peak_memory import LOGITS
+from engine.compute.memory import LOGITS
 from engine.config.loading import build, read_yaml
 from engine.config.settings import Config
-from engine.run.dry_run import report
+from engine.run.dry_run import describe_run
+from engine.system.errors import UserError
 from kernels.ops.linear_ensemble_kl import native, triton
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 PUBLISHED = {
     "gpt2-705m-original": (704_732_160, 6, 256),
     "gpt2-705m-later": (704_928_768, 4, 128),
@@ -35,7 +36,7 @@ YAMLS = sorted([*RUNS, *(RECIPES / f"{n}.yaml" for n in ("pretrain", "distill", 
 def test_every_recipe(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = build(Config, read_yaml(path))
-    found = report(config, path.parent)
+    found = describe_run(config, path.parent)
     assert list(tmp_path.iterdir()) == [], "nothing is written"
     assert found.count("teacher runs/") == len(config.teachers)
     if path.stem in PUBLISHED and path.parent.name != "recipes":
@@ -55,7 +56,7 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
         "train": {"steps": 10, "batch": 4, "length": 16, "micro_batch": 1},
         "optimizer": {"warmup": 1},
     }
-    found = report(build(Config, settings), tmp_path)
+    found = describe_run(build(Config, settings), tmp_path)
     parameters = 2 * 100 * 8 + 4 * 8 * 8 + 3 * 8 * 16 + 3 * 8
     assert f"student a: {parameters:,} parameters" in found
     assert "steps: 10 of 4 × 16 tokens" in found
@@ -69,7 +70,7 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
 def test_memory_falls_with_ranks_and_no_gpt2_is_allocated() -> None:
     path = RECIPES / "baby_llama" / "gpt2-705m-original.yaml"
     before = torch.random.get_rng_state()
-    found = report(build(Config, read_yaml(path), ["train.micro_batch=1"]), path.parent)
+    found = describe_run(build(Config, read_yaml(path), ["train.micro_batch=1"]), path.parent)
     table = [[float(x) for x in line.split()[3:]] for line in found.splitlines() if re.match(r" +[1248] ", line)]
     assert all(column == sorted(column, reverse=True) for column in map(list, zip(*table, strict=True)))
     weights = 704_732_160 * (2 + 2 + 12) / 2**30
@@ -79,7 +80,7 @@ def test_memory_falls_with_ranks_and_no_gpt2_is_allocated() -> None:
     assert torch.equal(before, torch.random.get_rng_state()), "nothing was drawn"
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_memory_is_what_a_step_takes(world_size: int, tmp_path: Path, spawn_ranks: Callable[..., None]) -> None:
     """Two students of 1.2M parameters, or of many layers; what an allocator and gloo take beside is not in it."""
     spawn_ranks(Path(__file__).with_name("memory_worker.py"), world_size, tmp_path)
@@ -95,5 +96,5 @@ def test_the_loss_takes_what_the_kernels_allow_it() -> None:
 
 def test_a_teacher_that_nobody_makes_is_named(tmp_path: Path) -> None:
     path = RECIPES / "distill.yaml"
-    with pytest.raises(ValueError, match=r"teachers: runs/nobody: no such folder, and no recipe in .* makes it"):
-        report(build(Config, read_yaml(path), ["teachers.0.path=runs/nobody"]), path.parent)
+    with pytest.raises(UserError, match=r"teachers: runs/nobody: no such folder, and no recipe in .* makes it"):
+        describe_run(build(Config, read_yaml(path), ["teachers.0.path=runs/nobody"]), path.parent)

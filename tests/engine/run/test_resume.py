@@ -17,7 +17,7 @@ def findings(spawn_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict
     return {world_size: json.loads((folder / f"findings-{world_size}.json").read_text()) for world_size in (1, 2)}
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_killed_twice_inside_and_across_an_epoch(findings: dict[int, dict[str, Any]], world_size: int) -> None:
     found = findings[world_size]
     assert found["epochs"][6] < 1 < found["epochs"][17], "the deaths were to lie in different epochs"
@@ -26,7 +26,7 @@ def test_killed_twice_inside_and_across_an_epoch(findings: dict[int, dict[str, A
     assert not found["pid_file"]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_a_signal_to_one_rank_stops_all_cleanly(findings: dict[int, dict[str, Any]], world_size: int) -> None:
     found = findings[world_size]
     assert found["stopped_at"] == 6, "the signal came during step 6 and was heard at its end"
@@ -34,8 +34,10 @@ def test_a_signal_to_one_rank_stops_all_cleanly(findings: dict[int, dict[str, An
     assert found["stopped_history"]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_the_weights_that_were_so_resumed_are_learnt_and_used(findings: dict[int, dict[str, Any]], world_size: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_weights_that_were_so_resumed_are_learnt_and_used(
+    findings: dict[int, dict[str, Any]], world_size: int
+) -> None:
     found = findings[world_size]["weights"]
     assert found["updates"] == 8, "every third of 24 steps"
     assert found["moved"] > 1e-4

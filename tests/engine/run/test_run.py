@@ -19,6 +19,8 @@ from engine.data.grammar.generator import minimal_pairs
 from engine.run import run as run_module
 from engine.run.checkpoint import at_step, read_state
 from engine.students import outer_loop
+from engine.students.hypergradient import Hypergradient
+from engine.system.errors import UserError
 from engine.train import train
 
 TINY = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "max_length": 64}
@@ -94,7 +96,7 @@ def test_milestones_are_exported_when_their_words_have_been_read(
 def test_a_hypergradient_that_is_not_finite_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = torch.tensor([math.nan, 0.0], dtype=torch.float64)
     none = torch.zeros(2, dtype=torch.float64)
-    found = outer_loop.Hypergradient(2.0, broken, none, none)
+    found = Hypergradient(2.0, broken, none, none)
     monkeypatch.setattr(outer_loop, "hypergradient", lambda *_, **__: found)
     train(tiny(tmp_path, "objective.weighted=true", "outer.every=3", "outer.sequences=2"))
     assert [event["step"] for event in records(tmp_path, "event")] == [3, 6]
@@ -122,5 +124,5 @@ def test_students_and_ensemble_are_evaluated_every_so_many_words(tmp_path: Path)
             assert 0 <= one["pairs_accuracy"] <= 1
         losses = [one["validation_loss"] for one in record["students"].values()]
         assert record["ensemble"]["validation_loss"] < max(losses), "no worse than the worse of two"
-    with pytest.raises(ValueError, match=r"evaluation\.tasks needs evaluation\.data"):
+    with pytest.raises(UserError, match=r"evaluation\.tasks needs evaluation\.data"):
         train(tiny(tmp_path, "run.name=other", chosen[0]))
