@@ -5,9 +5,17 @@ import dataclasses
 import inspect
 import types
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from itertools import dropwhile
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
+
+# What stands above the settings of a dataclass that a list, a dictionary or a union with None holds.
+_CONTAINERS: dict[Any, tuple[str, str]] = {
+    tuple: (" This is a list, and each item has these settings.", "-"),
+    dict: (" This is a mapping, and each of its keys has these settings.", "<dotted key>:"),
+    types.UnionType: (" null, the default, leaves it out.", ""),
+}
 
 
 def describe(cls: type) -> str:
@@ -19,33 +27,35 @@ def describe(cls: type) -> str:
     return "\n".join(_lines(cls, indent="")) + "\n"
 
 
+def dataclass_in(kind: Any) -> type | None:
+    """Returns the dataclass that a setting of type `kind` holds, alone or in a list, a dictionary or a union."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return kind
+    return next(filter(None, map(dataclass_in, get_args(kind))), None)
+
+
 def _lines(cls: type, indent: str) -> Iterator[str]:
     meanings = _meanings(cls)
     for setting in dataclasses.fields(cls):
-        inner, is_list = _dataclass_in(setting.type)
-        if inner is not None:
-            yield ""
-            summary = (inspect.getdoc(inner) or "").split("\n\n")[0].replace("\n", " ")
-            optional = " A list; each item has these settings." if is_list else ""
-            empty = "" if setting.default or is_list else " null: none."
-            yield f"{indent}# {summary}{optional}{empty}"
-            yield f"{indent}{setting.name}:"
-            lines = list(_lines(inner, indent + "  " * (2 if is_list else 1)))
-            while lines[0] == "":
-                lines.pop(0)
-            if is_list:
-                yield f"{indent}  -"
-            yield from lines
-            continue
         required = setting.default is dataclasses.MISSING
-        choices = _choices(setting.type)
-        among = f" One of: {', '.join(map(str, choices))}." if choices else ""
-        yield f"{indent}# {meanings[setting.name]}{among}{' Required.' if required else ''}"
-        yield f"{indent}{setting.name}: {_plain(None if required else setting.default)}"
+        meaning = meanings[setting.name] + (" Required." if required else "")
+        inner = dataclass_in(setting.type)
+        if inner is None:
+            choices = ", ".join(map(str, _choices(setting.type)))
+            yield f"{indent}# {meaning}" + (f" One of: {choices}." if choices else "")
+            yield f"{indent}{setting.name}: {_as_yaml(None if required else setting.default)}"
+            continue
+        note, item = _CONTAINERS.get(get_origin(setting.type), ("", ""))
+        yield from ("", f"{indent}# {meaning}{note}", f"{indent}{setting.name}:")
+        inner_indent = indent + "  "
+        if item:
+            yield inner_indent + item
+            inner_indent += "  "
+        yield from dropwhile(lambda line: not line, _lines(inner, inner_indent))
 
 
 def _meanings(cls: type) -> dict[str, str]:
-    """Returns the docstring below each field of a dataclass, by the field's name."""
+    """Returns the docstring below each field of a dataclass, or that of the dataclass which the field holds."""
     (definition,) = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     meanings, name = {}, None
@@ -54,17 +64,11 @@ def _meanings(cls: type) -> dict[str, str]:
             name = statement.target.id
         elif name and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             meanings[name], name = " ".join(str(statement.value.value).split()), None
+    for field in dataclasses.fields(cls):
+        inner = dataclass_in(field.type)
+        if inner is not None and field.name not in meanings:
+            meanings[field.name] = (inspect.getdoc(inner) or "").split("\n\n")[0].replace("\n", " ")
     return meanings
-
-
-def _dataclass_in(kind: Any) -> tuple[type | None, bool]:
-    """Returns the dataclass that a field holds, and whether it holds several."""
-    if dataclasses.is_dataclass(kind):
-        return kind if isinstance(kind, type) else None, False
-    if get_origin(kind) in (tuple, dict, Union, types.UnionType):
-        inner = next((arg for arg in get_args(kind) if dataclasses.is_dataclass(arg)), None)
-        return inner if isinstance(inner, type) else None, get_origin(kind) is tuple
-    return None, False
 
 
 def _choices(kind: Any) -> tuple[Any, ...]:
@@ -73,6 +77,6 @@ def _choices(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
-def _plain(value: Any) -> str:
+def _as_yaml(value: Any) -> str:
     value = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()

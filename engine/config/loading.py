@@ -9,11 +9,12 @@ import difflib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
 
+from engine.config.describe import dataclass_in
 from engine.config.presets import PRESETS
 from engine.config.settings import Config
 from engine.system.errors import UserError
@@ -25,13 +26,15 @@ C = TypeVar("C")
 def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the settings in a YAML file as nested dictionaries and lists; UserError where it holds none."""
     if not path.is_file():
-        raise UserError(f"--config {path}: no such file; name a YAML file of settings")
+        raise UserError(f"{path}: no such file; name a YAML file of settings")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())}); correct the file") from None
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())}); correct the file") from None
     if not isinstance(settings, dict):
-        raise UserError(f"--config {path}: expected a mapping of settings, found {type(settings).__name__}")
+        raise UserError(
+            f"{path}: expected a mapping of settings, such as 'train: {{steps: 1000}}', found {type(settings).__name__}"
+        )
     return settings
 
 
@@ -143,11 +146,9 @@ def _one_line(cls: type, error: pydantic.ValidationError) -> str:
     return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _keys_at(cls: Any, location: tuple[int | str, ...]) -> list[str]:
+def _keys_at(cls: type, location: tuple[int | str, ...]) -> list[str]:
     """Returns the keys of the dataclass at a location such as ("students", 0)."""
-    for part in location:
-        if isinstance(part, int):
-            continue
-        kind = {f.name: f.type for f in dataclasses.fields(cls)}[part]
-        cls = get_args(kind)[0] if get_origin(kind) is tuple else kind
-    return [f.name for f in dataclasses.fields(cls)]
+    for part in location:  # An index of a list and a key of a dictionary are no fields: the dataclass stays.
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        cls = dataclass_in(kinds.get(str(part))) or cls
+    return [field.name for field in dataclasses.fields(cls)]

@@ -1,4 +1,6 @@
-"""Published shapes by name, as settings of a student (parameter counts at 16,000 pieces; of RoBERTas at 50,265).
+"""Published shapes by name, as settings of a student: what `preset` names.
+
+Parameter counts are for a vocabulary of 16,000 tokens, and of 50,265 for the RoBERTas.
 
 Sources: Baby Llama (Timiryasov & Tastet 2023), BabyLlama-2 (Tastet & Timiryasov 2024), When Babies Teach Babies (Iyer
 2024).
@@ -15,7 +17,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-705m": dict(family="gpt2", layers=24, hidden=1536, heads=16, ffn=6144, max_length=128, dropout=0.1),
     # BabyLlama-2's teachers and student alike, 345.4M
     "smol-llama-345m": dict(layers=32, hidden=960, heads=15, kv_heads=5, ffn=2560, tied=False, max_length=256),
-    # What the search of When Babies Teach Babies found for N/2 to N/5, N RoBERTa-base; it leaves the heads open.
+    # What the search of When Babies Teach Babies found for N/2 to N/5 parameters, where N is RoBERTa-base's number. The
+    # paper does not give the number of heads.
     **{
         name: dict(family="roberta", layers=layers, hidden=hidden, heads=8, ffn=3072, max_length=512, dropout=0.1)
         for name, layers, hidden in (

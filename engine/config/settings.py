@@ -87,7 +87,7 @@ class StudentConfig:
     ffn: Count
     """Inner width of the feed-forward layers."""
     preset: str | None = None
-    """Name of a published shape (engine.config.presets); what is set beside it goes over it."""
+    """Name of a published shape (engine.config.presets), which gives layers to ffn; what is set beside it wins."""
     kv_heads: Count | None = None
     """Number of key and value heads of a llama; null takes as many as heads."""
     tied: bool = True
