@@ -20,16 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config.settings import Config, ObjectiveConfig, OptimizerConfig, StudentConfig, TeacherConfig, TrainConfig
 from engine.data.batches import IGNORED, TokenFile, TrainingData
+from engine.models.base import LanguageModel, initial_weights
 from engine.models.dropout import dropout_seeds
-from engine.models.families import Model, new_model, shape_of
-from engine.models.llama import initialise
-from engine.students.coefficients import LossCoefficients, coefficients
+from engine.models.families import new_model, shape_of
+from engine.students.coefficients import LossCoefficients, LossWeighting
 from engine.students.cohort import Cohort
 from engine.students.gradients import accumulate
-from engine.students.student import Student, decay_groups
-from engine.students.student import new_model as a_students_model
-from engine.system import distributed as runtime
-from engine.teachers.frozen import Teachers, shares_of, streams_of
+from engine.students.student import Student, decay_groups, student_model
+from engine.system.distributed import Runtime, exit_process, init_distributed
+from engine.teachers.frozen import Teachers, teacher_shares, teacher_streams
 from kernels import linear_ensemble_kl
 
 VOCABULARY, LENGTH, BATCH, STEPS = 61, 16, 8, 20
@@ -51,26 +50,26 @@ def students(tied: bool) -> list[StudentConfig]:
     ]
 
 
-def new_model(config: StudentConfig) -> Model:
+def plain_model(config: StudentConfig) -> LanguageModel:
     model = new_model(shape_of(config, VOCABULARY))
-    initialise(model, config.seed)
+    initial_weights(model, config.layers, config.seed)
     return model
 
 
-def sure_models() -> list[Model]:
-    """The teachers: initial weights ten times larger, so that they have something to say."""
-    models = [new_model(config).eval() for config in TEACHERS]
+def confident_teachers() -> list[LanguageModel]:
+    """Returns the teachers, with ten times larger initial weights, so that their predictions are far from uniform."""
+    models = [plain_model(config).eval() for config in TEACHERS]
     with torch.no_grad():
         for parameter in (p for model in models for p in model.parameters() if p.ndim == 2):
             parameter.mul_(10)
     return models
 
 
-def teaching(precision: str, students: int, place: runtime.Runtime) -> tuple[Teachers, LossCoefficients]:
+def teaching(precision: str, students: int, runtime: Runtime) -> tuple[Teachers, LossCoefficients]:
     config = Config((), tuple(TeacherConfig(teacher.name) for teacher in TEACHERS))
-    models = [model.bfloat16() if precision == "bf16" else model for model in sure_models()]
-    teachers = Teachers(*streams_of(config), models, shares_of(config))
-    return teachers, coefficients(OBJECTIVE, students, place.device, teachers=teachers.weights)
+    models = [model.bfloat16() if precision == "bf16" else model for model in confident_teachers()]
+    teachers = Teachers(*teacher_streams(config), models, teacher_shares(config))
+    return teachers, LossWeighting(OBJECTIVE, students, runtime.device, teachers.weights).coefficients()
 
 
 def data(file: TokenFile, micro_batch: int | None, rank: int, world_size: int) -> TrainingData:
@@ -92,11 +91,11 @@ def plain_loop(tied: bool, path: Path) -> tuple[list[list[float]], list[list[flo
     file = TokenFile(path, "uint16", LENGTH)
     models, optimizers = [], []
     for config in students(tied):
-        model = new_model(config)
+        model = plain_model(config)
         models.append(model)
         groups = decay_groups(model, OPTIMIZER.weight_decay)
         optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps))
-    temperature, losses, norms, taught = OBJECTIVE.temperature, [], [], sure_models()
+    temperature, losses, norms, taught = OBJECTIVE.temperature, [], [], confident_teachers()
     for step in data(file, None, 0, 1).steps(1, STEPS):
         (batch,) = step.micro_batches
         assert batch.samples_B is not None
@@ -110,10 +109,10 @@ def plain_loop(tied: bool, path: Path) -> tuple[list[list[float]], list[list[flo
         losses.append([])
         norms.append([])
         for i, model in enumerate(models):
-            loss = OBJECTIVE.ce * F.cross_entropy(logits[i], batch.targets_N)
+            loss = OBJECTIVE.ce_weight * F.cross_entropy(logits[i], batch.targets_N)
             for j in range(len(logs)):
                 if j != i:
-                    weight = OBJECTIVE.peers / (len(models) - 1) if j < len(models) else OBJECTIVE.teachers
+                    weight = OBJECTIVE.peer_weight / (len(models) - 1) if j < len(models) else OBJECTIVE.teacher_weight
                     kl = F.kl_div(logs[i], logs[j].detach(), reduction="batchmean", log_target=True)
                     loss = loss + temperature**2 * weight * kl
             loss.backward()
@@ -125,14 +124,14 @@ def plain_loop(tied: bool, path: Path) -> tuple[list[list[float]], list[list[flo
     return losses, norms, [{n: p.detach().clone() for n, p in m.named_parameters()} for m in models]
 
 
-def cohort_of(configs: list[StudentConfig], train: TrainConfig, place: runtime.Runtime) -> Cohort:
-    models = [a_students_model(c, VOCABULARY, recompute=train.recompute) for c in configs]
-    return Cohort([Student(c, m, train, OPTIMIZER, place) for c, m in zip(configs, models, strict=True)], place)
+def cohort_of(configs: list[StudentConfig], train: TrainConfig, runtime: Runtime) -> Cohort:
+    models = [student_model(c, VOCABULARY, recompute=train.recompute) for c in configs]
+    return Cohort([Student(c, m, train, OPTIMIZER, runtime) for c, m in zip(configs, models, strict=True)], runtime)
 
 
 def weights(cohort: Cohort) -> list[dict[str, torch.Tensor]]:
     return [
-        {k.removeprefix("weight/"): v for k, v in student.record().items() if k.startswith("weight/")}
+        {k.removeprefix("weight/"): v for k, v in student.state().items() if k.startswith("weight/")}
         for student in cohort
     ]
 
@@ -155,7 +154,7 @@ def largest_difference(ours: list[dict], theirs: list[dict]) -> float:
 
 
 def parity(
-    place: runtime.Runtime,
+    runtime: Runtime,
     path: Path,
     stage: int,
     accumulation: int,
@@ -165,16 +164,16 @@ def parity(
 ) -> dict:
     configs, file = students(tied), TokenFile(path, "uint16", LENGTH)
     train = TrainConfig(zero_stage=stage, precision=precision, **options)  # pyright: ignore[reportArgumentType]
-    cohort = cohort_of(configs, train, place)
-    teachers, objective = teaching(precision, len(cohort), place)
-    micro_batch = BATCH // place.world_size // accumulation
+    cohort = cohort_of(configs, train, runtime)
+    teachers, coefficients = teaching(precision, len(cohort), runtime)
+    micro_batch = BATCH // runtime.world_size // accumulation
     losses, norms = [], []
-    for step in data(file, micro_batch, place.rank, place.world_size).steps(1, STEPS):
+    for step in data(file, micro_batch, runtime.rank, runtime.world_size).steps(1, STEPS):
         assert len(step.micro_batches) == accumulation
-        tally = accumulate(cohort, step, objective, teachers)
-        losses.append(place.all_reduce_sum(tally.losses_S.clone()))
+        tally = accumulate(cohort, step, coefficients, teachers)
+        losses.append(runtime.all_reduce_sum(tally.losses_S.clone()))
         norms.append(
-            cohort.step(tally.losses_S, tally.ce_S, [c.learning_rate for c in configs], stop=False).gradient_norms
+            cohort.update(tally.losses_S, tally.ce_S, [c.learning_rate for c in configs], stop=False).gradient_norms
         )
     expected_losses, expected_norms, expected_weights = plain_loop(tied, path)
     return {
@@ -196,63 +195,70 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def poison(place: runtime.Runtime, file: TokenFile, stage: int, what: str, precision: str) -> dict:
+def poison(runtime: Runtime, file: TokenFile, stage: int, what: str, precision: str) -> dict:
     """A NaN in student b's loss or gradient, on the last rank only: does anything move, and does the next step work?"""
     configs = students(tied=True)
-    cohort = cohort_of(configs, TrainConfig(zero_stage=stage, precision=precision), place)  # pyright: ignore[reportArgumentType]
-    teachers, objective = teaching(precision, len(cohort), place)
+    cohort = cohort_of(configs, TrainConfig(zero_stage=stage, precision=precision), runtime)  # pyright: ignore[reportArgumentType]
+    teachers, coefficients = teaching(precision, len(cohort), runtime)
     rates = [c.learning_rate for c in configs]
-    first, second, third = data(file, None, place.rank, place.world_size).steps(1, 3)
-    tally = accumulate(cohort, first, objective, teachers)
-    cohort.step(tally.losses_S, tally.ce_S, rates, stop=False)
-    before = [student.record() for student in cohort]
+    first, second, third = data(file, None, runtime.rank, runtime.world_size).steps(1, 3)
+    tally = accumulate(cohort, first, coefficients, teachers)
+    cohort.update(tally.losses_S, tally.ce_S, rates, stop=False)
+    before = [student.state() for student in cohort]
 
-    bad_rank = place.rank == place.world_size - 1
+    bad_rank = runtime.rank == runtime.world_size - 1
     hooks = []
     if what == "gradient" and bad_rank:
         hooks.append(cohort[1].model.norm.weight.register_hook(lambda g: g * float("nan")))
     if what == "forward" and bad_rank:  # from here it reaches the losses of all, through the divergence
         hooks.append(cohort[1].model.norm.register_forward_hook(lambda _, __, out: (out[0] * float("nan"), out[1])))
-    tally = accumulate(cohort, second, objective, teachers)
+    tally = accumulate(cohort, second, coefficients, teachers)
     for hook in hooks:
         hook.remove()
     if what == "loss" and bad_rank:
         tally.losses_S[1] = float("inf")
-    outcome = cohort.step(tally.losses_S, tally.ce_S, rates, stop=place.rank == 0)
-    after = [student.record() for student in cohort]
-    tally = accumulate(cohort, third, objective, teachers)
+    verdict = cohort.update(tally.losses_S, tally.ce_S, rates, stop=runtime.rank == 0)
+    after = [student.state() for student in cohort]
+    tally = accumulate(cohort, third, coefficients, teachers)
     with Waits() as waits:
-        third_outcome = cohort.step(tally.losses_S, tally.ce_S, rates, stop=False)
-    later = [student.record() for student in cohort]
+        third_verdict = cohort.update(tally.losses_S, tally.ce_S, rates, stop=False)
+    later = [student.state() for student in cohort]
     return {
-        "bad": outcome.bad,
-        "stop": outcome.stop,
+        "not_finite": verdict.not_finite,
+        "stop": verdict.stop,
         "moved": sum(not torch.equal(a[k], b[k]) for a, b in zip(before, after, strict=True) for k in a),
-        "later_bad": third_outcome.bad,
+        "later_not_finite": third_verdict.not_finite,
         "later_moved": sum(not torch.equal(a[k], b[k]) for a, b in zip(after, later, strict=True) for k in a),
-        "later_finite": all(t.isfinite().all().item() for record in later for t in record.values()),
-        "tensors": sum(len(record) for record in before),
+        "later_finite": all(t.isfinite().all().item() for state in later for t in state.values()),
+        "tensors": sum(len(state) for state in before),
         "waits": waits.count,
     }
 
 
-def separate(place: runtime.Runtime, file: TokenFile, stage: int) -> dict:
+def separate(runtime: Runtime, file: TokenFile, stage: int) -> dict:
     """Which students hold a gradient anywhere, in a parameter or in ZeRO's buffers, after one student's backward."""
-    cohort = cohort_of(students(tied=True), TrainConfig(zero_stage=stage), place)  # pyright: ignore[reportArgumentType]
-    teachers, objective = teaching("fp32", len(cohort), place)
-    (step,) = data(file, None, place.rank, place.world_size).steps(1, 1)
+    cohort = cohort_of(students(tied=True), TrainConfig(zero_stage=stage), runtime)  # pyright: ignore[reportArgumentType]
+    teachers, coefficients = teaching("fp32", len(cohort), runtime)
+    (step,) = data(file, None, runtime.rank, runtime.world_size).steps(1, 1)
     (batch,) = step.micro_batches
     hidden = [student.body(batch) for student in cohort]
     seen = {}
-    with cohort.heads():
+    with cohort.gathered_heads():
         streams = [student.project(hidden_ND) for student, hidden_ND in zip(cohort, hidden, strict=True)]
         result = linear_ensemble_kl(
-            streams, teachers(batch), batch.targets_N, normalizer=step.valid_tokens, **vars(objective)
+            streams,
+            teachers(batch),
+            batch.targets_N,
+            ce_weight=coefficients.ce_weight,
+            kl_weight=coefficients.kl_weight,
+            normalizer=step.valid_tokens,
+            temperature=coefficients.temperature,
+            divergence=coefficients.divergence,
         )
         for i, student in enumerate(cohort):
             student.backward(result.losses[i], last=True)
             seen[student.name] = [other.name for other in cohort if holds_gradient(other)]
-            student.discard()
+            student.discard_gradients()
     return seen
 
 
@@ -262,34 +268,34 @@ def holds_gradient(student: Student) -> bool:
 
 
 def main(folder: Path) -> None:
-    place = runtime.start()
-    path = folder / f"tokens-{place.world}.bin"
-    if place.is_main_process:
+    runtime = init_distributed()
+    path = folder / f"tokens-{runtime.world_size}.bin"
+    if runtime.is_main_process:
         np.random.default_rng(0).zipf(1.3, 4000).clip(1, VOCABULARY - 1).astype(np.uint16).tofile(path)
-    place.barrier()
+    runtime.barrier()
     file = TokenFile(path, "uint16", LENGTH)
     findings = {}
     for stage, accumulation, tied in itertools.product((0, 1, 2, 3), (1, 4), (True, False)):
         name = f"zero{stage}-accumulation{accumulation}-{'tied' if tied else 'untied'}"
-        findings[f"parity-{name}"] = parity(place, path, stage, accumulation, tied)
-    findings["parity-zero1-recompute"] = parity(place, path, 1, 1, True, recompute=True)
-    findings["parity-zero3-recompute"] = parity(place, path, 3, 4, True, recompute=True)
+        findings[f"parity-{name}"] = parity(runtime, path, stage, accumulation, tied)
+    findings["parity-zero1-recompute"] = parity(runtime, path, 1, 1, True, recompute=True)
+    findings["parity-zero3-recompute"] = parity(runtime, path, 3, 4, True, recompute=True)
     graphs = partial(torch.compile, backend="aot_eager")  # all but the making of code, which takes minutes here
     with mock.patch.object(torch, "compile", graphs):
-        findings["parity-zero1-compile"] = parity(place, path, 1, 4, True, compile=True)
-        findings["parity-zero2-compile-recompute"] = parity(place, path, 2, 1, False, compile=True, recompute=True)
+        findings["parity-zero1-compile"] = parity(runtime, path, 1, 4, True, compile=True)
+        findings["parity-zero2-compile-recompute"] = parity(runtime, path, 2, 1, False, compile=True, recompute=True)
     for stage in (1, 2, 3):
-        findings[f"parity-zero{stage}-bf16"] = parity(place, path, stage, 2, True, precision="bf16")
+        findings[f"parity-zero{stage}-bf16"] = parity(runtime, path, stage, 2, True, precision="bf16")
     for stage, what in itertools.product((0, 1, 2, 3), ("loss", "gradient", "forward")):
-        findings[f"poison-zero{stage}-{what}-fp32"] = poison(place, file, stage, what, "fp32")
+        findings[f"poison-zero{stage}-{what}-fp32"] = poison(runtime, file, stage, what, "fp32")
     for stage in (1, 2, 3):
-        findings[f"poison-zero{stage}-gradient-bf16"] = poison(place, file, stage, "gradient", "bf16")
+        findings[f"poison-zero{stage}-gradient-bf16"] = poison(runtime, file, stage, "gradient", "bf16")
     for stage in (0, 1, 2, 3):
-        findings[f"separate-zero{stage}"] = separate(place, file, stage)
-    if place.is_main_process:
-        (folder / f"findings-{place.world}.json").write_text(json.dumps(findings))
+        findings[f"separate-zero{stage}"] = separate(runtime, file, stage)
+    if runtime.is_main_process:
+        (folder / f"findings-{runtime.world_size}.json").write_text(json.dumps(findings))
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    runtime.end()
+    exit_process()

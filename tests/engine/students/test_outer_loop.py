@@ -6,8 +6,10 @@ N tokens, V vocabulary, S students.
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,29 +20,35 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from engine.config.loading import build
+from engine.config.settings import Config, ObjectiveConfig, OuterConfig
 from engine.data.batches import IGNORED, Batch, Step
 from engine.models.llama import Llama, LlamaShape
-from engine.students.coefficients import LossCoefficients
-from engine.students.hypergradient import Hypergradient, Parameters, Stream, hypergradient
-from engine.students.outer_loop import OuterConfig, OuterLoop, mirror_descent
-from engine.system.distributed import Runtime
+from engine.run.checks import check
+from engine.students import hypergradient as hypergradient_module
+from engine.students.coefficients import LossCoefficients, LossWeighting
+from engine.students.hypergradient import FunctionalStudent, Hypergradient, Parameters, hypergradient
+from engine.students.outer_loop import OuterLoop, mirror_descent
+from engine.system.errors import UserError
+from tests.engine.students import slow_hypergradient
 
-V, ALPHA = 23, 0.6
+V, ALPHA, TEMPERATURE = 23, 0.6, 1.5
+CPU = torch.device("cpu")
 SHAPES = [  # layers, hidden, heads, kv heads, inner width, tied
     (2, 16, 4, 2, 24, True),
     (1, 12, 2, 2, 20, False),
     (1, 8, 2, 1, 16, True),
     (2, 12, 2, 1, 16, False),
 ]
-HERE = Runtime(0, 1, 0, torch.device("cpu"))
-RATES = (0.5, 0.3, 0.8, 0.4)  # so large that the inner step matters
+STEP_SIZES = (0.5, 0.3, 0.8, 0.4)  # so large that the inner step matters
+OBJECTIVE = ObjectiveConfig(ce_weight=1 - ALPHA, peer_weight=ALPHA, weighted=True, temperature=TEMPERATURE)
 
 
 @cache
 def students(count: int) -> tuple[list[LlamaShape], list[Parameters]]:
     shapes, parameters = [], []
     for seed, (layers, hidden, heads, kv_heads, ffn, tied) in enumerate(SHAPES[:count]):
-        shape = LlamaShape(layers, hidden, heads, kv_heads, ffn, V, 16, tied)
+        shape = LlamaShape(layers, hidden, heads, ffn, V, max_length=16, tied=tied, kv_heads=kv_heads)
         generator = torch.Generator().manual_seed(seed)
         shapes.append(shape)
         parameters.append(
@@ -66,77 +74,70 @@ def step_of(seed: int, micro_batches: int) -> Step:
     return Step(1, 0.0, valid, valid, 0, batches)
 
 
-def weigh(omega_S: Tensor, temperature: float = 1.5, divergence: str = "forward") -> LossCoefficients:
-    """The design's table: S·(1−α)·ω_i on cross-entropy, S·α·ω_j on the divergence from peer j."""
-    count = len(omega_S)
-    kl_weight_SS = (count * ALPHA * omega_S.expand(count, count)).fill_diagonal_(0)
-    learn = bool(kl_weight_SS.any())
-    return LossCoefficients(count * (1 - ALPHA) * omega_S, kl_weight_SS if learn else None, temperature, divergence)
-
-
 def logits(shape: LlamaShape, parameters: Parameters, batch: Batch) -> Tensor:
     """[N, V], with the head read off by name."""
     hidden_ND = functional_call(Llama(shape).double(), parameters, (batch.tokens_BL,))
     return hidden_ND @ parameters["embed_tokens.weight" if shape.tied else "lm_head.weight"].T
 
 
-def plain_inner_step(omega_S: Tensor, train: Step, scales: Any = RATES) -> list[Parameters]:
-    """One step of SGD on weighted mutual learning, from its equations, in one plain graph."""
-    temperature = 1.5
+def plain_inner_step(omega_S: Tensor, train: Step) -> list[Parameters]:
+    """Returns the parameters after one step of SGD on weighted mutual learning, from its equations, in one graph."""
     shapes, before = students(len(omega_S))
-    leaves = [{n: p.clone().requires_grad_() for n, p in own.items()} for own in before]
+    leaves = [{n: p.clone().requires_grad_() for n, p in named.items()} for named in before]
     total = torch.zeros((), dtype=torch.float64)
     for batch in train.micro_batches:
         valid_N = batch.targets_N != IGNORED
-        z = [logits(shape, own, batch)[valid_N] for shape, own in zip(shapes, leaves, strict=True)]
+        z = [logits(shape, named, batch)[valid_N] for shape, named in zip(shapes, leaves, strict=True)]
         for i in range(len(z)):
             total = total + (1 - ALPHA) * omega_S[i] * F.cross_entropy(z[i], batch.targets_N[valid_N], reduction="sum")
             for j in range(len(z)):
                 if j != i:
-                    peer = F.log_softmax(z[j].detach() / temperature, -1)
-                    own = F.log_softmax(z[i] / temperature, -1)
-                    kl = F.kl_div(own, peer, reduction="sum", log_target=True)
-                    total = total + ALPHA * omega_S[j] * temperature**2 * kl
+                    peer = F.log_softmax(z[j].detach() / TEMPERATURE, -1)
+                    student = F.log_softmax(z[i] / TEMPERATURE, -1)
+                    kl = F.kl_div(student, peer, reduction="sum", log_target=True)
+                    total = total + ALPHA * omega_S[j] * TEMPERATURE**2 * kl
     (total * len(shapes) / train.valid_tokens).backward()
     return [
-        {n: (p - (scale[n] if isinstance(scale, dict) else scale) * p.grad).detach() for n, p in own.items()}
-        for own, scale in zip(leaves, scales, strict=False)
+        {n: (p - step_size * p.grad).detach() for n, p in named.items()}
+        for named, step_size in zip(leaves, STEP_SIZES, strict=False)
     ]
 
 
-def plain_validation(omega_S: Tensor, points: list[Parameters], held_out: Step, ensemble: str) -> Tensor:
+def plain_validation(omega_S: Tensor, parameters: list[Parameters], held_out: Step) -> Tensor:
     shapes, _ = students(len(omega_S))
     total = torch.zeros((), dtype=torch.float64)
     for batch in held_out.micro_batches:
-        z_SNV = torch.stack([logits(shape, own, batch) for shape, own in zip(shapes, points, strict=True)])
-        if ensemble == "logits":
-            mixed_NV = torch.einsum("s,snv->nv", omega_S, z_SNV)
-            total += F.cross_entropy(mixed_NV, batch.targets_N, reduction="sum")
-        else:
-            mixed_NV = torch.einsum("s,snv->nv", omega_S, z_SNV.softmax(-1))
-            total += F.nll_loss(mixed_NV.log(), batch.targets_N, reduction="sum")
+        z_SNV = torch.stack([logits(shape, named, batch) for shape, named in zip(shapes, parameters, strict=True)])
+        mixed_NV = torch.einsum("s,snv->nv", omega_S, z_SNV)
+        total += F.cross_entropy(mixed_NV, batch.targets_N, reduction="sum")
     return total / held_out.valid_tokens
 
 
-def finite_differences(omega_S: Tensor, train: Step, held_out: Step, ensemble: str = "logits", **scales: Any) -> Tensor:
-    """Of the whole: inner step, then validation."""
+def finite_differences(omega_S: Tensor, train: Step, held_out: Step) -> Tensor:
+    """Returns the derivative [S] of the validation loss after the inner step, by ω, from central differences."""
 
-    def whole(omega_S: Tensor) -> Tensor:
-        return plain_validation(omega_S, plain_inner_step(omega_S, train, **scales), held_out, ensemble)
+    def loss_after_step(omega_S: Tensor) -> Tensor:
+        return plain_validation(omega_S, plain_inner_step(omega_S, train), held_out)
 
     steps = 1e-5 * torch.eye(len(omega_S), dtype=torch.float64)
     with torch.enable_grad():
-        return torch.stack([(whole(omega_S + h) - whole(omega_S - h)) / 2e-5 for h in steps])
+        return torch.stack([(loss_after_step(omega_S + h) - loss_after_step(omega_S - h)) / 2e-5 for h in steps])
 
 
-def found(
-    count: int, accumulation: int, omega_S: Tensor, kind: Any = weigh, scales: Any = RATES, **options: Any
+def functional_student(shape: LlamaShape) -> FunctionalStudent:
+    student: Any = SimpleNamespace(shape=shape, config=SimpleNamespace(seed=0))
+    return FunctionalStudent(student)
+
+
+def our_hypergradient(
+    count: int, accumulation: int, weighting: LossWeighting | None = None, **options: Any
 ) -> Hypergradient:
-    shapes, before = students(count)
+    (shapes, before), omega_S = students(count), omega_of(count)
     train, held_out = step_of(1, accumulation), step_of(2, 2)
-    streams = [Stream(lambda s=shape: Llama(s)) for shape in shapes]
-    after = plain_inner_step(omega_S, train, scales)
-    return hypergradient(streams, before, after, scales[:count], train, held_out, omega_S, kind, **options)
+    weighting = weighting or LossWeighting(OBJECTIVE, count, CPU)
+    after = plain_inner_step(omega_S, train)
+    functional = [functional_student(shape) for shape in shapes]
+    return hypergradient(functional, before, after, STEP_SIZES[:count], train, held_out, omega_S, weighting, **options)
 
 
 def omega_of(count: int) -> Tensor:
@@ -150,50 +151,40 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_hypergradient_equals_finite_differences_of_inner_step_and_validation(count: int, accumulation: int) -> None:
-    omega_S = omega_of(count)
-    ours = found(count, accumulation, omega_S)
-    expected = finite_differences(omega_S, step_of(1, 1), step_of(2, 1))
+    ours = our_hypergradient(count, accumulation)
+    expected = finite_differences(omega_of(count), step_of(1, 1), step_of(2, 1))
     assert error(ours.total, expected) <= 1e-6
     for term in (ours.direct, ours.own, ours.peers):
         assert term.norm() > 1e-2 * expected.norm(), "a term this small could be wrong and nobody would see it"
 
 
-def test_hypergradient_of_a_mixture_of_probabilities() -> None:
-    omega_S = omega_of(3)
-    ours = found(3, 1, omega_S, ensemble="probabilities")
-    assert error(ours.total, finite_differences(omega_S, step_of(1, 1), step_of(2, 1), "probabilities")) <= 1e-6
-
-
 @pytest.mark.parametrize(("temperature", "divergence"), [(1.0, "forward"), (1.5, "reverse"), (0.7, "jsd")])
-def test_three_ways_to_the_same_hypergradient(temperature: float, divergence: str) -> None:
-    kind = partial(weigh, temperature=temperature, divergence=divergence)
-    ways = [found(3, 4, omega_of(3), kind, method=method) for method in ("forward", "backward", "central")]
-    for way, tolerance in zip(ways[1:], (1e-10, 1e-5), strict=True):
-        for term in ("direct", "own", "peers"):
-            assert error(getattr(way, term), getattr(ways[0], term)) <= tolerance
+def test_forward_mode_equals_backward_passes(
+    temperature: float, divergence: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = replace(OBJECTIVE, temperature=temperature, divergence=divergence)
+    weighting = LossWeighting(objective, 3, CPU)
+    ours = our_hypergradient(3, 4, weighting)
+    monkeypatch.setattr(hypergradient_module, "_inner_derivatives", slow_hypergradient.inner_derivatives)
+    expected = our_hypergradient(3, 4, weighting)
+    for term in ("direct", "own", "peers"):
+        assert error(getattr(ours, term), getattr(expected, term)) <= 1e-10
 
 
-def test_inner_step_preconditioned_per_parameter() -> None:
-    """γ_k·P_k as tensors: what SGD does in rescaled coordinates."""
-    omega_S, (_, before) = omega_of(2), students(2)
-    generator = torch.Generator().manual_seed(9)
-    scales = [{n: torch.rand(p.shape, generator=generator, dtype=p.dtype) for n, p in own.items()} for own in before]
-    ours = found(2, 1, omega_S, scales=scales)
-    assert error(ours.total, finite_differences(omega_S, step_of(1, 1), step_of(2, 1), scales=scales)) <= 1e-6
-
-
-def test_first_order_is_the_direct_term_alone() -> None:
-    whole, first = found(2, 1, omega_of(2)), found(2, 1, omega_of(2), terms="first")
-    assert torch.equal(first.total, whole.direct)
-    assert first.shares() == {"direct": 1.0, "own": 0.0, "peers": 0.0}
+def test_the_direct_term_alone() -> None:
+    whole, direct = our_hypergradient(2, 1), our_hypergradient(2, 1, terms="direct")
+    assert torch.equal(direct.total, whole.direct)
+    assert direct.shares() == {"direct": 1.0, "own": 0.0, "peers": 0.0}
 
 
 def test_a_teacher_whose_weight_depends_on_omega_is_refused() -> None:
-    def teachers_too(omega_S: Tensor) -> LossCoefficients:
-        return LossCoefficients(omega_S, omega_S[:, None].expand(-1, 3), 1.0, "forward")
+    class TeachersToo(LossWeighting):
+        def coefficients(self, omega_S: Tensor | None = None) -> LossCoefficients:
+            assert omega_S is not None
+            return LossCoefficients(omega_S, omega_S[:, None].expand(-1, 3), 1.0, "forward")
 
     with pytest.raises(ValueError, match="the outer loop weighs students alone"):
-        found(2, 1, omega_of(2), teachers_too)
+        our_hypergradient(2, 1, TeachersToo(OBJECTIVE, 2, CPU))
 
 
 @settings(max_examples=200, deadline=None)
@@ -203,44 +194,49 @@ def test_a_teacher_whose_weight_depends_on_omega_is_refused() -> None:
 )
 def test_omega_stays_inside_the_simplex(pairs: list[tuple[float, float]], step_size: float) -> None:
     total = sum(w for w, _ in pairs)
-    moved = mirror_descent([w / total for w, _ in pairs], [g for _, g in pairs], step_size, floor=1e-4)
+    moved = mirror_descent([w / total for w, _ in pairs], [g for _, g in pairs], step_size, min_weight=1e-4)
     assert sum(moved) == pytest.approx(1, abs=1e-12)
     assert min(moved) > 0.99e-4
 
 
 def test_mirror_descent_multiplies_by_exponentials() -> None:
-    moved = mirror_descent([0.5, 0.3, 0.2], [0.7, -0.2, 0.1], 0.25, floor=1e-4)
+    moved = mirror_descent([0.5, 0.3, 0.2], [0.7, -0.2, 0.1], 0.25, min_weight=1e-4)
     expected = [0.5 * math.exp(-0.25 * 0.7), 0.3 * math.exp(0.25 * 0.2), 0.2 * math.exp(-0.25 * 0.1)]
     assert moved == pytest.approx([e / sum(expected) for e in expected], rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("config", "students", "message"),
+    ("outer", "students", "message"),
     [
-        (OuterConfig(initial=(1.0, 1.0)), 3, "outer.initial has 2 weights for 3 students"),
-        (OuterConfig(floor=0.5), 2, "outer.min_weight=0.5: expected between 0 and 1/2"),
-        (OuterConfig(every=5), 1, "there is one student"),
-        (OuterConfig(step_size=0.5), 2, "outer.step_size=0.5 has no effect without outer.every"),
-        (
-            OuterConfig(every=5, terms="first", method="central"),
-            2,
-            "outer.method=central has no effect with outer.terms",
-        ),
+        ({"initial": [1.0, 1.0]}, 3, "outer.initial has 2 weights for 3 students"),
+        ({"min_weight": 0.5}, 2, "outer.min_weight=0.5: expected between 0 and 1/2"),
+        ({"every": 5}, 1, "weighs students for one another, and here none learns from another"),
+        ({"step_size": 0.5}, 2, "outer.step_size=0.5 has no effect without outer.every"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(config: OuterConfig, students: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        OuterLoop(config, students, 10, weigh, HERE, None)
+def test_settings_that_do_not_fit_are_refused(outer: dict[str, Any], students: int, message: str) -> None:
+    student = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32}
+    config = {
+        "students": [{"name": f"s{number}", **student} for number in range(students)],
+        "objective": {"weighted": True},
+        "outer": outer,
+    }
+    with pytest.raises(UserError, match=message):
+        check(build(Config, config))
+
+
+def outer_loop(config: OuterConfig, steps: int) -> OuterLoop:
+    return OuterLoop(config, steps, LossWeighting(OBJECTIVE, 2, CPU), None)
 
 
 def test_weights_begin_in_proportion_and_stay_where_no_update_is_wanted() -> None:
-    outer = OuterLoop(OuterConfig(initial=(1.0, 3.0)), 2, 10, weigh, HERE, None)
-    assert outer.weights.tolist() == [0.25, 0.75]
-    assert not any(map(outer.due, range(1, 11)))
+    outer = outer_loop(OuterConfig(initial=(1.0, 3.0)), 10)
+    assert outer.omega_S.tolist() == [0.25, 0.75]
+    assert not any(map(outer.is_due, range(1, 11)))
 
 
 def test_step_size_falls_as_half_a_cosine() -> None:
-    outer = OuterLoop(OuterConfig(every=2), 2, 100, weigh, HERE, None)
+    outer = outer_loop(OuterConfig(every=2), 100)
     assert [outer.step_size(step) for step in (0, 50, 100)] == pytest.approx([0.25, 0.12625, 0.0025])
 
 
@@ -259,17 +255,13 @@ def findings(folder: Path, world_size: int) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["forward", "backward", "central"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_ranks_and_zero_stages_do_not_change_the_hypergradient(folder: Path, stage: int, method: str) -> None:
-    if stage > 0 and method != "forward":
-        pytest.skip("parameters come the same way for every method")
-    expected = findings(folder, 1)["zero0-forward"]
+@pytest.mark.parametrize("case", ["zero0", "zero1", "zero2", "zero3", "zero0-backward-passes"])
+def test_ranks_and_zero_stages_do_not_change_the_hypergradient(folder: Path, case: str) -> None:
+    expected = findings(folder, 1)["zero0"]
     for world_size in (1, 2):
-        ours = findings(folder, world_size)[f"zero{stage}-{method}"]
+        ours = findings(folder, world_size)[case]
         for key in ("direct", "own", "peers", "omegas", "losses"):
-            tolerance = 5e-3 if method == "central" and key in ("own", "peers") else 1e-5
-            assert error(torch.tensor(ours[key]).double(), torch.tensor(expected[key]).double()) <= tolerance, key
+            assert error(torch.tensor(ours[key]).double(), torch.tensor(expected[key]).double()) <= 1e-5, key
 
 
 @pytest.mark.slow
@@ -280,26 +272,9 @@ def test_looking_at_omega_leaves_the_students_bit_for_bit(folder: Path, stage: i
 
 @pytest.mark.slow
 def test_a_run_resumed_from_its_state_ends_with_the_same_weights(folder: Path) -> None:
-    found = findings(folder, 1)["resumed"]
-    assert found["state"] == found["state_of_whole"]
-    assert found["differing"] == []
-
-
-@pytest.mark.slow
-def test_lagged_terms_are_those_of_the_parameters_after_the_step(folder: Path) -> None:
-    exact, lagged = (findings(folder, 1)[f"zero0-{inner}"] for inner in ("forward", "lagged"))
-    difference = {
-        term: error(torch.tensor(lagged[term][0]).double(), torch.tensor(exact[term][0]).double())
-        for term in ("direct", "own", "peers")
-    }
-    assert difference["direct"] == 0
-    assert 0.01 < difference["own"] < 0.5
-    assert difference["peers"] > 0.01
-
-
-@pytest.mark.slow
-def test_the_preconditioned_inner_step_is_adamws(folder: Path) -> None:
-    assert findings(folder, 1)["preconditioned"] <= 1e-4
+    resumed = findings(folder, 1)["resumed"]
+    assert resumed["state"] == resumed["state_of_whole"]
+    assert resumed["differing"] == []
 
 
 @pytest.mark.slow

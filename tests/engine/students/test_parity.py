@@ -68,9 +68,9 @@ def test_bf16_follows_the_plain_loop_within_its_rounding(findings: dict[str, Any
 )
 def test_one_student_that_is_not_finite_stops_the_step_of_all(findings: dict[str, Any], case: str) -> None:
     found = findings[case]
-    assert found["bad"] == [1]
+    assert found["not_finite"] == [1]
     assert found["moved"] == 0, "weights and moments stay bit for bit"
-    assert found["later_bad"] == []
+    assert found["later_not_finite"] == []
     assert found["later_moved"] == found["tensors"], "the next good step moves every one"
     assert found["later_finite"]
     assert found["stop"], "a wish to stop on one rank reaches all, also in a skipped step"

@@ -11,8 +11,8 @@ SCHEDULES = ("cosine", "linear", "trapezoid", "constant")
 
 
 def factors(schedule: Any, **changed: Any) -> dict[int, float]:
-    chosen: dict[str, Any] = dict(warmup=WARMUP, decay=0.2, floor=0.1, schedule=schedule)
-    optimizer = OptimizerConfig(**chosen | changed)
+    settings: dict[str, Any] = dict(warmup=WARMUP, decay_fraction=0.2, min_lr_ratio=0.1, schedule=schedule)
+    optimizer = OptimizerConfig(**settings | changed)
     return {step: factor(optimizer, step, STEPS) for step in range(1, STEPS + 1)}
 
 
@@ -27,13 +27,13 @@ def factors(schedule: Any, **changed: Any) -> dict[int, float]:
 )
 def test_values_at_key_steps(schedule: str, expected: dict[int, float]) -> None:
     warmup = {1: 0.1, 5: 0.5, 10: 1.0}
-    found = factors(schedule)
-    assert {step: found[step] for step in warmup | expected} == pytest.approx(warmup | expected)
+    values = factors(schedule)
+    assert {step: values[step] for step in warmup | expected} == pytest.approx(warmup | expected)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 1, WARMUP, STEPS - 1])
-def test_rises_to_one_then_never_rises_nor_falls_below_the_floor(schedule: str, warmup: int) -> None:
+def test_rises_to_one_then_never_rises_nor_falls_below_the_lowest(schedule: str, warmup: int) -> None:
     values = list(factors(schedule, warmup=warmup).values())
     rise, fall = values[:warmup], values[warmup:]
     assert rise == sorted(set(rise))
@@ -44,10 +44,12 @@ def test_rises_to_one_then_never_rises_nor_falls_below_the_floor(schedule: str, 
 
 
 def test_without_warmup_the_first_step_is_already_on_the_slope() -> None:
-    assert factors("linear", warmup=0, floor=0.0)[1] == pytest.approx(0.99)
-    assert factors("linear", warmup=0, floor=0.0)[STEPS] == 0.0
+    assert factors("linear", warmup=0, min_lr_ratio=0.0)[1] == pytest.approx(0.99)
+    assert factors("linear", warmup=0, min_lr_ratio=0.0)[STEPS] == 0.0
 
 
 def test_a_trapezoids_decay_of_all_or_nothing() -> None:
-    assert factors("trapezoid", decay=1.0) == pytest.approx(factors("linear"))  # it begins where the warmup ends
-    assert factors("trapezoid", decay=0.0)[STEPS] == 1.0
+    assert factors("trapezoid", decay_fraction=1.0) == pytest.approx(
+        factors("linear")
+    )  # it begins where the warmup ends
+    assert factors("trapezoid", decay_fraction=0.0)[STEPS] == 1.0
