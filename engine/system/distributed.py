@@ -15,9 +15,9 @@ from typing import NoReturn, TypeVar
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from engine.system.errors import OtherRankError, UserError, disk_refuses
+from engine.system.private_api import add_to_shared_counter, process_groups
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt, from malloc.h
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # the longest that ranks wait while rank 0 prepares a large text
@@ -100,12 +100,9 @@ class Runtime:
         try:
             yield
         except Exception as error:
-            user_error = _as_user_error(error)
-            if user_error is None:
+            if _as_user_error(error) is None:
                 raise
-            if self.world_size == 1:
-                raise user_error from error
-            failure = f"rank {self.rank}: {error}"
+            failure = str(error) if self.world_size == 1 else f"rank {self.rank}: {error}"
         failures = [message for message in self.all_gather(failure) if message is not None]
         if failures:
             raise UserError(failures[0])
@@ -165,7 +162,7 @@ def init_distributed() -> Runtime:
 
 def leave() -> None:
     """Leaves the process group. Call it only where all ranks did well: after a failure others may wait elsewhere."""
-    for group in list(distributed_c10d._world.pg_map):  # DeepSpeed makes groups of its own.
+    for group in process_groups():
         dist.barrier(group)  # It waits for all that was begun before: ZeRO 3 leaves gathers that nobody waits for.
     dist.destroy_process_group()
 
@@ -194,7 +191,7 @@ def is_first_to_fail() -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return os.environ.get("RANK", "0") == "0"
     try:
-        return distributed_c10d._get_default_store().add("creche/failed", 1) == 1
+        return add_to_shared_counter("creche/failed") == 1
     except RuntimeError:  # Rank 0, which keeps the count, has ended: it has asked before.
         return False
 

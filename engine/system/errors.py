@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,22 +29,24 @@ def report_errors() -> Iterator[None]:
 
     A UserError, or a disk that refuses, is printed as one line by the rank that met it first, and the exit code is 2.
     Any other exception is a bug of ours: it keeps its traceback, and the exit code is 1. Ranks that fail only because
-    another one has failed say nothing.
+    another one has failed print nothing.
     """
     try:
         yield
     except OtherRankError:
         _exit(1)
-    except (UserError, OSError) as error:
-        if not isinstance(error, UserError) and not disk_refuses(error):
+    except Exception as error:
+        is_first = _is_first_to_fail()
+        if isinstance(error, UserError) or disk_refuses(error):
+            if is_first:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            _exit(2)
+        if isinstance(error, RuntimeError) and "gloo" in str(error) and not is_first:
+            _exit(2)  # The connection was lost because another rank has ended, and that rank has said why.
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        if _is_first_to_fail():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        _exit(2)
-    except RuntimeError as error:
-        if "gloo" not in str(error) or _is_first_to_fail():
-            raise
-        _exit(2)  # The connection was lost because another rank has ended, and that rank has said why.
+        traceback.print_exception(error)
+        _exit(1)  # Raised further, gloo's threads could abort the process while the interpreter goes down.
 
 
 def _is_first_to_fail() -> bool:

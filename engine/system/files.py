@@ -21,30 +21,36 @@ def sha256(file: Path) -> str:
 def written_aside(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yields a path beside `path` for the block to write a file or a folder to; at its end a rename puts it in place.
 
-    So `path` is whole or as it was before, also where the process is killed or the disk is full. It replaces a file or
-    a folder that is there; with `keep_existing`, what another process has put there meanwhile stays instead. What
-    killed processes of this machine left in the folder goes first. Folders that were made for `path` go again where
-    the block fails.
+    So `path` is never half written, also where the process is killed or the disk is full. It replaces a file or a
+    folder that is there; with `keep_existing`, what another process has put there meanwhile stays instead. A folder
+    that is replaced is removed just before the rename. What killed processes of this machine have left beside `path`
+    goes first, and where the block fails, the parent folders go that were made for `path`.
     """
     _remove_abandoned(path.parent)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    made_parent = not path.parent.exists()
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
         for file in sorted(aside.rglob("*")) if aside.is_dir() else ():
             _sync(file)
         _sync(aside)
-        if not (keep_existing and path.exists()):
+        if not keep_existing:
             if aside.is_dir():
                 remove(path)
             os.replace(aside, path)
+        elif not path.exists():
+            try:
+                os.replace(aside, path)
+            except OSError:
+                if not path.exists():  # Otherwise another process has put its folder there in this moment.
+                    raise
         _sync(path.parent)
     finally:
         remove(aside)
-        if made_parent:
-            with suppress(OSError):  # It is not empty.
-                path.parent.rmdir()
+        with suppress(OSError):  # A folder that is not empty stays.
+            for parent in made:
+                parent.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

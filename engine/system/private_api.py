@@ -1,0 +1,62 @@
+"""Every private name of torch that the rooms below `students` depend on, with what breaks when it changes.
+
+What is public is called where it is needed. The private names that training depends on are in engine.students.zero.
+The pins in pyproject.toml hold all of them still.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+def mark_size_as_changing(x: torch.Tensor, dimension: int) -> None:
+    """Has torch.compile make one graph for all sizes of a dimension, where it can, instead of one graph per size.
+
+    torch.compiler offers nothing like it. If `torch._dynamo.maybe_mark_dynamic` were gone, the first compiled forward
+    pass that is given rows would fail (tests/engine/models/test_compiled.py).
+    """
+    torch._dynamo.maybe_mark_dynamic(x, dimension)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def process_groups() -> list[dist.ProcessGroup]:
+    """Returns every process group of this process, also those that DeepSpeed has made.
+
+    torch.distributed lists none. If `distributed_c10d._world.pg_map` were gone, every run would fail at its end
+    (tests/engine/system/test_distributed.py).
+    """
+    return list(distributed_c10d._world.pg_map)
+
+
+def add_to_shared_counter(key: str) -> int:
+    """Returns how many calls with this key the ranks have made together, this one included. It is no collective.
+
+    torch.distributed has no public way to the store by which the ranks have met. If `_get_default_store` were gone,
+    ranks that fail would end in another error (tests/engine/system/test_errors.py).
+    """
+    return distributed_c10d._get_default_store().add(key, 1)
+
+
+def on_out_of_memory(action: Callable[[], None]) -> None:
+    """Has torch call `action` where a GPU's memory runs out, before it raises the error.
+
+    If `_cuda_attach_out_of_memory_observer` were gone, no run would begin on a GPU.
+    """
+    attach: Any = vars(torch._C)["_cuda_attach_out_of_memory_observer"]  # The type checker does not know it.
+    attach(lambda *_: action())
+
+
+def record_memory(*, on: bool) -> None:
+    """Begins or ends recording where in the code the GPU's memory is allocated, for `write_memory_snapshot`.
+
+    If `_record_memory_history` were gone, profiles with run.memory_snapshot would fail.
+    """
+    torch.cuda.memory._record_memory_history(enabled="all" if on else None)
+
+
+def write_memory_snapshot(file: Path) -> None:
+    """Writes what a GPU's memory holds, for pytorch.org/memory_viz; it fails if torch's `_dump_snapshot` is gone."""
+    torch.cuda.memory._dump_snapshot(str(file))
