@@ -7,21 +7,22 @@ from itertools import islice
 
 import pytest
 
-from engine.data.grammar import generator as grammar
+from engine.data.grammar import generator
 from engine.data.grammar.generator import MinimalPair, documents, entropy, generate, minimal_pairs
 from engine.data.grammar.lexicon import TOPICS
 from engine.data.grammar.syntax import START, Rules, rules
+from engine.system.errors import UserError
 
-TOPIC = "farm"  # topics share their rules, as a test below makes sure
+TOPIC = "farm"  # Topics share their rules, as a test below makes sure.
 
 
 def tokens(text: str) -> list[str]:
-    """White-space words, punctuation apart, `/` for the end of a line: the grammar's alphabet."""
+    """Returns the text in the grammar's alphabet: words, punctuation marks, and `/` for the end of a line."""
     return re.sub(r"([,.?!])", r" \1", text.replace("\n", " / ")).split()
 
 
 class Parser:
-    """−log of the probability of a text, over all its derivations: shares nothing with the sampler but the rules."""
+    """Gives −log of the probability of a text, over all derivations; only the rules are shared with the sampler."""
 
     def __init__(self, topic: str) -> None:
         grammar_rules = rules(topic)
@@ -37,11 +38,11 @@ class Parser:
         return frozenset().union(*(self.first(expansion[0]) for expansion, _ in self.rules[symbol]))
 
     def nats(self, text: str, start: str) -> float:
-        words, scale = tokens(text), 10.0  # the scale, per word, keeps long texts from underflow
+        words, scale = tokens(text), 10.0  # A factor per word keeps long texts from underflow.
 
         @cache
         def inside(symbol: str, begin: int) -> dict[int, float]:
-            """Where a string of `symbol` that begins at `begin` may end, and the probability of each."""
+            """Returns the ends of the strings of `symbol` that begin at `begin`, and the probability of each."""
             if begin == len(words) or words[begin] not in self.first(symbol):
                 return {}
             if symbol not in self.rules:
@@ -71,7 +72,7 @@ def parser() -> Parser:
 
 
 def derive(rng: random.Random, weights: Rules, symbol: str, path: list[tuple[str, str]]) -> tuple[list[str], float]:
-    """A random derivation of `symbol` whose first steps down are `path`, (symbol, expansion): words and nats."""
+    """Returns words and nats of a random derivation of `symbol` whose first steps down are `path`."""
     if symbol not in weights:
         return [symbol], 0.0
     if path:
@@ -88,22 +89,22 @@ def derive(rng: random.Random, weights: Rules, symbol: str, path: list[tuple[str
 
 
 def paths(weights: Rules, start: str) -> dict[str, list[tuple[str, str]]]:
-    """The shortest way down from `start` to each symbol, as (symbol, expansion) steps."""
-    found: dict[str, list[tuple[str, str]]] = {start: []}
+    """Returns the shortest way down from `start` to each symbol, as (symbol, expansion) steps."""
+    shortest: dict[str, list[tuple[str, str]]] = {start: []}
     queue = [start]
     for symbol in queue:
         for expansion in weights[symbol]:
             for child in expansion.split():
-                if child in weights and child not in found:
-                    found[child] = [*found[symbol], (symbol, expansion)]
+                if child in weights and child not in shortest:
+                    shortest[child] = [*shortest[symbol], (symbol, expansion)]
                     queue.append(child)
-    return found
+    return shortest
 
 
 def test_every_rule_is_used_and_no_text_has_two_derivations(parser: Parser) -> None:
     weights, rng = rules(TOPIC), random.Random(0)
     used = paths(weights, START)
-    assert all(s.startswith(("V.", "Gap.", "Inert.")) for s in set(weights) - set(used))  # forms that some verbs lack
+    assert all(s.startswith(("V.", "Gap.", "Inert.")) for s in set(weights) - set(used))  # No rule needs these forms.
     assert all(s in weights for x in weights.values() for e in x for s in e.split() if s[0].isupper() and s != "I")
     for symbol, path in used.items():
         for expansion in weights[symbol]:
@@ -122,7 +123,7 @@ def test_sampled_documents_carry_their_own_nats() -> None:
 
 
 def openings(topic: str) -> set[str]:
-    """All first lines of a topic."""
+    """Returns all first lines of a topic."""
     names = list(rules(topic)["Vocative"])
     lines = set()
     for line in TOPICS[topic].openings:
@@ -143,9 +144,9 @@ def test_first_line_names_the_topic_and_topics_share_all_other_rules() -> None:
 
 
 def test_entropy_agrees_with_sampled_text() -> None:
-    sample = list(islice(documents(2), 4000))  # 50,000 lines
+    sample = list(islice(documents(2), 4000))  # They have 50,000 lines.
     exact = entropy()
-    excess = [d.nats - exact.nats_per_word * d.words for d in sample]  # 0 on average: nats and words of one document
+    excess = [d.nats - exact.nats_per_word * d.words for d in sample]  # Its mean is 0.
     for values, mean, resolution in (
         ([d.nats for d in sample], exact.nats_per_document, 3.0),
         ([d.words for d in sample], exact.words_per_document, 1.0),
@@ -159,11 +160,11 @@ def test_entropy_agrees_with_sampled_text() -> None:
 
 
 def test_entropy_of_grammars_that_can_be_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines of a word each, one of two, until a coin says stop: 2 lines on average, each ln 2 for the word and for the
-    coin; and topics, which the words give away."""
+    """The grammar writes lines of one word, one of two, until a coin says stop: 2 lines on average, each with ln 2 nats
+    for the word and ln 2 for the coin. The words reveal the topic."""
     words = dict(zip(TOPICS, "abcdefghijklm", strict=False))
     monkeypatch.setattr(
-        grammar,
+        generator,
         "rules",
         lambda topic: {START: {"W ?": 1, f"W / {START}": 1}, "W": {words[topic]: 1, words[topic] * 2: 1}},
     )
@@ -224,7 +225,7 @@ def test_pairs_are_distinct_and_keep_out_of_the_training_text(pairs: list[Minima
         def __contains__(self, line: object) -> bool:
             return True
 
-    with pytest.raises(ValueError, match="found 0 pairs for subject_verb_agreement"):
+    with pytest.raises(UserError, match=r"found 0 minimal pairs for subject_verb_agreement .*, expected 1: .*words"):
         minimal_pairs(0, 1, exclude=Everything())
     for seed, count in ((-1, 1), (0, 0)):
         with pytest.raises(ValueError, match="expected"):
