@@ -26,7 +26,7 @@ def written_aside(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     that is replaced is removed just before the rename. What killed processes of this machine have left beside `path`
     goes first, and where the block fails, the parent folders go that were made for `path`.
     """
-    _remove_abandoned(path.parent)
+    remove_abandoned(path.parent)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _remove_abandoned(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Removes what processes of this machine that no longer live have written aside in `folder`."""
     for aside in folder.glob(f".*.{socket.gethostname()}.*.partial"):
         process = aside.suffixes[-2].removeprefix(".")
