@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from engine.config.settings import Config, ObjectiveConfig, StudentConfig, TeacherConfig
 from engine.data.batches import IGNORED, Batch
-from engine.models.families import Model, new_model, shape_of
-from engine.students.coefficients import coefficients
-from engine.teachers.frozen import Teachers, shares_of, streams_of
+from engine.models.base import LanguageModel
+from engine.models.families import new_model, shape_of
+from engine.students.coefficients import LossWeighting
+from engine.teachers.frozen import Teachers, teacher_shares, teacher_streams
 from kernels import Projected, linear_ensemble_kl
 
 B, L, V = 3, 12, 61
@@ -25,16 +26,19 @@ TEACHERS = [
 ]
 
 
-def model(config: StudentConfig, seed: int) -> Model:
-    made, generator = new_model(shape_of(config, V)), torch.Generator().manual_seed(seed)
+def random_model(config: StudentConfig, seed: int) -> LanguageModel:
+    model, generator = new_model(shape_of(config, V)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             parameter.normal_(0, 0.3, generator=generator)
-    return made
+    return model
 
 
 def papers_loss(student_BLV: Tensor, teachers_BLV: list[Tensor], labels_BL: Tensor, reduction: str) -> Tensor:
-    """`DistillationTrainer.compute_loss` of Timiryasov & Tastet's script, ten lines; "sequence" is theirs."""
+    """Returns the loss as `DistillationTrainer.compute_loss` of Timiryasov & Tastet's script has it.
+
+    Its reduction is "sequence"; "token" differs in the divergence alone.
+    """
     shifted = student_BLV[:, :-1].reshape(-1, V)
     student_loss = F.cross_entropy(shifted, labels_BL[:, 1:].reshape(-1))
     averaged = torch.stack(teachers_BLV).mean(0)
@@ -50,7 +54,10 @@ def papers_loss(student_BLV: Tensor, teachers_BLV: list[Tensor], labels_BL: Tens
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
 def test_loss_and_gradients_equal_the_papers(count: int, reduction: str) -> None:
-    student, teachers = model(STUDENT, 0), [model(config, seed) for seed, config in enumerate(TEACHERS[:count], 1)]
+    student, teachers = (
+        random_model(STUDENT, 0),
+        [random_model(config, seed) for seed, config in enumerate(TEACHERS[:count], 1)],
+    )
     objective = ObjectiveConfig(
         ce_weight=ALPHA,
         teacher_weight=1 - ALPHA,
@@ -62,20 +69,23 @@ def test_loss_and_gradients_equal_the_papers(count: int, reduction: str) -> None
     targets_BL = torch.cat([TOKENS[:, 1:], torch.full((B, 1), IGNORED)], dim=1)
     everywhere = torch.ones(B * L, dtype=torch.bool) if objective.kl_everywhere else None
     batch = Batch(TOKENS, targets_BL.flatten(), kl_mask_N=everywhere)
-    streams = Teachers(*streams_of(config), teachers, shares_of(config))
-    weights = coefficients(objective, 1, torch.device("cpu"), teachers=streams.weights, labels=L - 1)
+    streams = Teachers(*teacher_streams(config), teachers, teacher_shares(config))
+    coefficients = LossWeighting(objective, 1, torch.device("cpu"), streams.weights, L - 1).coefficients()
     hidden_ND = student(TOKENS)
     result = linear_ensemble_kl(
         [Projected(hidden_ND, student.head)],
         streams(batch),
         batch.targets_N,
+        ce_weight=coefficients.ce_weight,
+        kl_weight=coefficients.kl_weight,
         normalizer=B * (L - 1),
+        temperature=coefficients.temperature,
+        divergence=coefficients.divergence,
         kl_mask=batch.kl_mask_N,
         ignore_index=IGNORED,
-        **vars(weights),
     )
     result.losses[0].backward()
-    found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
     student.zero_grad()
     with torch.no_grad():
@@ -85,13 +95,13 @@ def test_loss_and_gradients_equal_the_papers(count: int, reduction: str) -> None
     assert result.losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None
-        assert (found[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+        assert (gradients[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
 
 
 def test_one_concatenated_head_is_the_weighted_mean_of_raw_logits() -> None:
-    teachers = [model(config, seed) for seed, config in enumerate(TEACHERS)]
+    teachers = [random_model(config, seed) for seed, config in enumerate(TEACHERS)]
     config = Config((STUDENT,), (TeacherConfig("a/x"), TeacherConfig("b/y", weight=3.0)))
-    ((hidden_ND, weight_VD, _),) = Teachers(*streams_of(config), teachers, shares_of(config))(
+    ((hidden_ND, weight_VD, _),) = Teachers(*teacher_streams(config), teachers, teacher_shares(config))(
         Batch(TOKENS, TOKENS.flatten())
     )
     with torch.no_grad():
