@@ -1,4 +1,4 @@
-// What the CPU kernels share: vectors of the arithmetic type, loaded from and stored to any storage type.
+// The CPU kernels' common code: vectors of the arithmetic type, loaded from and stored to any storage type.
 //
 // This file is compiled once for each instruction set. at::vec::Vectorized is then as wide as the set's registers.
 #pragma once
@@ -26,22 +26,22 @@
 
 namespace creche {
 
-// The arithmetic type of a storage type: fp32, but for float64.
+// The arithmetic type of a storage type: float64 for float64, else fp32.
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class A>
 using Vec = at::vec::Vectorized<A>;
 
-// For a backward pass whose own derivative does not exist: raises where a graph of it is asked for.
+// Raises if a graph of the backward pass is requested, for an op whose second derivative does not exist.
 inline void check_once(const char* op) {
   TORCH_CHECK(
       !at::GradMode::is_enabled(), "the native ", op, " is differentiable once: run its backward without create_graph, ",
       "or under kernels.backend('reference'), which is differentiable twice");
 }
 
-// A new tensor. A large one's memory comes page by page as it is written: in pages of 2 MiB, since with those of 4 KiB the
-// system would take three times as long to give it as the kernels to write it.
+// Makes a new tensor. The system gives a large one's memory page by page as it is written. This asks for pages of 2 MiB:
+// with pages of 4 KiB the system takes three times as long to give the memory as the kernels take to write it.
 inline at::Tensor make(at::IntArrayRef sizes, at::TensorOptions options) {
   at::Tensor x = at::empty(sizes, options);
 #if defined(MADV_HUGEPAGE)
@@ -70,7 +70,7 @@ inline auto with_storage(at::ScalarType type, const Body& body) {
   }
 }
 
-// Elements of T, `count` of them (the others are 0), as a vector of T's arithmetic type.
+// Loads `count` elements of T as a vector of T's arithmetic type, whose other elements are 0.
 template <class T>
 inline Vec<Wide<T>> load(const T* from, int64_t count = Vec<Wide<T>>::size()) {
   using V = Vec<Wide<T>>;
@@ -92,7 +92,7 @@ inline Vec<Wide<T>> load(const T* from, int64_t count = Vec<Wide<T>>::size()) {
   }
 }
 
-// The first `count` elements, rounded to T.
+// Rounds the first `count` elements to T and stores them.
 template <class T>
 inline void store(T* to, Vec<Wide<T>> wide, int64_t count = Vec<Wide<T>>::size()) {
   if constexpr (std::is_same_v<T, Wide<T>>) {
@@ -102,7 +102,7 @@ inline void store(T* to, Vec<Wide<T>> wide, int64_t count = Vec<Wide<T>>::size()
   }
 }
 
-// As rounded to T and back.
+// Rounds to T and converts back.
 template <class T>
 inline Vec<Wide<T>> rounded(Vec<Wide<T>> wide) {
   if constexpr (std::is_same_v<T, Wide<T>>) {
@@ -114,7 +114,7 @@ inline Vec<Wide<T>> rounded(Vec<Wide<T>> wide) {
   }
 }
 
-// Calls body(at, count) for the vectors of A in [0, n): `count` is the vector's size, but for the last one.
+// Calls body(at, count) for the vectors of A in [0, n). `count` is the vector's size, and may be less for the last one.
 template <class A, class Body>
 inline void for_each_vector(int64_t n, const Body& body) {
   constexpr int64_t width = Vec<A>::size();
@@ -128,40 +128,40 @@ inline A sum(Vec<A> x) {
   return at::vec::vec_reduce_all<A>([](Vec<A>& a, Vec<A>& b) { return a + b; }, x);
 }
 
-// The larger of both, and b where a is NaN: one instruction, unlike maximum, which keeps NaN.
+// Returns the larger of both, and b where a is NaN. It is one instruction, unlike maximum, which keeps NaN.
 template <class A>
 inline Vec<A> larger(Vec<A> a, Vec<A> b) {
   return at::vec::clamp_min(b, a);
 }
 
-// The smaller of both, and b where a is NaN.
+// Returns the smaller of both, and b where a is NaN.
 template <class A>
 inline Vec<A> smaller(Vec<A> a, Vec<A> b) {
   return at::vec::clamp_max(b, a);
 }
 
-// e^x to 2 ulp, for x ≤ 88. Unlike Vectorized::exp this is inlined, and unlike exp_u20 it keeps NaN and reaches 0.
+// Returns e^x to 2 ulp, for x ≤ 88. Unlike Vectorized::exp it is inlined, and unlike exp_u20 it keeps NaN and reaches 0.
 inline Vec<double> exponential(Vec<double> x) { return x.exp(); }
 
 inline Vec<float> exponential(Vec<float> x) {
   using at::vec::fmadd;
   using V = Vec<float>;
 #if defined(CPU_CAPABILITY_AVX512)
-  const V lowest(-105.0f);  // e^x rounds to 0 there and below
+  const V lowest(-105.0f);  // There and below, e^x rounds to 0.
 #else
-  const V lowest(-87.33654f);  // below it e^x is subnormal, and taken as 0
+  const V lowest(-87.33654f);  // Below it, e^x is subnormal and returned as 0.
 #endif
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   const V clamped = at::vec::clamp_min(x, lowest);
-#else  // lanes that nobody reads may hold more than 88, and integers of plain C++ must not wrap
+#else  // Lanes that nobody reads may hold more than 88, and integers of plain C++ must not wrap.
   const V clamped = at::vec::clamp(x, lowest, V(88.0f));
 #endif
-  // Adding 1.5·2^23 rounds x / ln 2 to an integer n, which then stands in the low bits of the sum.
+  // Adding 1.5·2^23 rounds x / ln 2 to an integer n, which is then in the low bits of the sum.
   const V magic(12582912.0f);
   const V shifted = fmadd(clamped, V(1.44269504f), magic);
   const V n = shifted - magic;
   const V r = fmadd(n, V(-0.693147182f), clamped);
-  // The minimax polynomial of degree 6 on |r| ≤ ln 2 / 2; relative error 3e-9.
+  // This is the minimax polynomial of degree 6 on |r| ≤ ln 2 / 2. Its relative error is 3e-9.
   V p = fmadd(r, V(0.00138144672f), V(0.00836878084f));
   p = fmadd(p, r, V(0.0416683927f));
   p = fmadd(p, r, V(0.166665196f));
@@ -176,7 +176,8 @@ inline Vec<float> exponential(Vec<float> x) {
 #endif
 }
 
-// Past the cache: what is written once and not read again soon need not be fetched first. `to` is aligned to a vector.
+// Stores past the cache: memory that is not read again soon need not be fetched before it is written. `to` is aligned to
+// a vector.
 inline void stream(double* to, Vec<double> x) { x.store(to); }
 
 inline void stream(float* to, Vec<float> x) {
@@ -189,7 +190,7 @@ inline void stream(float* to, Vec<float> x) {
 #endif
 }
 
-// Orders streamed stores before whatever another thread reads.
+// Makes streamed stores visible before other threads read.
 inline void stream_end() {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   _mm_sfence();

@@ -1,11 +1,12 @@
 // `attention` on a CPU, causal or not.
 //
-// B sequences, L positions, H query heads, G key and value heads, D_head the width of one (here D).
+// Shapes: B sequences, L positions, H query heads, G key and value heads, D width of a head.
 //
-// A head takes BLOCK queries at a time against all the keys that they see: their scores, BLOCK × L, stay in the cache, so a row's maximum is known before its first exponential, and a
-// causal row costs what it sees. The backward pass forms the scores again (Dao et al. 2022, algorithm 4, in one pass).
+// A head multiplies BLOCK queries at a time with all the keys that they see. Their scores, BLOCK × L, stay in the cache.
+// So a row's maximum is known before its first exponential, and a causal row costs only what it sees. The backward pass
+// computes the scores again (Dao et al. 2022, algorithm 4, in one pass).
 //
-// torch's own kernel cuts the keys as well, into matrix products too small for a BLAS: here they are register tiles.
+// torch's own kernel also cuts the keys, into matrix products too small for a BLAS. Here they are register tiles.
 
 #include <c10/util/Unroll.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -20,8 +21,8 @@ namespace creche::attention {
 
 using at::Tensor;
 
-constexpr int64_t BLOCK = 32;        // queries
-constexpr int64_t CACHE = 1 << 20;  // bytes of one task
+constexpr int64_t BLOCK = 32;       // Queries.
+constexpr int64_t CACHE = 1 << 20;  // Bytes of one task.
 // Rows of a register tile of two or three vectors: 32 registers with AVX-512, 16 without.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int ROWS = 8;
@@ -30,20 +31,20 @@ constexpr int ROWS = 4;
 #endif
 static_assert(BLOCK % ROWS == 0);
 
-// A matrix of fp32 (float64) in a task's own memory: from one element to the next down and to the right.
+// A matrix in a task's own memory. `down` and `right` are its strides.
 template <class A>
 struct Matrix {
   const A* at;
   int64_t down, right;
 };
 
-// The compiler keeps an array of these in registers, and of Vectorized on the stack.
+// The compiler keeps an array of these in registers, but an array of Vectorized on the stack.
 template <class A>
 struct Register {
   typedef A type __attribute__((vector_size(sizeof(Vec<A>))));
 };
 
-// c = a·b, or c += a·b, of ROWS rows and so many vectors.
+// Computes c = a·b, or c += a·b, for ROWS rows and VECTORS vectors of columns.
 template <class A, int VECTORS, bool ADD>
 inline void tile(int64_t depth, Matrix<A> a, const A* b, int64_t b_stride, A* c, int64_t c_stride) {
   using R = typename Register<A>::type;
@@ -68,7 +69,7 @@ inline void tile(int64_t depth, Matrix<A> a, const A* b, int64_t b_stride, A* c,
   });
 }
 
-// c = a·b, or c += a·b: `rows` a multiple of ROWS, `columns` of the vector's size.
+// Computes c = a·b, or c += a·b. `rows` is a multiple of ROWS, and `columns` of the vector's size.
 template <class A, bool ADD>
 void multiply(
     int64_t rows, int64_t columns, int64_t depth, Matrix<A> a, const A* b, int64_t b_stride, A* c, int64_t c_stride) {
@@ -90,29 +91,31 @@ void multiply(
   }
 }
 
-// Shapes of one call. A task's matrices are padded to whole vectors and tiles, with zeros.
+// The sizes of one call. A task's matrices are padded with zeros to whole vectors and tiles.
 struct Sizes {
   int64_t B, L, H, G, D, group, padded_L, padded_D, row, heads, tasks;
   bool causal;
   double scale;
 
-  // `matrices`: how many a key head needs, and each of its query heads.
+  // A key head needs `of_key` matrices, and each of its query heads `of_query`.
   Sizes(const Tensor& q, const Tensor& k, bool causal, int64_t width, int64_t of_key, int64_t of_query)
       : B(q.size(0)), L(q.size(1)), H(q.size(2)), G(k.size(2)), D(q.size(3)), group(H / G),
         padded_L(at::divup(L, std::max<int64_t>(width, ROWS)) * std::max<int64_t>(width, ROWS)),
-        padded_D(at::divup(D, width) * width), row(padded_L + width), causal(causal), scale(1 / std::sqrt(static_cast<double>(D))) {
-    // As many key heads as the cache holds, so that whole rows of memory are read and written; but work for all threads.
+        padded_D(at::divup(D, width) * width), row(padded_L + width), causal(causal),
+        scale(1 / std::sqrt(static_cast<double>(D))) {
+    // A task takes as many key heads as the cache holds, so that it reads and writes whole rows of memory, but it leaves
+    // work for all threads.
     const int64_t bytes = (of_key + group * of_query) * matrix() * sizeof(float);
     heads = std::clamp<int64_t>(std::min(CACHE / bytes, B * G / (2 * at::get_num_threads())), 1, G);
     tasks = at::divup(G, heads);
   }
 
-  // `row`: from one row of scores, keys or values across to the next; a power of 2 would crowd a few lines of the cache.
+  // `row` is the stride of scores and of transposed keys and values. A power of 2 would crowd a few lines of the cache.
   int64_t matrix() const { return row * padded_D; }
   int64_t seen_by(int64_t query) const { return causal ? query + 1 : L; }
 };
 
-// Of one thread. Zeroed, so that what pads is 0.
+// The memory of one thread. It begins as zeros, so that padding is 0.
 template <class A>
 struct Scratch {
   std::unique_ptr<A[]> memory;
@@ -127,7 +130,7 @@ struct Scratch {
   }
 };
 
-// Heads `first` to `last` of x [B, L, heads, D], times `factor`, as [heads, padded_L, padded_D].
+// Copies heads `first` to `last` of x [B, L, heads, D], times `factor`, to [heads, padded_L, padded_D].
 template <class T>
 void pack(
     const Tensor& x, int64_t b, int64_t first, int64_t last, const Sizes& sizes, Wide<T>* to, Wide<T> factor = 1) {
@@ -143,7 +146,7 @@ void pack(
   }
 }
 
-// The way back.
+// Copies in the other direction.
 template <class T>
 void unpack(
     const Wide<T>* from, const Tensor& x, int64_t b, int64_t first, int64_t last, const Sizes& sizes,
@@ -161,7 +164,7 @@ void unpack(
   }
 }
 
-// [padded_L, padded_D] to [padded_D, row].
+// Transposes [padded_L, padded_D] to [padded_D, row].
 template <class A>
 void transpose(const A* from, const Sizes& sizes, A* to) {
   constexpr int step = Vec<A>::size();
@@ -173,9 +176,9 @@ void transpose(const A* from, const Sizes& sizes, A* to) {
   }
 }
 
-// Rows of scores become weights without their divisor, 0 from `seen` to `padded`; returns their log-sum-exp.
+// Replaces a row of scores by weights that are not divided yet, 0 from `seen` to `padded`. Returns the log-sum-exp.
 template <class A>
-A soften(A* row, int64_t seen, int64_t padded, A* divisor) {
+A exponentiate_row(A* row, int64_t seen, int64_t padded, A* divisor) {
   using V = Vec<A>;
   V most(-std::numeric_limits<A>::infinity());
   for_each_vector<A>(seen, [&](int64_t j, auto count) {
@@ -194,9 +197,9 @@ A soften(A* row, int64_t seen, int64_t padded, A* divisor) {
   return top + std::log(*divisor);
 }
 
-// Queries, already scaled, become what they mix of the values.
+// Replaces the scaled queries of a head by their weighted sums of the values.
 template <class A>
-void mix(A* Q, const A* keys_across, const A* V, const Sizes& sizes, A* scores, A* log_sums) {
+void attend(A* Q, const A* keys_across, const A* V, const Sizes& sizes, A* scores, A* log_sums) {
   const int64_t PD = sizes.padded_D;
   for (int64_t first = 0; first < sizes.L; first += BLOCK) {
     const int64_t last = std::min(first + BLOCK, sizes.L), seen = sizes.seen_by(last - 1);
@@ -207,7 +210,7 @@ void mix(A* Q, const A* keys_across, const A* V, const Sizes& sizes, A* scores, 
     multiply<A, false>(rows, padded, sizes.D, {block, PD, 1}, keys_across, sizes.row, scores, sizes.row);
     for (int64_t i = first; i < last; ++i) {
       const int64_t row = i - first;
-      log_sums[i] = soften<A>(scores + row * sizes.row, sizes.seen_by(i), padded, divisors + row);
+      log_sums[i] = exponentiate_row<A>(scores + row * sizes.row, sizes.seen_by(i), padded, divisors + row);
     }
     multiply<A, false>(rows, PD, seen, {scores, sizes.row, 1}, V, PD, block, PD);
     for (int64_t row = 0; row < last - first; ++row) {
@@ -238,7 +241,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, con
         transpose(K + g * M, sizes, keys_across);
         for (int64_t h = g * group; h < (g + 1) * group; ++h) {
           A* log_sums = lse.data_ptr<A>() + (b * sizes.H + from * group + h) * sizes.L;
-          mix<A>(Q + h * M, keys_across, V + g * M, sizes, scores, log_sums);
+          attend<A>(Q + h * M, keys_across, V + g * M, sizes, scores, log_sums);
         }
       }
       unpack<T>(Q, out, b, from * group, to * group, sizes);
@@ -246,9 +249,9 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, con
   });
 }
 
-// Adds to the gradients of a key head; writes the gradient of the scaled queries.
+// Writes the gradient of a head's scaled queries, and adds to the gradients of its key head.
 template <class A>
-void unmix(
+void attend_backward(
     const A* Q, const A* K, const A* keys_across, const A* values_across, const A* dO, A* dQ, A* dK, A* dV,
     const Sizes& sizes, A* weights, A* d_scores, const A* log_sums) {
   const int64_t PD = sizes.padded_D;
@@ -267,7 +270,8 @@ void unmix(
         along = at::vec::fmadd(p, Vec<A>::set(zero, Vec<A>::loadu(d_score + j), count), along);
         p.store(weight + j);
       });
-      // Not formed from what was mixed (Dao et al. 2022): where one weight is 1, the difference below is then exactly 0.
+      // Unlike in Dao et al. 2022, the mean is not computed from the output: so where one weight is 1, the difference
+      // below is exactly 0.
       const Vec<A> mean(sum<A>(along));
       for_each_vector<A>(sizes.seen_by(i), [&](int64_t j, auto count) {
         const Vec<A> d = Vec<A>::loadu(weight + j) * (Vec<A>::loadu(d_score + j) - mean);
@@ -310,7 +314,7 @@ void backward(
         transpose(K + g * M, sizes, keys_across);
         transpose(V + g * M, sizes, values_across);
         for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-          unmix<A>(
+          attend_backward<A>(
               Q + h * M, K + g * M, keys_across, values_across, dO + h * M, dQ + h * M, dK + g * M, dV + g * M, sizes,
               weights, d_scores, lse.const_data_ptr<A>() + (b * sizes.H + from * group + h) * sizes.L);
         }
@@ -322,11 +326,11 @@ void backward(
   });
 }
 
-Tensor in_rows(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+Tensor with_adjacent_columns(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
-// The mixed values, and the log-sum-exp [B, H, L] of each row of scores.
+// Returns the output, and the log-sum-exp [B, H, L] of each row of scores.
 std::tuple<Tensor, Tensor> run(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal) {
-  const Tensor q = in_rows(q_), k = in_rows(k_), v = in_rows(v_);
+  const Tensor q = with_adjacent_columns(q_), k = with_adjacent_columns(k_), v = with_adjacent_columns(v_);
   const Tensor out = make(q.sizes(), q.options());
   const at::ScalarType wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor lse = make({q.size(0), q.size(2), q.size(1)}, q.options().dtype(wide));
@@ -348,11 +352,13 @@ struct Attention : torch::autograd::Function<Attention> {
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list cotangents) {
+      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
     check_once("attention");
     const auto saved = ctx->get_saved_variables();
-    const Tensor q = in_rows(saved[0]), k = in_rows(saved[1]), v = in_rows(saved[2]), d_out = in_rows(cotangents[0]);
-    const Tensor d_q = make(q.sizes(), q.options()), d_k = make(k.sizes(), k.options()), d_v = make(v.sizes(), v.options());
+    const Tensor q = with_adjacent_columns(saved[0]), k = with_adjacent_columns(saved[1]);
+    const Tensor v = with_adjacent_columns(saved[2]), d_out = with_adjacent_columns(output_gradients[0]);
+    const Tensor d_q = make(q.sizes(), q.options()), d_k = make(k.sizes(), k.options());
+    const Tensor d_v = make(v.sizes(), v.options());
     with_storage(q.scalar_type(), [&](auto element) {
       using T = decltype(element);
       const bool causal = ctx->saved_data["causal"].toBool();
@@ -362,7 +368,9 @@ struct Attention : torch::autograd::Function<Attention> {
   }
 };
 
-Tensor plain(const Tensor& q, const Tensor& k, const Tensor& v, bool causal) { return std::get<0>(run(q, k, v, causal)); }
+Tensor plain(const Tensor& q, const Tensor& k, const Tensor& v, bool causal) {
+  return std::get<0>(run(q, k, v, causal));
+}
 
 Tensor differentiable(const Tensor& q, const Tensor& k, const Tensor& v, bool causal) {
   return Attention::apply(q, k, v, causal);

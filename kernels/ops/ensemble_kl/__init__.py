@@ -1,4 +1,4 @@
-"""Every cross-entropy and every divergence between streams of logits over the same tokens.
+"""Cross-entropies of students and divergences between streams of logits over the same tokens.
 
 Shapes: N tokens, V vocabulary, S students, K teachers, R = S + K streams.
 """
@@ -15,8 +15,8 @@ from kernels.checks import check_options, check_targets
 class EnsembleKL(NamedTuple):
     """Per-token losses in nats, fp32 (float64 where a stream is).
 
-    ce: [S, N], each student's cross-entropy, at temperature 1.
-    kl: [S, R, N], the divergence between student i and stream j, of the tempered distributions, without the factor T².
+    ce: [S, N], each student's cross-entropy at temperature 1.
+    kl: [S, R, N], student i's divergence from stream j, between the tempered distributions, without the factor T².
     """
 
     ce: Tensor
@@ -32,7 +32,7 @@ def ensemble_kl(
     divergence: str = "forward",
     ignore_index: int = -100,
 ) -> EnsembleKL:
-    """The cross-entropy of every student and its divergence from every other stream, token by token.
+    """Computes the cross-entropy of every student and its divergence from every other stream, for each token.
 
     With p_i = softmax(logits_i / T) and m = (p_i + p_j) / 2, kl[i, j] is
 
@@ -40,40 +40,40 @@ def ensemble_kl(
         "reverse"  KL(p_i ‖ p_j)
         "jsd"      ½ KL(p_j ‖ m) + ½ KL(p_i ‖ m)
 
-    and kl[i, i] = 0. The gradient reaches stream i < S through its role as the learner i alone: in kl[i, j] stream j is
-    a constant, as in mutual learning, where each network descends its own loss. Teachers receive none. Differentiable
-    once; the reference, twice.
+    and kl[i, i] = 0. Stream i < S receives gradients only as learner i: in kl[i, j], stream j is a constant, as in
+    mutual learning, where each network descends its own loss. Teachers receive none. The op is differentiable once, and
+    twice by the reference backend.
 
-    A logit of −inf is a probability of 0: it contributes 0 where both streams have it, and makes KL(p ‖ q) +inf where
-    only q has it. Where kl is +inf, the forward and Jensen-Shannon gradients are still finite; the reverse one does not
-    exist.
+    A logit of −inf is a probability of 0. It contributes 0 where both streams have it, and makes KL(p ‖ q) +inf where
+    only q has it. Where kl is +inf, the forward and Jensen-Shannon gradients are still finite, but the reverse one does
+    not exist.
 
     Args:
-        streams: R tensors [N, V] of logits, the S students' first; floating point, on one device. 1 ≤ S ≤ R ≤ 8.
-        targets: [N] int64 token ids in [0, V), or `ignore_index`: both ce and kl are 0 in such a row, and so is its
-            gradient. None: every row counts in kl, and ce is 0.
+        streams: R tensors [N, V] of logits, the S students' first, floating point, on one device. 1 ≤ S ≤ R ≤ 8.
+        targets: [N] int64 token ids in [0, V), or `ignore_index`, which makes ce, kl and the gradients of the row 0.
+            None: every row counts in kl, and ce is 0.
         students: S.
         temperature: T > 0, of the divergences.
         divergence: "forward", "reverse" or "jsd".
-        ignore_index: the target that marks a row as ignored.
+        ignore_index: The target of rows to ignore.
 
     Returns:
         EnsembleKL(ce [S, N], kl [S, R, N]).
 
     Raises:
-        ValueError: any of the above not met.
+        ValueError: An argument is not as described.
     """
     check_options(students, len(streams), temperature, divergence)
     first = streams[0]
     for r, logits in enumerate(streams):
         if logits.ndim != 2 or logits.shape != first.shape or not logits.is_floating_point():
             raise ValueError(
-                f"stream {r} is {tuple(logits.shape)} {logits.dtype}: expected floating-point [N, V], one shape for all"
-                f" (stream 0 has {tuple(first.shape)}); streams must share tokens and vocabulary"
+                f"stream {r} is {tuple(logits.shape)} {logits.dtype}: expected floating-point [N, V] and stream 0's"
+                f" shape {tuple(first.shape)}; pass streams of the same tokens and vocabulary"
             )
         if logits.device != first.device:
-            raise ValueError(f"stream {r} is on {logits.device}: expected {first.device}, as stream 0; move it")
+            raise ValueError(f"stream {r} is on {logits.device}: expected stream 0's device, {first.device}; move it")
     if targets is not None:
         check_targets(targets, len(first), first.shape[1], ignore_index)
-    run = dispatch.implementation("ensemble_kl", first).ensemble_kl
-    return EnsembleKL(*run(streams, targets, students, temperature, divergence, ignore_index))
+    implementation = dispatch.implementation("ensemble_kl", first).ensemble_kl
+    return EnsembleKL(*implementation(streams, targets, students, temperature, divergence, ignore_index))

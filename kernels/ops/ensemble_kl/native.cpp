@@ -1,11 +1,11 @@
-// `ensemble_kl` on a CPU: one row of all streams at a time, which stays in a core's cache.
+// `ensemble_kl` on a CPU. A thread takes one row of all streams at a time, which stays in its core's cache.
 //
-// N tokens, V vocabulary, S students, R streams. reference.py has the definitions; the formulas of the gradients stand at
-// `loss_and_grad` there. A row is taken in three steps:
-//   softmax      reads each logit once from memory; probabilities go to a buffer of this thread
-//   divergences  the row's sums Σ p·f(u), from logits and probabilities in cache
-//   gradients    from the same, written once
-// In whatever order threads take rows, a row is computed alone and in one order: results are bitwise repeatable.
+// Shapes: N tokens, V vocabulary, S students, R streams. reference.py has the definitions, and the gradients' formulas
+// at `divergence_gradient`. A row takes three steps:
+//   softmax      reads each logit once from memory, and writes probabilities to a buffer of this thread;
+//   divergences  computes the row's sums Σ p·f(u) from logits and probabilities in cache;
+//   gradients    computes the gradients from the same, and writes them once.
+// Every row is computed alone and in one order, so results are bitwise repeatable with any number of threads.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -14,6 +14,7 @@
 #include <array>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -25,12 +26,12 @@ using at::Tensor;
 using at::vec::fmadd;
 
 constexpr int MAX_STREAMS = 8;
-constexpr int64_t BLOCK = 1024;  // columns; a block of one stream is 4 KiB
-constexpr double EDGE = 0.25;    // below this |u|, f is taken from its series
-constexpr double LOWEST = -1e38;   // stands for −inf, so that differences of logits are never NaN; in fp32's range
-constexpr double INFINITE = 1e12;  // no loss of finite logits comes near
+constexpr int64_t BLOCK = 1024;  // Columns. A block of one stream is 4 KiB in fp32.
+constexpr double EDGE = 0.25;    // Below this |u|, f is computed by its series.
+constexpr double LOWEST = -1e38;   // Stands for −inf in fp32's range, so that differences of logits are never NaN.
+constexpr double INFINITE = 1e12;  // A loss above this is infinite: losses of finite logits never come near it.
 
-// 1 / k!
+// 1 / k! for every k below 14.
 template <class A>
 constexpr auto SERIES = [] {
   std::array<A, 14> inverse{1};
@@ -59,7 +60,7 @@ struct Matrix {
   }
 };
 
-// The factor of a loss, in each row: an element of a [..., N] tensor, or one value for all rows.
+// The weight of a loss in each row: an element of a [..., N] tensor, or one value for all rows.
 struct Weight {
   const double* data = nullptr;
   int64_t row_stride = 0;
@@ -67,7 +68,7 @@ struct Weight {
   double operator[](int64_t n) const { return data == nullptr ? 0.0 : data[n * row_stride]; }
 };
 
-// What to compute. Null pointers: not wanted.
+// What to compute. What a null pointer stands for is not computed.
 struct Problem {
   int64_t tokens, vocabulary;
   int students, streams;
@@ -76,7 +77,8 @@ struct Problem {
   bool with_ce = false, with_kl = false;
   std::array<Matrix, MAX_STREAMS> logits{}, gradients{};
   const int64_t* targets = nullptr;  // [N]
-  const bool *ce_rows = nullptr, *kl_rows = nullptr;  // [N]; null: all rows count
+  const bool *ce_rows = nullptr, *kl_rows = nullptr;  // [N]. Null: all rows count.
+  std::vector<Tensor> owned{};  // Keeps the memory of targets, ce_rows and kl_rows.
   double *ce = nullptr, *kl = nullptr;
   // d loss_i = ce_weight[i]·d CE_i + Σ_j kl_weight[i][j]·d KL_ij
   std::array<Weight, MAX_STREAMS> ce_weight{};
@@ -93,13 +95,13 @@ void widen(const Matrix& from, int64_t n, int64_t vocabulary, Wide<T>* to) {
   }
 }
 
-// One thread's row, in the arithmetic type A.
+// Computes one row at a time for one thread, in the arithmetic type A.
 template <class A>
 class Row {
  public:
   explicit Row(const Problem& problem)
       : p_(problem),
-        shares_(problem.temperature == 1),
+        same_softmax_(problem.temperature == 1),
         wants_gradients_(
             std::any_of(problem.gradients.begin(), problem.gradients.end(), [](auto& g) { return g.data != nullptr; })),
         blocks_((problem.vocabulary + BLOCK - 1) / BLOCK),
@@ -112,7 +114,7 @@ class Row {
     const auto take = [&] { return std::exchange(at, at + stride_); };
     for (int r = 0; r < p_.streams; ++r) {
       tempered_[r] = {take(), std::vector<A>(blocks_), 0};
-      copied_[r] = take();
+      copies_[r] = take();
     }
     for (int i = 0; i < p_.students; ++i) plain_[i] = {take(), std::vector<A>(blocks_), 0};
   }
@@ -124,10 +126,10 @@ class Row {
     fetch(n, kl_row ? p_.streams : p_.students);
     for (int r = 0; kl_row && r < p_.streams; ++r) softmax(logits_[r], static_cast<A>(1 / p_.temperature), tempered_[r]);
     for (int i = 0; ce_row && i < p_.students; ++i) {
-      if (!(kl_row && shares_)) softmax(logits_[i], A(1), plain_[i]);
+      if (!(kl_row && same_softmax_)) softmax(logits_[i], A(1), plain_[i]);
     }
-    // At temperature 1 the two are one.
-    const auto& plain = kl_row && shares_ ? tempered_ : plain_;
+    // At temperature 1 the tempered softmax is the plain one.
+    const auto& plain = kl_row && same_softmax_ ? tempered_ : plain_;
     if (kl_row && (p_.kl != nullptr || (wants_gradients_ && p_.divergence != FORWARD))) divergences();
     write_losses(n, ce_row, kl_row, plain);
     if (!wants_gradients_) return;
@@ -141,11 +143,11 @@ class Row {
  private:
   using V = Vec<A>;
 
-  // Probabilities are unscaled[v]·factor[block of v].
+  // The probability of v is unscaled[v]·factor[block of v].
   struct Softmax {
     A* unscaled;
     std::vector<A> factor;
-    double log_sum;  // of exponentials, in nats
+    double log_sum;  // The log-sum-exp, in nats.
   };
 
   int64_t width(int64_t block) const { return std::min(BLOCK, p_.vocabulary - block * BLOCK); }
@@ -163,7 +165,7 @@ class Row {
     }
   }
 
-  // Points at the row's logits where they are of type A and adjacent, and else at a copy that is.
+  // Points logits_ at the row's logits if they are adjacent and of type A, and else at a copy that is.
   void fetch(int64_t n, int streams) {
     for (int r = 0; r < streams; ++r) {
       const Matrix& from = p_.logits[r];
@@ -172,21 +174,22 @@ class Row {
         next_[r] = from.template row<A>(std::min(n + 1, p_.tokens - 1));
         continue;
       }
-      logits_[r] = next_[r] = copied_[r];
+      logits_[r] = next_[r] = copies_[r];
       with_storage(from.type, [&](auto element) {
         using T = decltype(element);
         if constexpr (std::is_same_v<Wide<T>, A>) {
-          widen<T>(from, n, p_.vocabulary, copied_[r]);
+          widen<T>(from, n, p_.vocabulary, copies_[r]);
         } else if constexpr (std::is_same_v<A, double>) {
           const T* row = from.template row<T>(n);
-          for (int64_t v = 0; v < p_.vocabulary; ++v) copied_[r][v] = static_cast<A>(row[v * from.column_stride]);
+          for (int64_t v = 0; v < p_.vocabulary; ++v) copies_[r][v] = static_cast<A>(row[v * from.column_stride]);
         }
       });
     }
   }
 
-  // The softmax of t·z. A block is taken relative to its own maximum: so the row is read from memory once, its maximum is
-  // not needed before its exponentials, and the factors are applied where the probabilities are used.
+  // Computes the softmax of t·z. The exponentials of a block are relative to the block's own maximum. So the row is read
+  // from memory once, and its maximum is not needed before. Each block's factor is applied where its probabilities are
+  // used.
   void softmax(const A* z, A t, Softmax& to) {
     constexpr int64_t STEP = 4 * V::size();
     for (int64_t b = 0; b < blocks_; ++b) {
@@ -201,7 +204,7 @@ class Row {
       A highest = at::vec::vec_reduce_all<A>([](V& a, V& b) { return larger(a, b); }, peak);
       for (int64_t at = whole; at < width(b); ++at) highest = from[at] > highest ? from[at] : highest;
       peaks_[b] = highest;
-      std::array<V, 4> totals;  // few terms in each, for the error's sake
+      std::array<V, 4> totals;  // Four sums of fewer terms have smaller errors than one.
       totals.fill(V(0));
       const auto take = [&](int64_t at, auto size, V& total) {
         V x = V::loadu(from + at, size) - V(highest);
@@ -225,64 +228,65 @@ class Row {
     to.log_sum = peak * t + std::log(total);
   }
 
-  // u = log p_i − log p_j, of `size` columns from v. Where both logits are −inf it is a number, not NaN; nothing is hidden
-  // by that, as a NaN of the streams is in their probabilities too.
+  // Returns u = log p_i − log p_j of `size` columns from v on. Where both logits are −inf it is a number, not NaN. This
+  // hides no NaN of the streams, because their probabilities have it too.
   template <class Size>
   V log_ratio(int i, int j, int64_t v, Size size) const {
     const V limit(static_cast<A>(-LOWEST));
     V difference = V::loadu(logits_[i] + v, size) - V::loadu(logits_[j] + v, size);
-    if (!shares_) difference = difference * V(static_cast<A>(1 / p_.temperature));
+    if (!same_softmax_) difference = difference * V(static_cast<A>(1 / p_.temperature));
     difference = smaller(larger(difference, limit.neg()), limit);
     return difference - V(static_cast<A>(tempered_[i].log_sum - tempered_[j].log_sum));
   }
 
-  // Row sums of p·f(u), u = log p − log q, f(u) = u − 1 + e^{−u}, and, if both ways are wanted, of q·f(−u). They are taken
-  // as `_kl_both_ways` in reference.py does: with c = u clamped to ±EDGE, p·f(u) = p·(f(c) + u − c) + (q − p·e^{−c}). The
-  // last term is 0 within the edges, and beyond them its sign is known: it needs no branch and no exponential.
+  // Row sums of p·f(u), where u = log p − log q and f(u) = u − 1 + e^{−u}, and of q·f(−u) if both directions are wanted.
+  // With c = u clamped to ±EDGE, p·f(u) = p·(f(c) + u − c) + (q − p·e^{−c}). The last term is 0 within the edges. Beyond
+  // them its sign is known, which gives the two clamped sums `above` and `below`: it needs no branch and no exponential.
   struct KL {
-    V forths{0}, backs{0}, above{0}, below{0};
+    V p_terms{0}, q_terms{0}, above{0}, below{0};
 
-    template <bool both_ways>
+    template <bool both_directions>
     void add(V u, V p, V q) {
       const V edge(static_cast<A>(EDGE)), grow(static_cast<A>(std::exp(EDGE))), zero(0);
       const V c = smaller(larger(u, edge.neg()), edge);
       const V square = c * c;
-      // f(c) = even + odd, f(−c) = even − odd: cosh c − 1 and c − sinh c. Truncated at 1e-8 and 1e-17 of f.
+      // f(c) = even + odd and f(−c) = even − odd, where even = cosh c − 1 and odd = c − sinh c. Their series are
+      // truncated at 1e-8 of f in fp32 and at 1e-17 in float64.
       constexpr int half_order = std::is_same_v<A, float> ? 3 : 6;
       V even(SERIES<A>[2 * half_order]), odd(-SERIES<A>[2 * half_order + 1]);
       for (int k = half_order - 1; k >= 1; --k) {
         even = fmadd(even, square, V(SERIES<A>[2 * k]));
         odd = fmadd(odd, square, V(-SERIES<A>[2 * k + 1]));
       }
-      if constexpr (both_ways) {
+      if constexpr (both_directions) {
         even = even * square;
         odd = fmadd(odd, c * square, u - c);
-        forths = fmadd(p, even + odd, forths);
-        backs = fmadd(q, even - odd, backs);
+        p_terms = fmadd(p, even + odd, p_terms);
+        q_terms = fmadd(q, even - odd, q_terms);
       } else {
-        forths = fmadd(p, fmadd(fmadd(odd, c, even), square, u - c), forths);
+        p_terms = fmadd(p, fmadd(fmadd(odd, c, even), square, u - c), p_terms);
       }
       above = above + larger(p - q * grow, zero);
       below = below + larger(q - p * grow, zero);
     }
 
-    double forth() const { return sum<A>(forths) + double(sum<A>(below)) - std::exp(-EDGE) * sum<A>(above); }
-    double back() const { return sum<A>(backs) + double(sum<A>(above)) - std::exp(-EDGE) * sum<A>(below); }
+    double p_to_q() const { return sum<A>(p_terms) + double(sum<A>(below)) - std::exp(-EDGE) * sum<A>(above); }
+    double q_to_p() const { return sum<A>(q_terms) + double(sum<A>(above)) - std::exp(-EDGE) * sum<A>(below); }
   };
 
-  // log p − log m and log q − log m, m = (p + q) / 2, given u = log p − log q.
+  // Returns log p − log m and log q − log m, m = (p + q) / 2, given u = log p − log q.
   static std::pair<V, V> log_ratios_to_mean(V u) {
-    const V larger = ((V(0) - u.abs()).expm1() * V(A(0.5))).log1p().neg();  // that of the larger of p and q
+    const V larger = ((V(0) - u.abs()).expm1() * V(A(0.5))).log1p().neg();  // The ratio of the larger of p and q.
     const V zero(0);
     return {larger + at::vec::minimum(u, zero), larger - at::vec::maximum(u, zero)};
   }
 
-  // Of every pair with a student, the directions that a student learns by: between the two, or in the Jensen-Shannon
-  // divergence from their mean.
+  // Computes, for every pair with a student, the KL divergences that a student's loss needs: between the two, or from
+  // the mean of both in the Jensen-Shannon divergence.
   void divergences() {
     for (int i = 0; i < p_.students; ++i) {
       for (int j = i + 1; j < p_.streams; ++j) {
-        double forth = 0, back = 0;
+        double p_to_q = 0, q_to_p = 0;
         for (int64_t b = 0; b < blocks_; ++b) {
           KL of_p, of_q;
           for_each_pair(i, j, b, [&](V u, V p, V q) {
@@ -299,17 +303,17 @@ class Row {
               of_p.template add<false>(u, p, q);
             }
           });
-          forth += of_p.forth();
-          back += p_.divergence != JSD && j < p_.students ? of_p.back() : of_q.forth();
+          p_to_q += of_p.p_to_q();
+          q_to_p += p_.divergence != JSD && j < p_.students ? of_p.q_to_p() : of_q.p_to_q();
         }
-        from_[i][j] = forth > INFINITE ? std::numeric_limits<double>::infinity() : forth;
-        from_[j][i] = back > INFINITE ? std::numeric_limits<double>::infinity() : back;
+        divergence_[i][j] = p_to_q > INFINITE ? std::numeric_limits<double>::infinity() : p_to_q;
+        divergence_[j][i] = q_to_p > INFINITE ? std::numeric_limits<double>::infinity() : q_to_p;
       }
     }
   }
 
-  // Calls body(u, p, q) for the vectors of block b of streams i and j, all 0 beyond the last column. Meanwhile, with memory
-  // idle, the next row is fetched: by the first student's pairs, in which every stream occurs.
+  // Calls body(u, p, q) for the vectors of block b of streams i and j, which are all 0 beyond the last column. Memory is
+  // idle meanwhile, so the next row is prefetched, in the first student's pairs, where every stream occurs.
   template <class Body>
   void for_each_pair(int i, int j, int64_t b, const Body& body) const {
     const V p_factor(tempered_[i].factor[b]), q_factor(tempered_[j].factor[b]);
@@ -337,17 +341,17 @@ class Row {
         double& loss = p_.kl[(i * p_.streams + j) * p_.tokens + n];
         loss = 0;
         if (!kl_row || i == j) continue;
-        loss = p_.divergence == FORWARD   ? from_[j][i]
-               : p_.divergence == REVERSE ? from_[i][j]
-                                          : (from_[i][j] + from_[j][i]) / 2;
+        loss = p_.divergence == FORWARD   ? divergence_[j][i]
+               : p_.divergence == REVERSE ? divergence_[i][j]
+                                          : (divergence_[i][j] + divergence_[j][i]) / 2;
       }
     }
   }
 
-  // Block b of student i's gradient, into `to`: its place or, where others still need what stands there, a buffer.
+  // Writes block b of student i's gradient to `to`: to its place, or to a buffer if others still need what is there.
   template <bool streaming>
   void gradient(int i, int64_t b, const Softmax& plain, bool ce_row, bool kl_row, A* to) const {
-    // softmax(z_i) and, in the forward divergence, all p_r enter with a factor each
+    // The gradient is a weighted sum of softmax(z_i) and, in the forward divergence, of all p_r.
     std::array<const A*, MAX_STREAMS + 1> terms;
     std::array<A, MAX_STREAMS + 1> factors;
     int linear = 0;
@@ -356,11 +360,11 @@ class Row {
       factors[linear++] = static_cast<A>(factor) * softmax.factor[b];
     };
     if (kl_row && p_.divergence == FORWARD) {
-      double own = ce_row && shares_ ? ce_factor_[i] : 0;
-      for (int j = 0; j < p_.streams; ++j) own += kl_factor_[i][j];
-      for (int j = 0; j < p_.streams; ++j) add(tempered_[j], j == i ? own : -kl_factor_[i][j]);
+      double own_factor = ce_row && same_softmax_ ? ce_factor_[i] : 0;
+      for (int j = 0; j < p_.streams; ++j) own_factor += kl_factor_[i][j];
+      for (int j = 0; j < p_.streams; ++j) add(tempered_[j], j == i ? own_factor : -kl_factor_[i][j]);
     }
-    if (ce_row && (linear == 0 || !shares_)) add(plain, ce_factor_[i]);
+    if (ce_row && (linear == 0 || !same_softmax_)) add(plain, ce_factor_[i]);
     for_each_vector<A>(width(b), [&](int64_t at, auto size) {
       V total(0);
       for (int k = 0; k < linear; ++k) total = fmadd(V::loadu(terms[k] + at), V(factors[k]), total);
@@ -373,7 +377,7 @@ class Row {
     for (int j = 0; p_.divergence != FORWARD && j < p_.streams; ++j) {
       if (kl_factor_[i][j] == 0) continue;
       const V factor(static_cast<A>(kl_factor_[i][j] * (p_.divergence == JSD ? 0.5 : 1)) * tempered_[i].factor[b]);
-      const V mean(static_cast<A>(from_[i][j]));
+      const V mean(static_cast<A>(divergence_[i][j]));
       for_each_vector<A>(width(b), [&](int64_t at, auto size) {
         V ratio = log_ratio(i, j, b * BLOCK + at, size);
         if (p_.divergence == JSD) ratio = log_ratios_to_mean(ratio).first;
@@ -383,7 +387,7 @@ class Row {
     }
   }
 
-  // The gradients of one block. With logits still needed, all students' are computed before any is written.
+  // Computes the gradients of one block: all students' before any is written, because logits may still be needed.
   void gradients(int64_t n, int64_t b, const std::array<Softmax, MAX_STREAMS>& plain, bool ce_row, bool kl_row) {
     const int64_t label = ce_row ? p_.targets[n] - b * BLOCK : -1;
     const bool has_label = label >= 0 && label < width(b);
@@ -395,7 +399,7 @@ class Row {
             p_.divergence == FORWARD && to.type == c10::CppTypeToScalarType<A>::value && to.column_stride == 1;
         A* place = direct ? to.template row<A>(n) + b * BLOCK : buffers_[i].data();
         if (!writing) {
-          const bool in_place = place == logits_[i] + b * BLOCK;  // then the line is in cache already
+          const bool in_place = place == logits_[i] + b * BLOCK;  // The cache line is in cache already.
           if (direct && !in_place && !has_label && aligned(place)) {
             gradient<true>(i, b, plain[i], ce_row, kl_row, place);
           } else {
@@ -414,20 +418,27 @@ class Row {
   }
 
   const Problem& p_;
-  const bool shares_, wants_gradients_;
+  const bool same_softmax_, wants_gradients_;
   const int64_t blocks_, stride_;
   std::vector<A> peaks_, sums_;
   const std::unique_ptr<A[]> storage_;
   std::array<Softmax, MAX_STREAMS> tempered_, plain_;
-  std::array<A*, MAX_STREAMS> copied_;
-  std::array<const A*, MAX_STREAMS> logits_, next_;  // this row, and the one after it
-  // from_[i][j]: of stream i from stream j, or in the Jensen-Shannon divergence from the mean of both
-  std::array<std::array<double, MAX_STREAMS>, MAX_STREAMS> from_, kl_factor_;
+  std::array<A*, MAX_STREAMS> copies_;
+  std::array<const A*, MAX_STREAMS> logits_, next_;  // This row's logits, and those of the next.
+  // divergence_[i][j]: KL of stream i from stream j, or in the Jensen-Shannon divergence from the mean of both.
+  std::array<std::array<double, MAX_STREAMS>, MAX_STREAMS> divergence_, kl_factor_;
   std::array<double, MAX_STREAMS> ce_factor_;
   std::array<std::array<A, BLOCK>, MAX_STREAMS> buffers_;
 };
 
-Divergence divergence_of(c10::string_view name) { return name == "forward" ? FORWARD : name == "reverse" ? REVERSE : JSD; }
+// The arguments of `ensemble_kl` besides the streams.
+struct Options {
+  std::optional<Tensor> targets;
+  int64_t students;
+  double temperature;
+  std::string divergence;
+  int64_t ignore_index;
+};
 
 Problem make_problem(at::TensorList streams, int64_t students, double temperature, c10::string_view divergence) {
   Problem problem{
@@ -436,10 +447,29 @@ Problem make_problem(at::TensorList streams, int64_t students, double temperatur
       .students = static_cast<int>(students),
       .streams = static_cast<int>(streams.size()),
       .temperature = temperature,
-      .divergence = divergence_of(divergence),
+      .divergence = divergence == "forward" ? FORWARD : divergence == "reverse" ? REVERSE : JSD,
   };
   TORCH_CHECK(problem.students <= problem.streams && problem.streams <= MAX_STREAMS, "too many streams");
   for (int r = 0; r < problem.streams; ++r) problem.logits[r] = Matrix(streams[r]);
+  return problem;
+}
+
+// Sets the problem's targets, and the rows in which each loss counts.
+void set_rows(Problem& problem, const Tensor& targets, const Tensor& ce_rows, const Tensor& kl_rows) {
+  problem.with_ce = true;
+  problem.owned = {targets.contiguous(), ce_rows.contiguous(), kl_rows.contiguous()};
+  problem.targets = problem.owned[0].const_data_ptr<int64_t>();
+  problem.ce_rows = problem.owned[1].const_data_ptr<bool>();
+  problem.kl_rows = problem.owned[2].const_data_ptr<bool>();
+}
+
+Problem make_problem(at::TensorList streams, const Options& options) {
+  Problem problem = make_problem(streams, options.students, options.temperature, options.divergence);
+  problem.with_kl = true;
+  if (options.targets.has_value()) {
+    const Tensor rows = options.targets->ne(options.ignore_index);
+    set_rows(problem, *options.targets, rows, rows);
+  }
   return problem;
 }
 
@@ -448,7 +478,7 @@ at::ScalarType arithmetic_of(at::TensorList streams) {
   return wide ? at::kDouble : at::kFloat;
 }
 
-// ce [S, N] and kl [S, R, N], both float64.
+// Makes the tensors of the losses, ce [S, N] and kl [S, R, N], both float64.
 std::pair<Tensor, Tensor> make_losses(Problem& problem) {
   Tensor ce = at::empty({problem.students, problem.tokens}, at::kDouble);
   Tensor kl = at::empty({problem.students, problem.streams, problem.tokens}, at::kDouble);
@@ -459,65 +489,36 @@ std::pair<Tensor, Tensor> make_losses(Problem& problem) {
 
 void run(const Problem& problem, at::ScalarType arithmetic) {
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, problem.vocabulary * problem.streams));
-  const auto go = [&](auto element) {
+  const auto run_rows = [&](auto element) {
     at::parallel_for(0, problem.tokens, grain, [&](int64_t begin, int64_t end) {
       const auto row = std::make_unique<Row<decltype(element)>>(problem);
       for (int64_t n = begin; n < end; ++n) row->run(n);
       stream_end();
     });
   };
-  arithmetic == at::kDouble ? go(double{}) : go(float{});
+  arithmetic == at::kDouble ? run_rows(double{}) : run_rows(float{});
 }
 
-// The rows that count, or an undefined tensor where all do.
-Tensor rows_of(const std::optional<Tensor>& targets, int64_t ignore_index) {
-  return targets.has_value() ? targets->ne(ignore_index) : Tensor();
-}
-
-void look_at(Problem& problem, const std::optional<Tensor>& targets, const Tensor& rows) {
-  problem.with_ce = targets.has_value();
-  problem.with_kl = true;
-  if (!targets.has_value()) return;
-  problem.targets = targets->const_data_ptr<int64_t>();
-  problem.ce_rows = problem.kl_rows = rows.const_data_ptr<bool>();
-}
-
-std::tuple<Tensor, Tensor> forward(
-    at::TensorList streams,
-    const std::optional<Tensor>& targets,
-    int64_t students,
-    double temperature,
-    c10::string_view divergence,
-    int64_t ignore_index) {
-  Problem problem = make_problem(streams, students, temperature, divergence);
-  const std::optional<Tensor> labels = targets.has_value() ? std::optional(targets->contiguous()) : std::nullopt;
-  const Tensor rows = rows_of(labels, ignore_index);
-  look_at(problem, labels, rows);
-  auto [ce, kl] = make_losses(problem);
+std::tuple<Tensor, Tensor> forward(at::TensorList streams, const Options& options) {
+  Problem problem = make_problem(streams, options);
+  const auto [ce, kl] = make_losses(problem);
   const at::ScalarType arithmetic = arithmetic_of(streams);
   run(problem, arithmetic);
   return {ce.to(arithmetic), kl.to(arithmetic)};
 }
 
-// The gradients of the students' logits, each in its logits' dtype, given those of ce [S, N] and kl [S, R, N].
+// Returns the gradients of the students' logits, each in its logits' dtype, given those of ce [S, N] and kl [S, R, N].
 std::vector<Tensor> backward(
     const Tensor& d_ce,
     const Tensor& d_kl,
     at::TensorList streams,
-    const std::optional<Tensor>& targets,
-    int64_t students,
-    double temperature,
-    c10::string_view divergence,
-    int64_t ignore_index,
+    const Options& options,
     std::array<bool, MAX_STREAMS> wanted) {
-  Problem problem = make_problem(streams, students, temperature, divergence);
-  const std::optional<Tensor> labels = targets.has_value() ? std::optional(targets->contiguous()) : std::nullopt;
-  const Tensor rows = rows_of(labels, ignore_index);
-  look_at(problem, labels, rows);
+  Problem problem = make_problem(streams, options);
   const Tensor ce_weight = d_ce.to(at::kDouble).contiguous();
-  const Tensor kl_weight = d_kl.to(at::kDouble).div(temperature).contiguous();
-  std::vector<Tensor> gradients(students);
-  for (int i = 0; i < students; ++i) {
+  const Tensor kl_weight = d_kl.to(at::kDouble).div(options.temperature).contiguous();
+  std::vector<Tensor> gradients(problem.students);
+  for (int i = 0; i < problem.students; ++i) {
     problem.ce_weight[i] = {ce_weight.const_data_ptr<double>() + i * problem.tokens, 1};
     for (int j = 0; j < problem.streams; ++j) {
       const double* at = kl_weight.const_data_ptr<double>() + (i * problem.streams + j) * problem.tokens;
@@ -531,8 +532,9 @@ std::vector<Tensor> backward(
   return gradients;
 }
 
-// Losses and gradients in one pass: as `loss_and_grad` in reference.py, but into `gradients`, where one is wanted. A row of
-// these may begin where that of its logits does, if it takes no more bytes. kl is empty without `kl_weight`.
+// Computes losses and gradients in one pass, as `loss_and_grad` in reference.py does, and writes a gradient into each
+// of `gradients` that is present. A row of these may begin where that of its logits does, if it takes no more bytes.
+// Without `kl_weight`, kl is empty.
 std::tuple<Tensor, Tensor> loss_and_grad_(
     at::TensorList logits,
     const c10::List<std::optional<Tensor>>& gradients,
@@ -543,19 +545,14 @@ std::tuple<Tensor, Tensor> loss_and_grad_(
     const Tensor& kl_rows,
     double temperature,
     c10::string_view divergence) {
-  const int64_t students = ce_weight.size(0);
-  Problem problem = make_problem(logits, students, temperature, divergence);
-  const Tensor labels = targets.contiguous(), ce_counted = ce_rows.contiguous(), kl_counted = kl_rows.contiguous();
-  problem.with_ce = true;
+  Problem problem = make_problem(logits, ce_weight.size(0), temperature, divergence);
   problem.with_kl = kl_weight.has_value();
-  problem.targets = labels.const_data_ptr<int64_t>();
-  problem.ce_rows = ce_counted.const_data_ptr<bool>();
-  problem.kl_rows = kl_counted.const_data_ptr<bool>();
-  auto [ce, kl] = make_losses(problem);
+  set_rows(problem, targets, ce_rows, kl_rows);
+  const auto [ce, kl] = make_losses(problem);
   const Tensor ce_factor = ce_weight.to(at::kDouble).contiguous();
-  const Tensor kl_factor = kl_weight.has_value() ? kl_weight->to(at::kDouble).mul(temperature).contiguous() : Tensor();
+  const Tensor kl_factor = problem.with_kl ? kl_weight->to(at::kDouble).mul(temperature).contiguous() : Tensor();
   if (!problem.with_kl) problem.kl = nullptr;
-  for (int i = 0; i < students; ++i) {
+  for (int i = 0; i < problem.students; ++i) {
     problem.ce_weight[i] = {ce_factor.const_data_ptr<double>() + i, 0};
     for (int j = 0; problem.with_kl && j < problem.streams; ++j) {
       problem.kl_weight[i][j] = {kl_factor.const_data_ptr<double>() + i * problem.streams + j, 0};
@@ -570,60 +567,51 @@ std::tuple<Tensor, Tensor> loss_and_grad_(
 
 struct EnsembleKL : torch::autograd::Function<EnsembleKL> {
   static torch::autograd::variable_list forward(
-      torch::autograd::AutogradContext* ctx,
-      at::TensorList streams,
-      const std::optional<Tensor>& targets,
-      int64_t students,
-      double temperature,
-      c10::string_view divergence,
-      int64_t ignore_index) {
+      torch::autograd::AutogradContext* ctx, at::TensorList streams, const Options& options) {
     at::AutoDispatchBelowADInplaceOrView guard;
     torch::autograd::variable_list saved = streams.vec();
-    saved.push_back(targets.has_value() ? *targets : Tensor());
+    saved.push_back(options.targets.value_or(Tensor()));
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["students"] = students;
-    ctx->saved_data["temperature"] = temperature;
-    ctx->saved_data["divergence"] = std::string(divergence);
-    ctx->saved_data["ignore_index"] = ignore_index;
-    auto [ce, kl] = ensemble_kl::forward(streams, targets, students, temperature, divergence, ignore_index);
+    ctx->saved_data["students"] = options.students;
+    ctx->saved_data["temperature"] = options.temperature;
+    ctx->saved_data["divergence"] = options.divergence;
+    ctx->saved_data["ignore_index"] = options.ignore_index;
+    const auto [ce, kl] = ensemble_kl::forward(streams, options);
     return {ce, kl};
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list cotangents) {
+      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
     check_once("ensemble_kl");
     torch::autograd::variable_list streams = ctx->get_saved_variables();
     const Tensor targets = streams.back();
     streams.pop_back();
-    const int64_t students = ctx->saved_data["students"].toInt();
-    std::array<bool, MAX_STREAMS> wanted{};
-    for (int i = 0; i < students; ++i) wanted[i] = ctx->needs_input_grad(i);
-    auto gradients = ensemble_kl::backward(
-        cotangents[0],
-        cotangents[1],
-        streams,
+    const Options options{
         targets.defined() ? std::optional(targets) : std::nullopt,
-        students,
+        ctx->saved_data["students"].toInt(),
         ctx->saved_data["temperature"].toDouble(),
         ctx->saved_data["divergence"].toStringRef(),
-        ctx->saved_data["ignore_index"].toInt(),
-        wanted);
-    torch::autograd::variable_list handed(streams.size() + 5);
-    for (int i = 0; i < students; ++i) {
-      if (wanted[i]) handed[i] = gradients[i];
-    }
-    return handed;
+        ctx->saved_data["ignore_index"].toInt()};
+    std::array<bool, MAX_STREAMS> wanted{};
+    for (int i = 0; i < options.students; ++i) wanted[i] = ctx->needs_input_grad(i);
+    auto gradients = ensemble_kl::backward(output_gradients[0], output_gradients[1], streams, options, wanted);
+    gradients.resize(streams.size() + 1);  // One for each teacher and one for the options: undefined.
+    return gradients;
   }
 };
 
-std::tuple<Tensor, Tensor> differentiable(
+// What torch calls, with and without autograd.
+template <bool with_autograd>
+std::tuple<Tensor, Tensor> call(
     at::TensorList streams,
     const std::optional<Tensor>& targets,
     int64_t students,
     double temperature,
     c10::string_view divergence,
     int64_t ignore_index) {
-  auto losses = EnsembleKL::apply(streams, targets, students, temperature, divergence, ignore_index);
+  const Options options{targets, students, temperature, std::string(divergence), ignore_index};
+  if constexpr (!with_autograd) return forward(streams, options);
+  const auto losses = EnsembleKL::apply(streams, options);
   return {losses[0], losses[1]};
 }
 
@@ -637,10 +625,10 @@ TORCH_LIBRARY_FRAGMENT(creche_native, library) {
 }
 
 TORCH_LIBRARY_IMPL(creche_native, CPU, library) {
-  library.impl("ensemble_kl", forward);
+  library.impl("ensemble_kl", call<false>);
   library.impl("ensemble_kl_loss_and_grad_", loss_and_grad_);
 }
 
-TORCH_LIBRARY_IMPL(creche_native, Autograd, library) { library.impl("ensemble_kl", differentiable); }
+TORCH_LIBRARY_IMPL(creche_native, Autograd, library) { library.impl("ensemble_kl", call<true>); }
 
 }  // namespace creche::ensemble_kl

@@ -1,4 +1,4 @@
-"""`ensemble_kl` by `native.cpp`.
+"""`ensemble_kl` on a CPU, by `native.cpp`.
 
 Shapes: N tokens, V vocabulary, S students, R streams.
 """
@@ -19,22 +19,24 @@ def ensemble_kl(
     divergence: str,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.ensemble_kl`. Differentiable once, in one node for all students; backward reads the logits again."""
+    """See `kernels.ensemble_kl`. It is differentiable once, by one node for all students, whose backward pass reads the
+    logits again.
+    """
     return torch.ops.creche_native.ensemble_kl(list(streams), targets, students, temperature, divergence, ignore_index)
 
 
 def loss_and_grad_(
     logits_RNV: Sequence[Tensor], spec: LossSpec, wanted: Sequence[bool], into: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`loss_and_grad` of `reference.py` in one pass, but that gradients replace the logits of the `wanted` students.
+    """Computes `loss_and_grad` of `reference.py` in one pass. Gradients replace the logits of the `wanted` students.
 
     Args:
-        into: per student where its gradient goes instead, [N, V] in any dtype; it may begin each row where the row of
-            its logits begins, if it takes no more bytes.
+        into: For each student, the [N, V] tensor of any dtype that receives its gradient instead. Its rows may begin
+            where those of its logits begin, if they take no more bytes.
 
     Returns:
-        ce [S, N] and kl [S, R, N] (None without `kl_weight`), in nats, unweighted.
+        ce [S, N] and kl [S, R, N] (None without `kl_weight`) in nats, unweighted.
     """
-    places = [place if want else None for place, want in zip(into or logits_RNV, wanted, strict=False)]
-    ce_SN, kl_SRN = torch.ops.creche_native.ensemble_kl_loss_and_grad_(list(logits_RNV), places, *spec)
+    gradients = [x if want else None for x, want in zip(into or logits_RNV, wanted, strict=False)]
+    ce_SN, kl_SRN = torch.ops.creche_native.ensemble_kl_loss_and_grad_(list(logits_RNV), gradients, *spec)
     return ce_SN, None if spec.kl_weight is None else kl_SRN

@@ -1,4 +1,4 @@
-"""`ensemble_kl` on a GPU: how `triton_kernel.py` is launched, for losses and then gradients, or for both at once.
+"""`ensemble_kl` on a GPU. It launches `triton_kernel.py`, once for losses and once for gradients, or once for both.
 
 Shapes: N tokens, V vocabulary, S students, K teachers, R = S + K streams.
 """
@@ -17,7 +17,7 @@ from kernels.registration import op
 
 
 class Gpu(NamedTuple):
-    """What `launch` wants to know of a device."""
+    """What `launch` needs to know about a device: threads of a warp, and whether fp32 is computed on register pairs."""
 
     lanes: int
     paired: bool
@@ -27,8 +27,8 @@ class Gpu(NamedTuple):
 def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return Gpu(32, False)
-    found = torch.cuda.get_device_properties(device)
-    return Gpu(found.warp_size, torch.version.hip is None and found.major >= 10)
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.warp_size, torch.version.hip is None and properties.major >= 10)
 
 
 def run(
@@ -48,15 +48,15 @@ def run(
     divergence: str,
     gpu: Gpu | None = None,
 ) -> None:
-    """Launches `ensemble_kl_kernel`, a program per token.
+    """Launches `ensemble_kl_kernel`, with one program per token.
 
     Args:
-        logits: R tensors [N, W]. students: S. targets, ce_rows, kl_rows, kl_scale: as in the kernel.
-        losses: (ce [S, N], kl [S, R, N] or None) to be written; None: gradients alone.
-        saved: (statistics, mean_ratios), to be written with losses, to be read without.
-        gradients: S tensors [N, W] or None; None: losses alone.
-        weights: d/d ce [S, N] and d/d kl [S, R, N], expanded as they may be; a kl weight of None leaves streams apart.
-        vocabulary: V; None: W.
+        logits: R tensors [N, W]. students: S. targets, ce_rows, kl_rows, kl_scale: As in the kernel.
+        losses: (ce [S, N], kl [S, R, N] or None), to be written. None: only gradients are computed.
+        saved: (statistics, mean_ratios), which are written with losses and read without.
+        gradients: S tensors [N, W], or None where unwanted. None: only losses are computed.
+        weights: d/d ce [S, N] and d/d kl [S, R, N], which may be expanded. A kl weight of None: no pair is compared.
+        vocabulary: V. None: W.
         gpu: None: that of the logits.
     """
     (tokens, width), streams = logits[0].shape, len(logits)
@@ -65,25 +65,25 @@ def run(
     gpu = gpu or gpu_of(logits[0].device)
     ce_weight, kl_weight = weights
     if losses is not None and losses[1] is None:
-        temperature = 1.0  # as there is nothing to temper
-    sizes = [x.element_size() for x in logits]
-    mixed, vector = len({*sizes}) > 1, 16 // min(sizes)
-    tile = launch.ensemble_kl(
-        width, students, streams, min(sizes), gpu.lanes, divergence=divergence, mixed=mixed, paired=gpu.paired
+        temperature = 1.0  # No divergence needs it.
+    itemsizes = [x.element_size() for x in logits]
+    mixed, vector = len({*itemsizes}) > 1, 16 // min(itemsizes)
+    chosen = launch.ensemble_kl(
+        width, students, streams, min(itemsizes), gpu.lanes, divergence=divergence, mixed=mixed, paired=gpu.paired
     )
-    lanes = gpu.lanes * tile.warps
+    lanes = gpu.lanes * chosen.warps
     written = [] if gradients is None else [g for g in gradients if g is not None]
     constants = {
         "S": students,
         "DIVERGENCE": divergence,
         "TEMPERED": temperature != 1,
         "UNIT": all(x.stride(1) == 1 for x in (*logits, *written)),
-        "BLOCKS": tile.block // (lanes * vector) if tile.block >= width else 0,
-        "PARTS": tile.parts,
-        "SWEEPS": tile.sweeps,
+        "BLOCKS": chosen.block // (lanes * vector) if chosen.block >= width else 0,
+        "PARTS": chosen.parts,
+        "SWEEPS": chosen.sweeps,
         "LANES": lanes,
         "VEC": vector,
-        "num_warps": tile.warps,
+        "num_warps": chosen.warps,
         "num_stages": 1,
     }
     with torch.cuda.device_of(logits[0]):
@@ -117,17 +117,17 @@ def _strides(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 def loss_and_grad(
     logits: Sequence[Tensor], gradients: Sequence[Tensor | None], spec: LossSpec, vocabulary: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Per-token losses, and the gradient of every student's weighted sum of them, in one launch (two if S > 4).
+    """Computes per-token losses and the gradient of every student's weighted sum of them, in one launch (two if S > 4).
 
     Args:
-        logits: R tensors [N, W] of fp32, bf16 or fp16, W >= V; columns from V on are padding and may hold anything.
-        gradients: S tensors [N, W] of any of these dtypes to be written, or None where not wanted; the students' logits
-            themselves are allowed.
-        spec: without its `kl_weight` teachers' logits are not read.
+        logits: R tensors [N, W] of fp32, bf16 or fp16, W >= V. Columns from V on are padding and may hold anything.
+        gradients: S tensors [N, W] of any of these dtypes, to be written, or None where unwanted. They may be the
+            students' logits themselves.
+        spec: Without `kl_weight`, the teachers' logits are not read.
         vocabulary: V.
 
     Returns:
-        ce [S, N], kl [S, R, N] (None without `kl_weight`) in nats, unweighted, fp32.
+        ce [S, N] and kl [S, R, N] (None without `kl_weight`) in nats, unweighted, fp32.
     """
     targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence = spec
     S, N = len(gradients), len(targets)
@@ -150,13 +150,13 @@ def loss_and_grad(
         temperature=temperature,
         divergence=divergence,
     )
-    made = gradients if any(g is not None for g in gradients) else None
+    wanted_gradients = gradients if any(g is not None for g in gradients) else None
     if losses[1] is not None and S > launch.STUDENTS_AT_ONCE:
         sweep(losses=losses, saved=saved)
-        if made is not None:
-            sweep(saved=saved, gradients=made, weights=weights)
+        if wanted_gradients is not None:
+            sweep(saved=saved, gradients=wanted_gradients, weights=weights)
     else:
-        sweep(losses=losses, gradients=made, weights=weights)
+        sweep(losses=losses, gradients=wanted_gradients, weights=weights)
     return ce, None if kl_weight is None else kl
 
 
@@ -168,10 +168,10 @@ def ensemble_kl(
     divergence: str,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.ensemble_kl`. Differentiable once.
+    """See `kernels.ensemble_kl`. It is differentiable once.
 
     Raises:
-        ValueError: a stream of float64.
+        ValueError: A stream is float64.
     """
     for r, logits in enumerate(streams):
         if logits.dtype == torch.float64:
@@ -194,7 +194,7 @@ def _forward(
     temperature: float,
     divergence: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ce, kl, and what the backward wants from the kernel: statistics, mean_ratios."""
+    """Returns ce, kl, and what the kernel saves for the backward pass: statistics and mean_ratios."""
     outputs = ce, kl, statistics, mean_ratios = _allocate(streams, students, divergence)
     pairs = len(streams) > 1
     if targets is None:
@@ -227,11 +227,9 @@ def _allocate(streams: Sequence[Tensor], students: int, divergence: str) -> tupl
     )
 
 
-@_forward.register_fake
-def _(
-    streams: Sequence[Tensor], targets: Any, rows: Any, students: int, temperature: float, divergence: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _allocate(streams, students, divergence)
+_forward.register_fake(
+    lambda streams, targets, rows, students, temperature, divergence: _allocate(streams, students, divergence)
+)
 
 
 @op("ensemble_kl_backward")
@@ -247,15 +245,15 @@ def _backward(
     temperature: float,
     divergence: str,
 ) -> list[Tensor]:
-    """The gradients of the students wanted, in their order."""
+    """Returns the gradients of the wanted students, in their order."""
     S, R = len(wanted), len(streams)
-    made = _allocate_gradients(streams, wanted)
-    if d_kl is None or R == 1:  # no divergence takes part, so neither teachers nor temperature do
+    gradients = _allocate_gradients(streams, wanted)
+    if d_kl is None or R == 1:  # There is no divergence, so teachers and temperature play no part.
         sums = statistics[R : R + S] if temperature == 1 or R == 1 else statistics[2 * R :]
         streams, statistics, temperature, d_kl = streams[:S], torch.cat((statistics[:S], sums)), 1.0, None
     if targets is None and d_kl is None:
-        return [gradient.zero_() for gradient in made]
-    remaining = iter(made)
+        return [gradient.zero_() for gradient in gradients]
+    remaining = iter(gradients)
     run(
         streams,
         students=S,
@@ -268,7 +266,7 @@ def _backward(
         temperature=temperature,
         divergence=divergence,
     )
-    return made
+    return gradients
 
 
 def _allocate_gradients(streams: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
@@ -277,9 +275,7 @@ def _allocate_gradients(streams: Sequence[Tensor], wanted: Sequence[bool]) -> li
     ]
 
 
-@_backward.register_fake
-def _(d_ce: Tensor | None, d_kl: Tensor | None, streams: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    return _allocate_gradients(streams, wanted=rest[4])
+_backward.register_fake(lambda d_ce, d_kl, streams, *rest: _allocate_gradients(streams, wanted=rest[4]))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -291,8 +287,8 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _differentiate(ctx: Any, d_ce: Tensor | None, d_kl: Tensor | None, *_: None) -> tuple:
     *streams, targets, rows, statistics, mean_ratios = ctx.saved_tensors
-    made = iter(_backward(d_ce, d_kl, streams, targets, rows, statistics, mean_ratios, ctx.wanted, *ctx.options))
-    gradients = [next(made) if want else None for want in ctx.wanted]
+    remaining = iter(_backward(d_ce, d_kl, streams, targets, rows, statistics, mean_ratios, ctx.wanted, *ctx.options))
+    gradients = [next(remaining) if want else None for want in ctx.wanted]
     return gradients + [None] * (len(streams) - len(ctx.wanted)), None, None, None, None, None
 
 

@@ -1,11 +1,11 @@
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportAttributeAccessIssue=false
-"""`ensemble_kl` on a GPU: one kernel, one program per token, which reads the token's R rows of logits tile by tile.
+"""The kernel of `ensemble_kl` on a GPU. One program per token reads the token's R rows of logits tile by tile.
 
-Shapes: N tokens, V vocabulary, S students, K teachers, R = S + K streams. A tile is [LANES, VEC]: VEC neighbouring
-logits (16 bytes) per lane, so that every sum over a tile stays inside a thread until the row is done. Of a device
-function's arguments those in capitals are constants.
+Shapes: N tokens, V vocabulary, S students, K teachers, R = S + K streams. A tile is [LANES, VEC]: each lane has VEC
+neighbouring logits (16 bytes), so that every sum over a tile stays inside a thread until the row is done. In device
+functions, arguments in capitals are constants.
 
-Three phases, of which a launch runs the ones it needs; `ensemble_kl_kernel` says what each reads and leaves behind.
+There are three phases, and a launch runs those it needs. `ensemble_kl_kernel` says what each reads and writes.
 
     statistics   per stream the largest logit m and Σ exp((x − m) / T), online; per student the same sum at T = 1
     losses       Σ p·f(u), f(u) = u − 1 + e^{−u} >= 0, u = log p − log q from differences of logits (see reference.py)
@@ -15,16 +15,17 @@ Three phases, of which a launch runs the ones it needs; `ensemble_kl_kernel` say
                      reverse  g_ij = p_i·(u_ij − E_i[u_ij])
                      jsd      g_ij = ½·p_i·(v_ij − E_i[v_ij]),    v_ij = log p_i − log ((p_i + p_j) / 2)
 
-E_i is the mean under p_i. A shift that a row shares drops out of u − E[u], so for "reverse" T·u is taken to be x_i − x_j,
-whose mean is gathered with the statistics. So losses and gradients come from one pass after the statistics; only "jsd"
-needs the losses' pass finished before the gradients' begins. More than 4 students take a launch for each.
+E_i is the mean under p_i. A shift that a row shares drops out of u − E[u], so for "reverse" T·u is replaced by
+x_i − x_j, whose mean is computed with the statistics. So one pass after the statistics gives losses and gradients. Only
+"jsd" must finish the losses' pass before the gradients' pass begins. More than 4 students take a launch for each.
 
-Bytes of logits and gradients per (token, vocabulary) element, 2-byte storage, where the row is read again in each pass:
+If the row is read again in each pass, a (token, vocabulary) element of 2-byte storage costs these bytes of logits and
+gradients:
 
     losses alone 4R    gradients alone 2(R + S)    both 2(2R + S), "jsd" or S > 4 2(3R + S)
 
-and where it stays on chip (`Launch.block` >= V): 2R, 2(R + S), 2(R + S). Later passes run over the row backwards, so
-that they begin with what the caches still hold.
+If it stays on chip (`Launch.block` >= V), it costs 2R, 2(R + S) and 2(R + S). Later passes run over the row backwards,
+so that they begin with what the caches still hold.
 """
 
 import math
@@ -41,7 +42,7 @@ LN_2 = tl.constexpr(math.log(2))
 
 @triton.jit
 def _put(items, index, value):
-    """The tuple with items[index] replaced."""
+    """Returns the tuple with items[index] replaced."""
     return items[:index] + (value,) + items[index + 1 :]
 
 
@@ -55,13 +56,13 @@ def _repeat(value, times):
 
 @triton.jit
 def _columns(start, LANES, VEC, TAKEN):
-    """TAKEN of the VEC columns of each lane."""
+    """Returns the first TAKEN of the VEC columns of each lane."""
     return start + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, TAKEN)[None, :]
 
 
 @triton.jit
 def _address(base, row, column, strides, r, UNIT):
-    """64-bit: N·V may pass 2³¹, and so may a column's offset where columns are not neighbours."""
+    """Returns 64-bit addresses, because N·V may exceed 2³¹, and so may the offset of a column with a large stride."""
     start = base + row.to(tl.int64) * strides[2 * r]
     if UNIT:
         return start + column
@@ -71,7 +72,7 @@ def _address(base, row, column, strides, r, UNIT):
 
 @triton.jit
 def _pack(tile):
-    """[LANES, VEC / 2] int32 of 16-bit numbers, two to a register: the compiler would keep each in its own."""
+    """Returns 16-bit numbers as [LANES, VEC / 2] int32, two to a register. The compiler would give each its own."""
     if tile.dtype.primitive_bitwidth == 16:
         pairs = tl.reshape(tile.to(tl.int16, bitcast=True), (tile.shape[0], tile.shape[1] // 2, 2))
         first, second = tl.split(pairs)
@@ -89,7 +90,7 @@ def _unpack(tile, dtype):
 
 @triton.jit
 def _load(logits, strides, row, block, width, UNIT, LANES, VEC, POLICY):
-    """R tiles, packed."""
+    """Returns R tiles, packed."""
     column = _columns(block * LANES * VEC, LANES, VEC, VEC)
     tiles = ()
     for r in tl.static_range(len(logits)):
@@ -101,7 +102,7 @@ def _load(logits, strides, row, block, width, UNIT, LANES, VEC, POLICY):
 
 @triton.jit
 def _pick(tiles, block, R):
-    """The R tiles of a block, out of those of a whole row: registers have no addresses, so by comparison."""
+    """Returns the R tiles of a block among those of a whole row. It compares, because registers have no addresses."""
     picked = ()
     for r in tl.static_range(R):
         tile = tiles[r]
@@ -112,17 +113,17 @@ def _pick(tiles, block, R):
 
 
 @triton.jit
-def _read(kept, logits, strides, row, block, width, UNIT, LANES, VEC, POLICY):
-    """The R tiles of a block, packed: `kept` ones, of a row that stays on chip, or from memory."""
-    if len(kept) > 0:
-        return _pick(kept, block, len(logits))
+def _read(row_tiles, logits, strides, row, block, width, UNIT, LANES, VEC, POLICY):
+    """Returns the R tiles of a block, packed: from `row_tiles` if the row stays on chip, else from memory."""
+    if len(row_tiles) > 0:
+        return _pick(row_tiles, block, len(logits))
     else:
         return _load(logits, strides, row, block, width, UNIT, LANES, VEC, POLICY)
 
 
 @triton.jit
 def _half(tiles, half):
-    """The first or the last half of each lane: no data moves between threads."""
+    """Returns the first or the last half of each lane. No data moves between threads."""
     halves = ()
     for r in tl.static_range(len(tiles)):
         pair = tl.reshape(tiles[r], (tiles[r].shape[0], 2, tiles[r].shape[1] // 2))
@@ -133,7 +134,7 @@ def _half(tiles, half):
 
 @triton.jit
 def _widen(tiles, logits, column, vocabulary, floor):
-    """Unpacked, fp32. −inf, and what lies past the vocabulary, is `floor`, so that differences are never NaN."""
+    """Returns fp32 tiles. Logits of −inf or past the vocabulary become `floor`, so that differences are never NaN."""
     wide = ()
     for r in tl.static_range(len(tiles)):
         tile = _unpack(tiles[r], logits[r].dtype.element_ty).to(tl.float32)
@@ -145,8 +146,8 @@ def _widen(tiles, logits, column, vocabulary, floor):
 
 @triton.jit
 def _part(raw, logits, block, part, vocabulary, floor, LANES, VEC, PARTS):
-    """Columns and fp32 tiles of one of 1, 2, 4 or 8 parts of a block."""
-    PACKED: tl.constexpr = min(PARTS, 4)  # cuts of the packed tiles: pairs of 16-bit numbers stay together
+    """Returns columns and fp32 tiles of one of 1, 2, 4 or 8 parts of a block."""
+    PACKED: tl.constexpr = min(PARTS, 4)  # How often packed tiles are cut: pairs of 16-bit numbers stay together.
     if PACKED > 1:
         raw = _half(raw, part * 2 // PARTS)
     if PACKED > 2:
@@ -161,9 +162,9 @@ def _part(raw, logits, block, part, vocabulary, floor, LANES, VEC, PARTS):
 
 @triton.jit
 def _update(tiles, top, total, plain, moment, temperature):
-    """Online, per lane: the largest logit, Σ exp((x − top) / T), that sum at T = 1, and Σ exp((x_i − top) / T)·(x_i − x_j).
+    """Updates per lane the largest logit, Σ exp((x − top) / T), that sum at T = 1, and Σ exp((x_i − top) / T)·(x_i − x_j).
 
-    The last two of students alone, and none where `plain` or `moment` is empty.
+    The last two are of students alone, and are skipped if `plain` or `moment` is empty.
     """
     R: tl.constexpr = len(tiles)
     scale = LOG2_E / temperature
@@ -172,17 +173,17 @@ def _update(tiles, top, total, plain, moment, temperature):
         higher = tl.maximum(top[r], tl.max(tiles[r], axis=1))
         below = tiles[r] - higher[:, None]
         e = tl.exp2(below * scale)
-        fade = tl.exp2((top[r] - higher) * scale)
+        rescale = tl.exp2((top[r] - higher) * scale)
         new_top = new_top + (higher,)
-        new_total = new_total + (total[r] * fade + tl.sum(e, axis=1),)
+        new_total = new_total + (total[r] * rescale + tl.sum(e, axis=1),)
         if r < len(plain):
-            faded = plain[r] * tl.exp2((top[r] - higher) * LOG2_E)
-            new_plain = new_plain + (faded + tl.sum(tl.exp2(below * LOG2_E), axis=1),)
+            rescaled = plain[r] * tl.exp2((top[r] - higher) * LOG2_E)
+            new_plain = new_plain + (rescaled + tl.sum(tl.exp2(below * LOG2_E), axis=1),)
         if r * R < len(moment):
             for j in tl.static_range(R):
                 if j != r:
                     step = tl.sum(e * (tiles[r] - tiles[j]), axis=1)
-                    moment = _put(moment, r * R + j, moment[r * R + j] * fade + step)
+                    moment = _put(moment, r * R + j, moment[r * R + j] * rescale + step)
     return new_top, new_total, new_plain, moment
 
 
@@ -197,31 +198,33 @@ def _softmax(tiles, top, total, temperature):
 
 @triton.jit
 def _log_ratio(x, y, x_top, y_top, x_log, y_log, temperature):
-    """log p − log q, whose error is one number for the whole row, but for the last rounding."""
+    """Returns log p − log q. Except for the last rounding, its error is the same for the whole row."""
     return (x - y) * (1 / temperature) - ((x_top - y_top) / temperature + (x_log - y_log))
 
 
 @triton.jit
 def _kl_both_ways(u, p, q):
-    """p·f(u) and q·f(−u), the terms of KL(p ‖ q) and KL(q ‖ p), given u = log p − log q."""
+    """Returns p·f(u) and q·f(−u), the terms of KL(p ‖ q) and KL(q ‖ p), given u = log p − log q."""
     square = u * u
     even = square * (1 / 2 + square * (1 / 24 + square * (1 / 720)))  # cosh u − 1
     odd = u * square * (1 / 6 + square * (1 / 120))  # sinh u − u
     near = tl.abs(u) < EDGE
-    # not p·u − (p − q): that difference would be shared with the gradient's, and R² of them stay in registers
+    # It is not p·u − (p − q), because the gradient would share that difference, and R² of them would stay in registers.
     return tl.where(near, p * (even - odd), p * (u - 1) + q), tl.where(near, q * (even + odd), p - q * (u + 1))
 
 
 @triton.jit
 def _to_mean(u):
-    """v = log p − log m and w = log q − log m, m = (p + q) / 2, given u = log p − log q; and v·p + w·q over m near 0.
+    """Returns v = log p − log m, w = log q − log m and, near u = 0, (v·p + w·q) / m, given u = log p − log q.
+
+    Here m = (p + q) / 2.
 
     With h = u / 2: v, w = ±h − ln cosh h and v·p + w·q = 2m·(h·tanh h − ln cosh h), as p, q = m·(1 ± tanh h).
     """
     square = u * u * (1 / 4)
     log_cosh = square * (1 / 2 - square * (1 / 12 - square * (1 / 45 - square * (17 / 2520))))
     larger = -LN_2 * tl.log2(tl.exp2(-tl.abs(u) * LOG2_E) * (1 / 2) + 1 / 2)
-    # Already here the series: the logarithm, of what is near 1, errs by a rounding of 1, large beside |u| / 2.
+    # The series is used up to here, because a logarithm near 1 errs by a rounding of 1, which is large beside |u| / 2.
     larger = tl.where(tl.abs(u) < 1 / 2, tl.abs(u) * (1 / 2) - log_cosh, larger)
     series = square * (1 - square * (1 / 2 - square * (2 / 9 - square * (17 / 180))))
     return larger + tl.minimum(u, 0.0), larger - tl.maximum(u, 0.0), series
@@ -229,7 +232,7 @@ def _to_mean(u):
 
 @triton.jit
 def _add_losses(losses, means, tiles, p, top, logs, temperature, DIVERGENCE, SWEEP, SWEEPS):
-    """Per lane, the divergences' sums; for "jsd" 2·kl, in losses[i, j > i] alone, and Σ p·v in `means`."""
+    """Adds a tile to the divergences' sums per lane. For "jsd", losses[i, j > i] is 2·kl, and `means` is Σ p·v."""
     R: tl.constexpr = len(tiles)
     S: tl.constexpr = len(losses) // R
     for i in tl.static_range(S):
@@ -245,18 +248,18 @@ def _add_losses(losses, means, tiles, p, top, logs, temperature, DIVERGENCE, SWE
                     if j < S:
                         means = _put(means, j * R + i, means[j * R + i] + tl.sum(pw, axis=1))
                 else:
-                    away, back = _kl_both_ways(u, p[i], p[j])
+                    i_term, j_term = _kl_both_ways(u, p[i], p[j])
                     if DIVERGENCE == "forward":
-                        away, back = back, away
-                    losses = _put(losses, i * R + j, losses[i * R + j] + tl.sum(away, axis=1))
+                        i_term, j_term = j_term, i_term
+                    losses = _put(losses, i * R + j, losses[i * R + j] + tl.sum(i_term, axis=1))
                     if j < S:
-                        losses = _put(losses, j * R + i, losses[j * R + i] + tl.sum(back, axis=1))
+                        losses = _put(losses, j * R + i, losses[j * R + i] + tl.sum(j_term, axis=1))
     return losses, means
 
 
 @triton.jit
 def _ce_coefficients(weight, strides, row, on, S, CE):
-    """a: S numbers, d/d ce."""
+    """Returns a: S numbers, d/d ce."""
     a = _repeat(0.0, S)
     for i in tl.static_range(S):
         if CE and weight is not None:
@@ -267,7 +270,7 @@ def _ce_coefficients(weight, strides, row, on, S, CE):
 
 @triton.jit
 def _kl_coefficients(weight, strides, scale, row, on, S, R, KL):
-    """c: S × R numbers, d/d kl times what all gradients are multiplied by."""
+    """Returns c: S × R numbers, d/d kl times the common factor of all gradients."""
     c = _repeat(0.0, S * R)
     for i in tl.static_range(S):
         for j in tl.static_range(R):
@@ -279,14 +282,14 @@ def _kl_coefficients(weight, strides, scale, row, on, S, R, KL):
 
 @triton.jit
 def _weighted_means(means, c, S, R):
-    """Σ_j c_ij·E_i[v_ij]: +inf where a logit of −inf was met, so that no gradient is made up."""
+    """Returns Σ_j c_ij·E_i[v_ij], or +inf where a logit was −inf, because there the gradient does not exist."""
     sums = ()
     for i in tl.static_range(S):
         total = 0.0
         for j in tl.static_range(R):
             if j != i:
                 mean = tl.where(means[i * R + j] > INFINITE, float("inf"), means[i * R + j])
-                # a fused multiply-add, as in `_gradients`: rounded otherwise, the two would not cancel in a sure row
+                # This is a fused multiply-add, as in `_gradients`: else the two would not cancel where p is almost 1.
                 total += c[i * R + j] * tl.where(c[i * R + j] == 0, 0.0, mean)
         sums = sums + (total,)
     return sums
@@ -294,7 +297,7 @@ def _weighted_means(means, c, S, R):
 
 @triton.jit
 def _gradients(tiles, p, top, logs, plain, means, a, c, temperature, DIVERGENCE, KL):
-    """S tiles, but for −a at the label. `means` are those of `_weighted_means`."""
+    """Returns S tiles, without the −a at the label. `means` are those of `_weighted_means`."""
     S: tl.constexpr = len(a)
     R: tl.constexpr = len(tiles)
     tilts = _repeat(tl.zeros_like(tiles[0]), S)  # Σ_j c_ij·p_i·v_ij
@@ -307,7 +310,7 @@ def _gradients(tiles, p, top, logs, plain, means, a, c, temperature, DIVERGENCE,
                 else:
                     v = tiles[i] - tiles[j]
                     w = -v
-                # p first: where v is huge, a logit being −inf, p is 0 or the gradient does not exist
+                # p is multiplied first: where a logit of −inf makes v huge, p is 0 or the gradient does not exist.
                 tilts = _put(tilts, i, tilts[i] + (c[i * R + j] * p[i]) * v)
                 if j < S:
                     tilts = _put(tilts, j, tilts[j] + (c[j * R + i] * p[j]) * w)
@@ -339,7 +342,7 @@ def _store(gradients, places, strides, row, column, width, label, a, UNIT):
 
 @triton.jit
 def _store_loss(place, value):
-    """+inf where a logit of −inf was met."""
+    """Stores +inf for a value that a logit of −inf has values huge."""
     tl.store(place, tl.where(value > INFINITE, float("inf"), value))
 
 
@@ -375,21 +378,21 @@ def ensemble_kl_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Losses of one row, or their gradients, or both.
+    """Computes the losses of one row, or their gradients, or both.
 
     Args:
         logits: R pointers. strides: R × (row, column).
-        gradients: S pointers, None where not wanted; in place of the logits is allowed; None: losses alone.
+        gradients: S pointers, None where unwanted. They may be the logits themselves. None: only losses are computed.
         gradient_strides: S × (row, column).
-        targets: [N], or None: no CE. ce_rows, kl_rows: [N] bool, the rows in which CE and KL count; None: every row.
-        ce [S, N], kl [S, R, N]: the losses, contiguous; ce is None: gradients alone; kl is: no divergence is wanted.
-        statistics [2R + S, N]: m, Σ at T, Σ at 1; mean_ratios [S, R, N]: E_i[x_i − x_j] for "reverse", E_i[v_ij] for
-            "jsd". Written (if not None) with losses, read without.
-        ce_weight, kl_weight: d/d ce and d/d kl, the latter to be multiplied by kl_scale; any strides; None: zeros.
-        width: columns up to which reading and writing is allowed. vocabulary: V if it is less: the columns in between
-            may hold anything and their gradient is 0; else None.
-        UNIT: every column stride is 1. BLOCKS: those of LANES·VEC in a row that stays on chip, each logit being read
-            once; 0: it does not.
+        targets: [N]. None: no CE. ce_rows, kl_rows: [N] bool, the rows in which CE and KL count. None: every row.
+        ce [S, N], kl [S, R, N]: The losses, contiguous. ce is None: only gradients. kl is None: no divergence.
+        statistics [2R + S, N]: m, Σ at T, Σ at 1. mean_ratios [S, R, N]: E_i[x_i − x_j] for "reverse", E_i[v_ij] for
+            "jsd". They are written (if not None) with losses, and read without.
+        ce_weight, kl_weight: d/d ce and d/d kl, the latter to be multiplied by kl_scale. Any strides. None: zeros.
+        width: The number of columns that may be read and written. vocabulary: V if it is less, else None. The columns
+            in between may hold anything, and their gradient is 0.
+        UNIT: Every column stride is 1. BLOCKS: The number of blocks of LANES·VEC in a row that stays on chip, where
+            each logit is read once. 0: the row does not stay on chip.
     """
     row = tl.program_id(0)
     R: tl.constexpr = len(logits)
@@ -400,7 +403,7 @@ def ensemble_kl_kernel(
     MOMENTS: tl.constexpr = KL and DIVERGENCE == "reverse"
     MEANS: tl.constexpr = KL and DIVERGENCE == "jsd"
     SPLIT: tl.constexpr = MEANS and LOSSES and GRADIENTS
-    PARTS_OF_UPDATE: tl.constexpr = PARTS if MOMENTS and S > 4 else 1  # each fades all that is summed so far
+    PARTS_OF_UPDATE: tl.constexpr = PARTS if MOMENTS and S > 4 else 1  # Each part rescales all sums so far.
     BLOCK: tl.constexpr = LANES * VEC
     blocks = tl.cdiv(width, BLOCK)
 
@@ -415,20 +418,20 @@ def ensemble_kl_kernel(
         label_logits = ()
         if CE:
             label = tl.load(targets + row, mask=ce_on, other=-1).to(tl.int32)
-            for i in tl.static_range(S if LOSSES else 0):  # read before a gradient is written over it
+            for i in tl.static_range(S if LOSSES else 0):  # It is read before a gradient overwrites it.
                 address = _address(logits[i], row, label, strides, i, UNIT)
                 label_logits = label_logits + (tl.load(address, mask=ce_on, other=0.0).to(tl.float32),)
         nothing = tl.zeros((LANES,), tl.float32)
 
-        kept = ()
+        row_tiles = ()
         for k in tl.static_range(BLOCKS):
-            kept = kept + _load(logits, strides, row, k, width, UNIT, LANES, VEC, "evict_first")
+            row_tiles = row_tiles + _load(logits, strides, row, k, width, UNIT, LANES, VEC, "evict_first")
         top, total, plain, means = (), (), (), _repeat(0.0, S * R)
         if LOSSES:
             tops, totals = _repeat(nothing + floor / 2, R), _repeat(nothing, R)
             plains, moments = _repeat(nothing, S if TEMPERED else 0), _repeat(nothing, S * R if MOMENTS else 0)
             for block in range(blocks):
-                raw = _read(kept, logits, strides, row, block, width, UNIT, LANES, VEC, "evict_last")
+                raw = _read(row_tiles, logits, strides, row, block, width, UNIT, LANES, VEC, "evict_last")
                 for part in range(PARTS_OF_UPDATE):
                     _, tiles = _part(raw, logits, block, part, vocabulary, floor, LANES, VEC, PARTS_OF_UPDATE)
                     tops, totals, plains, moments = _update(tiles, tops, totals, plains, moments, temperature)
@@ -444,7 +447,7 @@ def ensemble_kl_kernel(
                         for j in tl.static_range(R):
                             if j != r:
                                 mean = tl.sum(moments[r * R + j] * share, axis=0) / total[r]
-                                # refined once, by what the sums over lanes have rounded off
+                                # One refinement restores what the sums over lanes have rounded off.
                                 rest = (moments[r * R + j] - mean * totals[r]) * share
                                 means = _put(means, r * R + j, mean + tl.sum(rest, axis=0) / total[r])
             if statistics is not None:
@@ -487,7 +490,7 @@ def ensemble_kl_kernel(
                 sums = _repeat(nothing, S * R if LOSSES and MEANS else 0)
                 for step in range(blocks):
                     block = blocks - 1 - step
-                    raw = _read(kept, logits, strides, row, block, width, UNIT, LANES, VEC, "evict_first")
+                    raw = _read(row_tiles, logits, strides, row, block, width, UNIT, LANES, VEC, "evict_first")
                     for part in range(PARTS):
                         column, tiles = _part(raw, logits, block, part, vocabulary, floor, LANES, VEC, PARTS)
                         p = _softmax(tiles, top, total, temperature)
@@ -496,8 +499,8 @@ def ensemble_kl_kernel(
                                 losses, sums, tiles, p, top, logs, temperature, DIVERGENCE, sweep, SWEEPS
                             )
                         if GRADIENTS and not SPLIT:
-                            made = _gradients(tiles, p, top, logs, plain, weighted, a, c, temperature, DIVERGENCE, KL)
-                            _store(made, gradients, gradient_strides, row, column, width, label, a, UNIT)
+                            values = _gradients(tiles, p, top, logs, plain, weighted, a, c, temperature, DIVERGENCE, KL)
+                            _store(values, gradients, gradient_strides, row, column, width, label, a, UNIT)
                 if LOSSES and KL:
                     for i in tl.static_range(S):
                         for j in tl.static_range(R):
@@ -522,12 +525,12 @@ def ensemble_kl_kernel(
             c = _kl_coefficients(kl_weight, kl_weight_strides, scale, row, kl_on, S, R, KL)
             weighted = _weighted_means(means, c, S, R)
             for block in range(blocks):
-                raw = _read(kept, logits, strides, row, block, width, UNIT, LANES, VEC, "evict_first")
+                raw = _read(row_tiles, logits, strides, row, block, width, UNIT, LANES, VEC, "evict_first")
                 for part in range(PARTS):
                     column, tiles = _part(raw, logits, block, part, vocabulary, floor, LANES, VEC, PARTS)
                     p = _softmax(tiles, top, total, temperature)
-                    made = _gradients(tiles, p, top, logs, plain, weighted, a, c, temperature, DIVERGENCE, KL)
-                    _store(made, gradients, gradient_strides, row, column, width, label, a, UNIT)
+                    values = _gradients(tiles, p, top, logs, plain, weighted, a, c, temperature, DIVERGENCE, KL)
+                    _store(values, gradients, gradient_strides, row, column, width, label, a, UNIT)
     else:
         if LOSSES:
             for i in tl.static_range(S):

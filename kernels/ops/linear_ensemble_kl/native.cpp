@@ -1,7 +1,7 @@
-// Products of bf16 matrices into fp32, which torch does not have on a CPU: by oneDNN's kernels for a processor with
-// matrix tiles (AMX), many times as fast as in fp32 there.
+// Products of bf16 matrices into fp32, which torch does not have on a CPU. They use oneDNN's kernels for a processor
+// with matrix tiles (AMX), where they are many times as fast as products in fp32.
 //
-// M rows, K columns of `left` and rows of `right`, N columns.
+// Shapes: M rows; K columns of `left` and rows of `right`; N columns.
 
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
@@ -13,14 +13,16 @@ namespace creche::linear_ensemble_kl {
 
 using at::Tensor;
 
-constexpr int64_t ROWS = 256, COLUMNS = 128, DEPTH = 512;  // of M, N, K in a call: 512 KiB, in a core's cache
+constexpr int64_t ROWS = 256, COLUMNS = 128, DEPTH = 512;  // Of M, N, K in one call: 512 KiB, within a core's cache.
 
 bool has_tiles() { return at::native::cpublas::could_pack(at::kBFloat16); }
 
-// right [K, N] as the kernel reads it, [⌈N / COLUMNS⌉, ⌈K / 2⌉, COLUMNS, 2]: in blocks of columns, numbers of two rows
-// side by side. What is past the edges is 0.
+// Returns right [K, N] in the kernel's layout, [⌈N / COLUMNS⌉, ⌈K / 2⌉, COLUMNS, 2]: in blocks of columns, with the
+// numbers of two rows side by side. Numbers past the edges are 0.
 Tensor tiled(const Tensor& right) {
-  TORCH_CHECK(right.dim() == 2 && right.scalar_type() == at::kBFloat16, "expected a matrix of bf16");
+  TORCH_CHECK(
+      right.dim() == 2 && right.scalar_type() == at::kBFloat16, "right has ", right.dim(), " dimensions and dtype ",
+      right.dtype(), ": expected a matrix of bf16");
   const int64_t K = right.size(0), N = right.size(1), pairs = (K + 1) / 2, blocks = (N + COLUMNS - 1) / COLUMNS;
   const int64_t down = right.stride(0), along = right.stride(1);
   Tensor result = at::empty({blocks, pairs, COLUMNS, 2}, right.options());
@@ -55,7 +57,7 @@ Tensor tiled(const Tensor& right) {
   return result;
 }
 
-// out [M, N] = left [M, K]·right, or that added to it; `right` by `tiled`, K even.
+// Writes left [M, K]·right to out [M, N], or adds it. `right` is in the layout of `tiled`, and K is even.
 void mm_tiled_(const Tensor& left, const Tensor& right, const Tensor& out, bool add) {
   const int64_t M = left.size(0), K = left.size(1), N = out.size(1), rows = (M + ROWS - 1) / ROWS;
   const int64_t blocks = right.size(0), pairs = right.size(1);

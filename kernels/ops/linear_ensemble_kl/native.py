@@ -1,8 +1,8 @@
-"""`linear_ensemble_kl` on a CPU: matrix products by torch's BLAS, and between them one pass over a chunk's logits,
-which their gradients replace.
+"""`linear_ensemble_kl` on a CPU. torch's BLAS does the matrix products. Between them, one pass over a chunk's logits
+replaces them by their gradients.
 
-Where the processor has matrix tiles (AMX), a stream in bf16 is multiplied in bf16, into fp32 as ever; the gradient of
-its logits is then bf16 too, as on a GPU, in the first half of the row of logits that it replaces.
+If the processor has matrix tiles (AMX), a stream in bf16 is multiplied in bf16, into fp32 as always. The gradient of
+its logits is then bf16 too, as on a GPU, and takes the first half of the row of logits that it replaces.
 
 Shapes: N tokens, D hidden, V vocabulary, S students, K teachers, R = S + K streams; n tokens of a chunk.
 """
@@ -19,7 +19,7 @@ from kernels.ops.ensemble_kl.native import loss_and_grad_
 from kernels.ops.ensemble_kl.reference import widest_dtype
 from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
 
-BUDGET = 96 * 2**20  # bytes of logits at a time: below it the products lose more than the cache gains (LOG.md)
+BUDGET = 96 * 2**20  # The bytes of a chunk's logits. With fewer, the products lose more than the cache gains (LOG.md).
 
 
 def losses_and_gradients(
@@ -30,58 +30,60 @@ def losses_and_gradients(
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]:
     """As `losses_and_gradients` in `reference.py`."""
-    streams, dense, kept = top_k.split(students, teachers)
+    streams, dense, top_k_teachers = top_k.split(students, teachers)
     dtype = widest_dtype(x for stream in streams for x in stream)
-    heads = [(_TiledHead if _tiled(stream, dtype) else _Head)(stream, dtype) for stream in streams]
+    heads = [(_TiledHead if _uses_tiles(stream, dtype) else _Head)(stream, dtype) for stream in streams]
     spec = spec.normalized(normalizer, dtype)
-    counted, wanted, of_dense = spec.active_rows, [any(own) for own in needs], spec.for_streams(dense)
+    active, wanted, dense_spec = spec.active_rows, [any(flags) for flags in needs], spec.for_streams(dense)
 
-    tokens, vocabulary = len(counted), len(streams[0].weight)
-    chunk = _chunk(tokens, bytes_per_token=(len(streams) + len(students) * len(kept)) * vocabulary * dtype.itemsize)
-    logits_RnV = [torch.empty(chunk, vocabulary, dtype=dtype) for _ in streams]
+    tokens, vocab_size = len(active), len(streams[0].weight)
+    tensors = len(streams) + len(students) * len(top_k_teachers)
+    chunk = _chunk_rows(tokens, row_bytes=tensors * vocab_size * dtype.itemsize)
+    buffers_RnV = [torch.empty(chunk, vocab_size, dtype=dtype) for _ in streams]
     gradients = [
-        _empty_gradients(student, own, dtype, head) for student, own, head in zip(students, needs, heads, strict=False)
+        _empty_gradients(student, flags, dtype, head)
+        for student, flags, head in zip(students, needs, heads, strict=False)
     ]
     ce_SN = torch.zeros(len(students), tokens, dtype=dtype)
     kl_SRN = None if spec.kl_weight is None else ce_SN.new_zeros(*spec.kl_weight.shape, tokens)
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)
-        # Rows that do not count may hold anything: as zeros they cannot spread a NaN through the products.
-        idle = ~counted[rows, None]
+        # Inactive rows may hold anything. As zeros they cannot spread a NaN through the products.
+        inactive = ~active[rows, None]
         hidden = [stream.hidden[rows].to(head.dtype) for stream, head in zip(streams, heads, strict=True)]
-        if idle.any():
-            hidden = [h.masked_fill(idle, 0) for h in hidden]
-        logits = [buffer[: len(idle)] for buffer in logits_RnV]
+        if inactive.any():
+            hidden = [h.masked_fill(inactive, 0) for h in hidden]
+        logits = [buffer[: len(inactive)] for buffer in buffers_RnV]
         for h, head, out in zip(hidden, heads, logits, strict=True):
             head.project(h, out)
-        d_logits = [head.gradient_place(x) for head, x in zip(heads, logits[: len(students)], strict=False)]
-        # Before gradients take the logits' place.
-        added = top_k.losses_and_gradients(logits[: len(students)], kept, spec, rows, kl_SRN, wanted)
-        ce_SN[:, rows], kl_SRn = loss_and_grad_(logits, of_dense.for_rows(rows), wanted, into=d_logits)
+        d_logits = [head.gradient_view(x) for head, x in zip(heads, logits[: len(students)], strict=False)]
+        # This comes first, because gradients then replace the logits.
+        added = top_k.losses_and_gradients(logits[: len(students)], top_k_teachers, spec, rows, kl_SRN, wanted)
+        ce_SN[:, rows], kl_SRn = loss_and_grad_(logits, dense_spec.for_rows(rows), wanted, into=d_logits)
         if kl_SRN is not None and kl_SRn is not None:
             kl_SRN[:, dense, rows] = kl_SRn
-        for d, extra in zip(d_logits, added, strict=True):
-            if extra is not None:
-                d.add_(extra)
+        for d, d_top_k in zip(d_logits, added, strict=True):
+            if d_top_k is not None:
+                d.add_(d_top_k)
         for d, h, head, (d_hidden, d_weight, d_bias) in zip(d_logits, hidden, heads, gradients, strict=False):
             if d_hidden is not None:
                 head.hidden_gradient(d, d_hidden[rows])
             if d_weight is not None:
                 head.weight_gradient(d, h, d_weight, add=start > 0)
             if d_bias is not None:
-                total = torch.sum(d, 0, dtype=dtype)
-                torch.add(d_bias, total, out=d_bias) if start else d_bias.copy_(total)
+                chunk_sum = torch.sum(d, 0, dtype=dtype)
+                torch.add(d_bias, chunk_sum, out=d_bias) if start else d_bias.copy_(chunk_sum)
 
     return spec.total_losses(ce_SN, kl_SRN), ce_SN, kl_SRN, gradients
 
 
 class _Head:
-    """A stream's head and its products: [n, V] logits, and what their gradients give."""
+    """A stream's head, and its matrix products: the logits [n, V] and the gradients of hidden states and weight."""
 
-    by_columns = False  # whether the weight's gradient is written so
+    column_major = False  # Whether the weight's gradient is.
 
     def __init__(self, stream: Projected, dtype: torch.dtype) -> None:
-        self.dtype = dtype  # of the products' operands
+        self.dtype = dtype  # Of the products' operands.
         self._weight = stream.weight.to(dtype)
         self._bias = None if stream.bias is None else stream.bias.to(dtype)
 
@@ -91,7 +93,7 @@ class _Head:
         else:
             torch.addmm(self._bias, hidden_nD, self._weight.T, out=out_nV)
 
-    def gradient_place(self, logits_nV: Tensor) -> Tensor:
+    def gradient_view(self, logits_nV: Tensor) -> Tensor:
         return logits_nV
 
     def hidden_gradient(self, d_nV: Tensor, out_nD: Tensor) -> None:
@@ -102,50 +104,50 @@ class _Head:
 
 
 class _TiledHead(_Head):
-    """The same by matrix tiles."""
+    """A head whose products use matrix tiles."""
 
-    by_columns = True  # the rows of its product are of D
+    column_major = True  # The product has D rows.
 
     def __init__(self, stream: Projected, dtype: torch.dtype) -> None:
         self.dtype = torch.bfloat16
         self._weight = stream.weight
         self._bias = None if stream.bias is None else stream.bias.to(dtype)
-        self._by_hidden = torch.ops.creche_native.tiled(self._weight.T)
+        self._transposed_tiles = torch.ops.creche_native.tiled(self._weight.T)
 
     def project(self, hidden_nD: Tensor, out_nV: Tensor) -> None:
         if self._bias is not None:
             out_nV.copy_(self._bias.expand_as(out_nV))
-        _mm_(hidden_nD, self._by_hidden, out_nV, add=self._bias is not None)
+        _mm_(hidden_nD, self._transposed_tiles, out_nV, add=self._bias is not None)
 
-    def gradient_place(self, logits_nV: Tensor) -> Tensor:
+    def gradient_view(self, logits_nV: Tensor) -> Tensor:
         return logits_nV.view(self.dtype)[:, : logits_nV.shape[1]]
 
     def hidden_gradient(self, d_nV: Tensor, out_nD: Tensor) -> None:
-        _mm_(d_nV, self._by_gradient, out_nD)
+        _mm_(d_nV, self._tiles, out_nD)
 
     def weight_gradient(self, d_nV: Tensor, hidden_nD: Tensor, out_VD: Tensor, *, add: bool) -> None:
         _mm_(hidden_nD.T, torch.ops.creche_native.tiled(d_nV), out_VD.T, add=add)
 
     @functools.cached_property
-    def _by_gradient(self) -> Tensor:
+    def _tiles(self) -> Tensor:
         return torch.ops.creche_native.tiled(self._weight)
 
 
-def _tiled(stream: Projected, dtype: torch.dtype) -> bool:
-    """Whether the stream's products go by tiles."""
+def _uses_tiles(stream: Projected, dtype: torch.dtype) -> bool:
+    """Returns whether the stream's products can use matrix tiles."""
     both_bf16 = stream.hidden.dtype == stream.weight.dtype == torch.bfloat16
     return both_bf16 and dtype == torch.float32 and torch.ops.creche_native.has_tiles()
 
 
 def _mm_(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out (+)= left·right, `right` being tiled, whose rows are even in number: an odd one is of zeros."""
+    """Computes out = left·right, or out += left·right. `right` is tiled, and has a row of zeros if its rows are odd."""
     left = torch.nn.functional.pad(left, (0, left.shape[1] % 2))
     torch.ops.creche_native.mm_tiled_(left if left.stride(1) == 1 else left.contiguous(), right, out, add)
 
 
-def _chunk(tokens: int, bytes_per_token: int) -> int:
-    """How many tokens to take at a time: within the budget, and in chunks as even as can be."""
-    most = max(1, BUDGET // bytes_per_token)
+def _chunk_rows(tokens: int, row_bytes: int) -> int:
+    """Returns how many tokens a chunk takes: within the budget, and in chunks of almost the same size."""
+    most = max(1, BUDGET // row_bytes)
     chunks = max(1, math.ceil(tokens / most))
     return max(1, math.ceil(tokens / chunks))
 
@@ -154,7 +156,7 @@ def _empty_gradients(student: Projected, needs: Sequence[bool], dtype: torch.dty
     make = torch.empty if len(student.hidden) else torch.zeros
 
     def like(x: Tensor) -> Tensor:
-        by_columns = head.by_columns and x is student.weight
-        return make(x.T.shape, dtype=dtype).T if by_columns else make(x.shape, dtype=dtype)
+        transposed = head.column_major and x is student.weight
+        return make(x.T.shape, dtype=dtype).T if transposed else make(x.shape, dtype=dtype)
 
     return [None if x is None or not need else like(x) for x, need in zip(student, needs, strict=True)]

@@ -12,9 +12,9 @@ from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.reference import loss_and_grad, widest_dtype
 from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
 
-# What the [n, V] tensors of one chunk may take. On a CPU small chunks stay in cache; a GPU wants ≥ 1,000 rows.
+# The bytes of a chunk's [n, V] tensors. On a CPU small chunks stay in cache. A GPU needs at least 1,000 rows.
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
-TEMPORARIES = 13  # [n, V] tensors alive at the peak of `loss_and_grad`, beside logits and gradients (measured)
+TEMPORARIES = 13  # [n, V] tensors alive at the peak of `loss_and_grad`, beside logits and gradients (measured).
 
 
 def losses_and_gradients(
@@ -24,47 +24,47 @@ def losses_and_gradients(
     normalizer: int | Tensor,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]:
-    """The losses of `kernels.linear_ensemble_kl` and their gradients, without autograd (call it under no_grad).
+    """Computes the losses of `kernels.linear_ensemble_kl` and their gradients. Call it under no_grad.
 
     Args:
-        teachers: none if the spec has no `kl_weight`.
-        needs: per student, whether the gradients of (hidden, weight, bias) are wanted.
-        Otherwise as `kernels.linear_ensemble_kl`.
+        students, teachers, normalizer: As in `kernels.linear_ensemble_kl`, without teachers if there is no `kl_weight`.
+        needs: For each student, whether the gradients of (hidden, weight, bias) are wanted.
 
     Returns:
-        losses [S]; ce [S, N]; kl [S, R, N], or None without `kl_weight`; per student the gradients of (hidden, weight,
-        bias), None where not wanted. All fp32, or float64 where a stream is.
+        losses [S]; ce [S, N]; kl [S, R, N], or None without `kl_weight`; for each student the gradients of (hidden,
+        weight, bias), None where unwanted. All are fp32, or float64 if a stream is.
     """
-    streams, dense, kept = top_k.split(students, teachers)
+    streams, dense, top_k_teachers = top_k.split(students, teachers)
     dtype = widest_dtype(x for stream in streams for x in stream)
     heads = [(weight.to(dtype), None if bias is None else bias.to(dtype)) for _, weight, bias in streams]
     spec = spec.normalized(normalizer, dtype)
     gradients = [
         [
             torch.zeros_like(x, dtype=dtype) if x is not None and need else None
-            for x, need in zip(stream, own, strict=True)
+            for x, need in zip(student, flags, strict=True)
         ]
-        for stream, own in zip(students, needs, strict=True)
+        for student, flags in zip(students, needs, strict=True)
     ]
 
-    counted, wanted, of_dense = spec.active_rows, [any(own) for own in needs], spec.for_streams(dense)
-    device, tokens, vocabulary = counted.device, len(counted), len(heads[0][0])
+    active, wanted, dense_spec = spec.active_rows, [any(flags) for flags in needs], spec.for_streams(dense)
+    device, tokens, vocab_size = active.device, len(active), len(heads[0][0])
     ce_SN = torch.zeros(len(students), tokens, dtype=dtype, device=device)
     kl_SRN = None if spec.kl_weight is None else ce_SN.new_zeros(*spec.kl_weight.shape, tokens)
-    per_row = (len(streams) + (1 + bool(kept)) * len(students) + TEMPORARIES) * vocabulary * dtype.itemsize
-    chunk = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // per_row)
+    tensors = len(streams) + (1 + bool(top_k_teachers)) * len(students) + TEMPORARIES
+    row_bytes = tensors * vocab_size * dtype.itemsize
+    chunk = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // row_bytes)
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)
-        # Rows that do not count may hold anything: as zeros they cannot spread a NaN through the GEMMs.
-        hidden = [stream.hidden[rows].to(dtype).masked_fill(~counted[rows, None], 0) for stream in streams]
+        # Inactive rows may hold anything. As zeros they cannot spread a NaN through the matrix products.
+        hidden = [stream.hidden[rows].to(dtype).masked_fill(~active[rows, None], 0) for stream in streams]
         logits = [torch.nn.functional.linear(h, *head) for h, head in zip(hidden, heads, strict=True)]
-        added = top_k.losses_and_gradients(logits[: len(students)], kept, spec, rows, kl_SRN, wanted)
-        ce_SN[:, rows], kl, d_logits = loss_and_grad(logits, of_dense.for_rows(rows), wanted)
-        if kl_SRN is not None and kl is not None:
-            kl_SRN[:, dense, rows] = kl
-        d_logits = [
-            d if d is None or extra is None else d.add_(extra) for d, extra in zip(d_logits, added, strict=True)
-        ]
+        ce_SN[:, rows], kl_SRn, d_logits = loss_and_grad(logits, dense_spec.for_rows(rows), wanted)
+        if kl_SRN is not None and kl_SRn is not None:
+            kl_SRN[:, dense, rows] = kl_SRn
+        added = top_k.losses_and_gradients(logits[: len(students)], top_k_teachers, spec, rows, kl_SRN, wanted)
+        for d, d_top_k in zip(d_logits, added, strict=True):
+            if d is not None and d_top_k is not None:
+                d.add_(d_top_k)
         for d, h, (weight, _), (d_hidden, d_weight, d_bias) in zip(d_logits, hidden, heads, gradients, strict=False):
             if d is None:
                 continue

@@ -1,15 +1,15 @@
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportCallIssue=false
-"""The divergence from a teacher known by its k most probable tokens (`top_k.py`) on a GPU: one program per token.
+"""The divergence from a teacher known by its k most probable tokens (`top_k.py`) on a GPU, with one program per token.
 
 Shapes: N tokens, V vocabulary, W columns of a row, padding included, S students, R streams; n tokens of a chunk.
 
-The student's kept logits are taken out of its row, −inf left in their places, and put back at the end. So a sweep over
-the row sees the tokens outside alone: its sum is the tail Q_t, to full precision however sure the student is, and no
-column is compared with k indices. The k + 1 buckets then fit in one tile, the tail in slot k.
+The kernel replaces the student's logits of the k tokens by −inf, and restores them at the end. So a sweep over the row
+sees only the tokens of the tail. Its sum is Q_t, to full precision however confident the student is, and no column is
+compared with k indices. The k + 1 buckets then fit in one tile, with the tail in slot k.
 
-With g of `top_k.py` and r = softmax over the tokens outside, q_v·g_t = r_v·(Q_t·g_t) there: so nothing is divided by a
-Q_t that may underflow. Bytes per (token, vocabulary) element: 4, and 4 + 2·(bytes of the gradient's dtype) for the
-second sweep, which the gradient takes.
+With g of `top_k.py` and r = softmax over the tail's tokens, q_v·g_t = r_v·(Q_t·g_t) there. So nothing is divided by
+Q_t, which may underflow. A (token, vocabulary) element costs 4 bytes, and 4 + 2·(bytes of the gradient's dtype) for the
+second sweep, which only the gradient needs.
 """
 
 import torch
@@ -39,8 +39,8 @@ from kernels.ops.linear_ensemble_kl import TopK
 
 @triton.jit
 def _centred(q, ratio):
-    """q·(ratio − E[ratio]), the gradient but for a factor. E[ratio] is the divergence, but by the same errors as ratio,
-    so that those which the row shares drop out; infinite where a logit of −inf was met."""
+    """Returns q·(ratio − E[ratio]), the gradient except for a factor. E[ratio] equals the divergence, but has the same
+    errors as ratio, so that those which the row shares drop out. It is infinite where a logit was −inf."""
     mean = tl.sum(q * ratio, axis=0)
     return tl.where(q == 0, 0.0, q * (ratio - tl.where(mean > INFINITE, float("inf"), mean)))
 
@@ -69,13 +69,13 @@ def top_k_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """One student's divergence from one teacher in one row, and what it adds to the gradient of the row's logits.
+    """Computes one student's divergence from one teacher in one row, and adds its gradient to that of the row's logits.
 
     Args:
-        logits: a tuple of one pointer to fp32 [n, W]. strides: its (row, column), and the gradient's.
-        gradient: [n, W], to be added to; None: not wanted.
-        log_prob, index [N, k], tail [N], kl_rows [N], kl_weight [S, R], kl [S, R, N]: as in `linear_ensemble_kl`.
-        first: the chunk's first token among the N. pair: i·R + r of student i and teacher r.
+        logits: A tuple of one pointer to fp32 [n, W]. strides: Its (row, column), and the gradient's.
+        gradient: [n, W], to be added to. None: it is unwanted.
+        log_prob, index [N, k], tail [N], kl_rows [N], kl_weight [S, R], kl [S, R, N]: As in `linear_ensemble_kl`.
+        first: The chunk's first token among the N. pair: i·R + r of student i and teacher r.
     """
     row = tl.program_id(0)
     token = first + row
@@ -83,17 +83,17 @@ def top_k_kernel(
     if tl.load(kl_rows + token) != 0:
         floor = FLOOR * tl.minimum(temperature, 1.0)
         slot = tl.arange(0, BUCKETS)
-        kept, is_tail = slot < k, slot == k
+        is_known, is_tail = slot < k, slot == k
         place = token.to(tl.int64) * k + slot
-        column = tl.load(index + place, mask=kept, other=0)
-        there = kept & (column >= 0) & (column < vocabulary)  # elsewhere nothing is written, and NaN is read
+        column = tl.load(index + place, mask=is_known, other=0)
+        is_inside = is_known & (column >= 0) & (column < vocabulary)  # Elsewhere NaN is read and nothing written.
         address = _address(logits[0], row, column, strides, 0, True)
-        own = tl.load(address, mask=there, other=tl.where(kept, float("nan"), float("-inf")))
+        known_logits = tl.load(address, mask=is_inside, other=tl.where(is_known, float("nan"), float("-inf")))
         if gradient is not None:
             gradient_address = _address(gradient, row, column, strides, 0, True)
-            before = tl.load(gradient_address, mask=there, other=0.0).to(tl.float32)
-        tl.debug_barrier()  # a small tile is read by several threads and written by one of them
-        tl.store(address, float("-inf"), mask=there)
+            before = tl.load(gradient_address, mask=is_inside, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # Several threads read a small tile, and one of them writes it.
+        tl.store(address, float("-inf"), mask=is_inside)
         tl.debug_barrier()
 
         blocks, end = tl.cdiv(width, LANES * VEC), vocabulary if PADDED else None
@@ -106,13 +106,13 @@ def top_k_kernel(
         top = tl.max(tops[0], axis=0)
         total = tl.sum(totals[0] * tl.exp2((tops[0] - top) * scale), axis=0)
 
-        # The k + 1 buckets, p the teacher's, q the student's; both are 0 in the slots behind them.
+        # p is the teacher's k + 1 buckets, and q the student's. Both are 0 in the slots behind them.
         tail_p = tl.load(tail + token).to(tl.float32)
-        log_p = tl.load(log_prob + place, mask=kept, other=float("-inf")).to(tl.float32)
+        log_p = tl.load(log_prob + place, mask=is_known, other=float("-inf")).to(tl.float32)
         log_p = tl.where(is_tail, tl.log(tail_p), log_p)
         log_p = tl.maximum(log_p, FLOOR, propagate_nan=tl.PropagateNan.ALL)
         p = tl.where(is_tail, tail_p, tl.exp(log_p))
-        x = tl.where(is_tail, top, tl.maximum(own, floor, propagate_nan=tl.PropagateNan.ALL))
+        x = tl.where(is_tail, top, tl.maximum(known_logits, floor, propagate_nan=tl.PropagateNan.ALL))
         mass = tl.where(is_tail, total, 1.0)
         below = (x - tl.max(x, axis=0)) / temperature
         e = mass * tl.exp(below)
@@ -121,7 +121,7 @@ def top_k_kernel(
         log_q = tl.maximum(below + tl.log(mass / sum_e), FLOOR, propagate_nan=tl.PropagateNan.ALL)
         u = log_q - log_p
 
-        # Where it is small, p·e^u stands for q, or q·e^{−u} for p: an error of u that the row shares drops out.
+        # Where u is small, p·e^u replaces q, or q·e^{−u} p, so that an error of u that the row shares drops out.
         if DIVERGENCE == "forward":
             _, term = _kl_both_ways(u, tl.where(u < 1, p * tl.exp(u), q), p)
             change = q - p
@@ -136,10 +136,10 @@ def top_k_kernel(
 
         if gradient is not None:
             weight = tl.load(kl_weight + pair) * temperature
-            if weight != 0:  # else nothing, even if the divergence is infinite
+            if weight != 0:  # Else nothing is added, even if the divergence is infinite.
                 change = weight * change
                 of_tail = tl.sum(tl.where(is_tail, change, 0.0), axis=0)
-                divisor = tl.where(total == 0, 1.0, total)  # 0: nothing is outside
+                divisor = tl.where(total == 0, 1.0, total)  # It is 0 if the tail has no token.
                 for step in range(blocks):
                     block = blocks - 1 - step
                     raw = _load(logits, strides, row, block, width, True, LANES, VEC, "evict_first")
@@ -149,9 +149,9 @@ def top_k_kernel(
                     so_far = tl.load(places, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
                     tl.store(places, (so_far + of_tail * r).to(gradient.dtype.element_ty), mask=inside)
                 tl.debug_barrier()
-                tl.store(gradient_address, (before + change).to(gradient.dtype.element_ty), mask=there)
+                tl.store(gradient_address, (before + change).to(gradient.dtype.element_ty), mask=is_inside)
         tl.debug_barrier()
-        tl.store(address, own, mask=there)
+        tl.store(address, known_logits, mask=is_inside)
     else:
         tl.store(kl_place, 0.0)
 
@@ -168,19 +168,20 @@ def add_divergence(
     vocabulary: int,
     lanes: int | None = None,
 ) -> None:
-    """The divergence of student i from the teacher, stream r, into kl[i, r], and its gradient's part, times T² and the
-    weight, added to `gradient`. The logits are overwritten, and restored.
+    """Writes the divergence of student i from the teacher, stream r, to kl[i, r], and adds its gradient, times T² and
+    the weight, to `gradient_nW`. The logits are overwritten and restored.
 
     Args:
-        logits_nW: fp32, of the n tokens from `first` on. gradient_nW: fp32, bf16 or fp16; None: not wanted. Contiguous.
-        teacher, spec, kl_SRN: of all N tokens, contiguous; `kl_weight` and kl_SRN fp32. In rows outside `kl_rows`
+        logits_nW: fp32, of the n tokens from `first` on. gradient_nW: fp32, bf16 or fp16; None: it is unwanted. Both
+            are contiguous.
+        teacher, spec, kl_SRN: Of all N tokens, contiguous. `kl_weight` and kl_SRN are fp32. In rows outside `kl_rows`
             the teacher may hold anything. A token outside [0, V) makes its row's loss and gradient NaN.
-        pair: (i, r). vocabulary: V. lanes: threads of a warp; None: those of the logits' device.
+        pair: (i, r). vocabulary: V. lanes: The threads of a warp. None: those of the logits' device.
     """
     n, width = logits_nW.shape
     lanes = lanes or gpu_of(logits_nW.device).lanes
-    narrower = logits_nW if gradient_nW is None else gradient_nW
-    tile = launch.ensemble_kl_top_k(narrower.element_size(), lanes)
+    narrowest = logits_nW if gradient_nW is None else gradient_nW
+    chosen = launch.ensemble_kl_top_k(narrowest.element_size(), lanes)
     with torch.cuda.device_of(logits_nW):
         top_k_kernel[(n,)](
             (logits_nW,),
@@ -200,8 +201,8 @@ def add_divergence(
             DIVERGENCE=spec.divergence,
             PADDED=width != vocabulary,
             BUCKETS=launch.power_of_2(teacher.index.shape[1] + 1),
-            LANES=lanes * tile.warps,
-            VEC=tile.block // (lanes * tile.warps),
-            num_warps=tile.warps,
+            LANES=lanes * chosen.warps,
+            VEC=chosen.block // (lanes * chosen.warps),
+            num_warps=chosen.warps,
             num_stages=1,
         )

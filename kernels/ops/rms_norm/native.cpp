@@ -1,7 +1,7 @@
-// `rms_norm` on a CPU: a row is read once from memory, its sum with the residual, if any, written on the way.
+// `rms_norm` on a CPU. A row is read once from memory. If there is a residual, the sum is written meanwhile.
 //
-// N rows, D columns. With z the input, r = 1 / sqrt(mean(z²) + eps), x̂ = z·r and y = x̂·weight, the gradients of a
-// cotangent g of y are, by differentiation, dweight = Σ_n g·x̂ and dz = r·(g·weight − x̂·mean(g·weight·x̂)).
+// Shapes: N rows, D columns. With the input z, r = 1 / sqrt(mean(z²) + eps), x̂ = z·r, y = x̂·weight and the gradient g
+// of y, the gradients are dweight = Σ_n g·x̂ and dz = r·(g·weight − x̂·mean(g·weight·x̂)).
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -16,13 +16,14 @@ namespace creche::rms_norm {
 using at::Tensor;
 using at::vec::fmadd;
 
-constexpr int64_t ROWS = 32;  // a block of rows has its own sum of dweight: no result depends on the number of threads
+// Each block of rows has its own sum of dweight, so that no result depends on the number of threads.
+constexpr int64_t ROWS = 32;
 
-// y has the type O: T, or fp32 where the weight is wider than the input.
+// The type O of y is T, or fp32 if the weight is wider than the input.
 template <class T, class O>
 void forward_rows(
-    const T* x, const T* residual, const Wide<T>* weight, double eps, int64_t D, int64_t begin, int64_t end, T* total, O* y,
-    Wide<T>* inverse) {
+    const T* x, const T* residual, const Wide<T>* weight, double eps, int64_t D, int64_t begin, int64_t end, T* total,
+    O* y, Wide<T>* inverse) {
   using A = Wide<T>;
   for (int64_t n = begin; n < end; ++n) {
     const T* z = x + n * D;
@@ -45,7 +46,7 @@ void forward_rows(
   }
 }
 
-// dweight of the rows is added to `d_weight` [D]; `d_total` is the cotangent of z itself, or null.
+// Adds dweight of the rows to `d_weight` [D]. `d_total` is the gradient of z itself, or null.
 template <class T, class O>
 void backward_rows(
     const O* d_y, const T* d_total, const T* z, const Wide<T>* weight, const Wide<T>* inverse, int64_t D, int64_t begin,
@@ -79,7 +80,7 @@ void with_types(at::ScalarType input, at::ScalarType output, const Body& body) {
 }
 
 struct Normed {
-  Tensor y, total, inverse;  // total: the input, with its residual
+  Tensor y, total, inverse;  // total: the input, plus the residual if there is one.
 };
 
 Normed forward(const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& residual) {
@@ -108,22 +109,22 @@ Normed forward(const Tensor& x, const Tensor& weight, double eps, const std::opt
   return normed;
 }
 
-// The gradients of z and of the weight.
+// Returns the gradients of z and of the weight.
 std::pair<Tensor, Tensor> backward(
     const Tensor& d_y, const Tensor& d_total, const Tensor& total, const Tensor& weight, const Tensor& inverse) {
   const int64_t D = total.size(-1), N = inverse.numel(), blocks = at::divup(N, ROWS);
   const at::ScalarType wide = inverse.scalar_type();
-  const Tensor cotangent = d_y.contiguous(), other = d_total.defined() ? d_total.contiguous() : d_total;
+  const Tensor d_output = d_y.contiguous(), other = d_total.defined() ? d_total.contiguous() : d_total;
   const Tensor factors = weight.to(wide).contiguous();
   const Tensor d_z = make(total.sizes(), total.options());
   const Tensor sums = at::zeros({blocks, D}, inverse.options());
-  with_types(total.scalar_type(), cotangent.scalar_type(), [&](auto t, auto o) {
+  with_types(total.scalar_type(), d_output.scalar_type(), [&](auto t, auto o) {
     using T = decltype(t);
     using O = decltype(o);
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         backward_rows<T, O>(
-            cotangent.const_data_ptr<O>(), other.defined() ? other.const_data_ptr<T>() : nullptr,
+            d_output.const_data_ptr<O>(), other.defined() ? other.const_data_ptr<T>() : nullptr,
             total.const_data_ptr<T>(), factors.const_data_ptr<Wide<T>>(), inverse.const_data_ptr<Wide<T>>(), D, b * ROWS,
             std::min(N, (b + 1) * ROWS), d_z.data_ptr<T>(), sums.data_ptr<Wide<T>>() + b * D);
       }
@@ -145,14 +146,14 @@ struct RMSNorm : torch::autograd::Function<RMSNorm> {
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list cotangents) {
+      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
     check_once("rms_norm");
     const auto saved = ctx->get_saved_variables();
     const Tensor& total = saved[0];
-    const Tensor d_total = cotangents.size() > 1 ? cotangents[1] : Tensor();
-    if (!cotangents[0].defined()) return {d_total, Tensor(), Tensor(), d_total};
-    const auto [d_z, d_weight] = rms_norm::backward(cotangents[0], d_total, total, saved[1], saved[2]);
-    return {d_z, d_weight, Tensor(), cotangents.size() > 1 ? d_z : Tensor()};
+    const Tensor d_total = output_gradients.size() > 1 ? output_gradients[1] : Tensor();
+    if (!output_gradients[0].defined()) return {d_total, Tensor(), Tensor(), d_total};
+    const auto [d_z, d_weight] = rms_norm::backward(output_gradients[0], d_total, total, saved[1], saved[2]);
+    return {d_z, d_weight, Tensor(), output_gradients.size() > 1 ? d_z : Tensor()};
   }
 };
 

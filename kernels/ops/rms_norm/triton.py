@@ -2,9 +2,9 @@
 
 Shapes: N rows (tokens), D hidden.
 
-Forward, a program takes a tile of whole rows. It computes x̂ = x · rsqrt(mean x² + eps) in fp32, rounds it to x's dtype,
-and multiplies it by the weight. With a residual it first rounds and stores the sum, so that it normalises exactly what
-the next layer will read.
+Forward, a program takes a tile of whole rows. It computes x̂ = x · rsqrt(mean x² + eps) in fp32, rounds it to x's
+dtype, and multiplies it by the weight. With a residual it first rounds and stores the sum, so that it normalises
+exactly what the next layer will read.
 
 Backward (roundings pass the gradient on), with g = dy · weight:
 

@@ -1,6 +1,7 @@
-// `rotary` on a CPU: queries and keys in one parallel loop over positions.
+// `rotary` on a CPU. One parallel loop over positions rotates queries and keys.
 //
-// B sequences, L positions, H heads. The backward pass turns back: a rotation's transpose is its inverse.
+// Shapes: B sequences, L positions, H heads. The backward pass rotates in the opposite direction, because a rotation's
+// transpose is its inverse.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -11,9 +12,9 @@ namespace creche::rotary {
 
 using at::Tensor;
 
-// The heads of one position, with cosines and sines of its D/2 angles; `sign` −1 turns back.
+// Rotates the heads of one position by its D/2 angles, whose cosines and sines are given. A `sign` of −1 reverses it.
 template <class T>
-void turn_position(
+void rotate_position(
     const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t H, int64_t half, const Wide<T>* cosine,
     const Wide<T>* sine, Wide<T> sign) {
   using A = Wide<T>;
@@ -29,7 +30,7 @@ void turn_position(
   }
 }
 
-std::tuple<Tensor, Tensor> turn(
+std::tuple<Tensor, Tensor> rotate(
     const Tensor& q, const Tensor& k, const Tensor& cosines, const Tensor& sines, double sign) {
   const at::ScalarType wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor c = cosines.to(wide).contiguous(), s = sines.to(wide).contiguous();
@@ -47,7 +48,7 @@ std::tuple<Tensor, Tensor> turn(
         using T = decltype(element);
         for (int64_t at = begin; at < end; ++at) {
           const int64_t b = at / L, l = at % L;
-          turn_position<T>(
+          rotate_position<T>(
               from[x].const_data_ptr<T>() + b * from[x].stride(0) + l * from[x].stride(1), from[x].stride(2),
               to[x].data_ptr<T>() + b * to[x].stride(0) + l * to[x].stride(1), to[x].stride(2), from[x].size(2), half,
               c.const_data_ptr<Wide<T>>() + l * half, s.const_data_ptr<Wide<T>>() + l * half,
@@ -65,21 +66,21 @@ struct Rotary : torch::autograd::Function<Rotary> {
       const Tensor& sines) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({cosines, sines});
-    const auto [turned_q, turned_k] = turn(q, k, cosines, sines, 1);
-    return {turned_q, turned_k};
+    const auto [rotated_q, rotated_k] = rotate(q, k, cosines, sines, 1);
+    return {rotated_q, rotated_k};
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list cotangents) {
+      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
     check_once("rotary");
     const auto saved = ctx->get_saved_variables();
-    const auto [d_q, d_k] = turn(cotangents[0], cotangents[1], saved[0], saved[1], -1);
+    const auto [d_q, d_k] = rotate(output_gradients[0], output_gradients[1], saved[0], saved[1], -1);
     return {d_q, d_k, Tensor(), Tensor()};
   }
 };
 
 std::tuple<Tensor, Tensor> plain(const Tensor& q, const Tensor& k, const Tensor& cosines, const Tensor& sines) {
-  return turn(q, k, cosines, sines, 1);
+  return rotate(q, k, cosines, sines, 1);
 }
 
 std::tuple<Tensor, Tensor> differentiable(
@@ -88,8 +89,8 @@ std::tuple<Tensor, Tensor> differentiable(
       !cosines.requires_grad() && !sines.requires_grad(),
       "cos or sin requires a gradient, which the native rotary does not give: pass them detached, or choose the "
       "reference backend");
-  const auto turned = Rotary::apply(q, k, cosines, sines);
-  return {turned[0], turned[1]};
+  const auto rotated = Rotary::apply(q, k, cosines, sines);
+  return {rotated[0], rotated[1]};
 }
 
 TORCH_LIBRARY_FRAGMENT(creche_native, library) {

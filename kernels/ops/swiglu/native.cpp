@@ -1,4 +1,4 @@
-// `swiglu` on a CPU. The backward pass computes the sigmoid anew, which costs less than reading it would.
+// `swiglu` on a CPU. The backward pass computes the sigmoid again, which costs less than reading it would.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -9,11 +9,11 @@ namespace creche::swiglu {
 
 using at::Tensor;
 
-constexpr int64_t GRAIN = 1 << 14;  // elements worth a thread
+constexpr int64_t GRAIN = 1 << 14;  // Fewer elements are not worth a thread.
 
 template <class A>
 Vec<A> sigmoid(Vec<A> x) {
-  const Vec<A> one(1), largest(88);  // e^88 is finite in fp32
+  const Vec<A> one(1), largest(88);  // e^88 is finite in fp32.
   return one / (one + exponential(smaller(x.neg(), largest)));
 }
 
@@ -34,8 +34,8 @@ Tensor forward(const Tensor& gate, const Tensor& up) {
   return y;
 }
 
-std::pair<Tensor, Tensor> backward(const Tensor& cotangent, const Tensor& gate, const Tensor& up) {
-  const Tensor d = cotangent.contiguous(), g = gate.contiguous(), u = up.contiguous();
+std::pair<Tensor, Tensor> backward(const Tensor& output_gradient, const Tensor& gate, const Tensor& up) {
+  const Tensor d = output_gradient.contiguous(), g = gate.contiguous(), u = up.contiguous();
   const Tensor d_g = make(g.sizes(), g.options()), d_u = make(u.sizes(), u.options());
   with_storage(g.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -62,10 +62,10 @@ struct SwiGLU : torch::autograd::Function<SwiGLU> {
   }
 
   static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list cotangents) {
+      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
     check_once("swiglu");
     const auto saved = ctx->get_saved_variables();
-    const auto [d_gate, d_up] = swiglu::backward(cotangents[0], saved[0], saved[1]);
+    const auto [d_gate, d_up] = swiglu::backward(output_gradients[0], saved[0], saved[1]);
     return {d_gate, d_up};
   }
 };

@@ -79,7 +79,7 @@ def _constants() -> dict[str, Any]:
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
-    """Returns each as [1, N·D] if all are contiguous, else as [N, D] with adjacent columns, without a copy if possible."""
+    """Returns each as [1, N·D] if all are contiguous, else as [N, D] with adjacent columns, copied only if necessary."""
     if all(x.is_contiguous() for x in tensors):
         return [x.view(1, -1) for x in tensors]
     rows = [x.reshape(-1, x.shape[-1]) for x in tensors]

@@ -83,7 +83,7 @@ def test_students_and_teachers(chunk: int, divergence: str, monkeypatch: pytest.
     """Of which one is in fp32, and one has an odd width."""
     monkeypatch.setattr(native, "BUDGET", chunk * 4 * 200 * 4)
     streams = [stream(40, 200, 16), stream(40, 200, 24, bias=False), stream(40, 200, 8, FP32, FP32), stream(40, 200, 9)]
-    assert [native._tiled(s, FP32) for s in streams] == [True, True, False, True]
+    assert [native._uses_tiles(s, FP32) for s in streams] == [True, True, False, True]
     assert_as_exact(2, streams, divergence)
     assert_as_exact(4, [streams[2], streams[0], streams[3], streams[1]], divergence)
 

@@ -115,7 +115,7 @@ def test_dtypes(dtypes):
 def test_chunks_do_not_change_the_result(dtype, monkeypatch):
     """Sums over chunks are fp32: the gradient of a bf16 head is off by no more than in one chunk."""
     streams = make(2, 10, 70, dtype)
-    monkeypatch.setattr(triton, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(triton, "MIN_CHUNK_ROWS", 1)
     whole = check(2, streams, mask=True)
     monkeypatch.setattr(triton, "CHUNK_BYTES", 3 * 70 * 2 * (4 if dtype == FP32 else 6))
     seen = []

@@ -72,7 +72,7 @@ def test_few_and_all_tokens_kept(vocabulary: int, k: int, divergence: str) -> No
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_rows_of_several_blocks_and_chunks(divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(triton, "MIN_CHUNK_ROWS", 1)
     monkeypatch.setattr(triton, "CHUNK_BYTES", 2 * 1500 * (4 + 2))
     streams = [*make(1, 3, 1500, BF16), teacher(1, 20, 3, 1500, temperature=0.7)]
     check(1, streams, temperature=0.7, divergence=divergence)
