@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from engine.system import distributed as runtime
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RANK = """
 import os, time
 from engine.system.signals import StopSignal
@@ -56,17 +56,17 @@ LEAVING = """
 import os, sys, time, torch
 import torch.distributed as dist
 from engine.system import distributed as runtime
-place = runtime.start()
+ranks = runtime.init_distributed()
 others = [torch.zeros(1000) for _ in range(2)]
 group = dist.new_group([0, 1])  # as DeepSpeed makes: destroying the process group waits for the first one alone
-if place.rank == 1:
+if ranks.rank == 1:
     time.sleep(2)
 begun = dist.all_gather(others, torch.ones(1000), group=group, async_op=True)
 runtime.leave()
 assert all(other.min() == 1 for other in others), "a collective was left in flight"
 assert begun.is_success()
 assert not dist.is_initialized()
-os._exit(0)  # as end() would, had the group not been left
+os._exit(0)  # as exit_process() would, had the group not been left
 """
 
 
@@ -77,22 +77,30 @@ def test_nobody_leaves_while_a_collective_is_in_flight(spawn_ranks: Callable[...
 
 
 SHARING = """
+import errno
 import pytest
 from engine.system import distributed as runtime
-place = runtime.start()
-assert place.broadcast(f"from {place.rank}") == "from 0"
-for block in (place.main_first, place.together):
+from engine.system.errors import OtherRankError, UserError
+ranks = runtime.init_distributed()
+assert ranks.broadcast(f"from {ranks.rank}") == "from 0"
+for block in (ranks.main_process_first, ranks.raise_on_all_ranks):
     with block():
         pass
-with pytest.raises(ValueError, match="^.*Is a directory: '/'$"), place.main_first():
-    assert place.is_main, "no other rank begins"
-    open("/")
-for rank in range(2):
-    with pytest.raises(ValueError, match=f"^rank {rank}: .*Is a directory: '/'$"), place.together():
-        if place.rank == rank:
-            open("/")
-place.barrier()
-runtime.end()
+full = OSError(errno.ENOSPC, "No space left on device", "runs")
+for error, message in ((full, "No space left on device: 'runs'"), (UserError("mend it"), "mend it")):
+    with pytest.raises(UserError, match=f"^[^:]*{message}$"), ranks.main_process_first():
+        assert ranks.is_main_process, "no other rank begins"
+        raise error
+    for rank in range(2):
+        with pytest.raises(UserError, match=f"^rank {rank}: [^:]*{message}$"), ranks.raise_on_all_ranks():
+            if ranks.rank == rank:
+                raise error
+with pytest.raises(ValueError if ranks.is_main_process else OtherRankError, match="planted$"):
+    with ranks.main_process_first():
+        assert ranks.is_main_process, "no other rank begins"
+        raise ValueError("planted")
+ranks.barrier()
+runtime.exit_process()
 """
 
 
@@ -114,9 +122,9 @@ def late(*arguments, **options):
         time.sleep(1)
         connected.touch()
 deepspeed.init_distributed = late
-runtime.start()
+runtime.init_distributed()
 assert connected.exists(), "began before the other had connected"
-runtime.end()
+runtime.exit_process()
 """
 
 
@@ -130,14 +138,14 @@ def test_nobody_begins_before_all_have_met(spawn_ranks: Callable[..., None], tmp
 FAILING = """
 import sys
 from engine.system import distributed as runtime
-from engine.system.errors import user_errors
+from engine.system.errors import UserError, report_errors
 folder, fail = sys.argv[1:]
-place = runtime.start()
-sys.stderr = open(f"{folder}/{place.rank}", "w")
-with user_errors():
-    if str(place.rank) in fail:
-        raise ValueError("mend it")
-    place.barrier()
+ranks = runtime.init_distributed()
+sys.stderr = open(f"{folder}/{ranks.rank}", "w")
+with report_errors():
+    if str(ranks.rank) in fail:
+        raise UserError("mend it")
+    ranks.barrier()
 """
 
 
@@ -157,26 +165,26 @@ from pathlib import Path
 atexit.register(ctypes.PyDLL(None).usleep, 400_000)  # the last thing done, and with the interpreter's lock
 import torch, torch.distributed as dist
 from engine.system import distributed as runtime
-from engine.system.errors import user_errors
+from engine.system.errors import UserError, report_errors
 folder, code = Path(sys.argv[1]), int(sys.argv[2])
-place = runtime.start()
-store = dist.PrefixStore("own", dist.distributed_c10d._get_default_store())
-own = dist.ProcessGroupGloo(store, place.rank, 2, timedelta(seconds=60))  # a group that leave() does not know
-atexit.register((folder / f"exit-{place.rank}").touch)
-sys.stdout = open(folder / f"said-{place.rank}", "w")
+ranks = runtime.init_distributed()
+store = dist.PrefixStore("unknown", dist.distributed_c10d._get_default_store())
+unknown = dist.ProcessGroupGloo(store, ranks.rank, 2, timedelta(seconds=60))  # a group that leave() does not know
+atexit.register((folder / f"exit-{ranks.rank}").touch)
+sys.stdout = open(folder / f"said-{ranks.rank}", "w")
 print("all of it")
-place.barrier()
-if place.is_main:
-    own.allreduce([torch.ones(1000)])
+ranks.barrier()
+if ranks.is_main_process:
+    unknown.allreduce([torch.ones(1000)])
 else:
     time.sleep(0.2)
     with contextlib.suppress(RuntimeError):  # on a busy machine rank 0 is gone by now
-        own.allreduce([torch.ones(1000)]).wait()
+        unknown.allreduce([torch.ones(1000)]).wait()
 runtime.dist.barrier = lambda group: None  # rank 0 ends meanwhile
-with user_errors():
+with report_errors():
     if code == 2:
-        raise ValueError("mend it")
-    runtime.end()
+        raise UserError("mend it")
+    runtime.exit_process()
 """
 
 
@@ -192,7 +200,7 @@ def test_a_collective_that_is_done_while_a_rank_ends_does_not_abort_it(
         assert (tmp_path / f"said-{rank}").read_text() == "all of it\n"
 
 
-@pytest.mark.parametrize(("world", "backend"), [(1, "gloo"), (2, "nccl")])
+@pytest.mark.parametrize(("world_size", "backend"), [(1, "gloo"), (2, "nccl")])
 def test_a_process_without_that_danger_ends_as_python_does(
     world_size: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,5 +209,5 @@ def test_a_process_without_that_danger_ends_as_python_does(
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
     monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: pytest.fail("not as Python does"))
     with pytest.raises(SystemExit) as ended:
-        runtime.end(2)
+        runtime.exit_process(2)
     assert ended.value.code == 2
