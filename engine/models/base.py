@@ -4,10 +4,11 @@ B sequences, L positions, N rows to predict, D hidden, V vocabulary.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engine.config.settings import StudentConfig
 from engine.system.errors import UserError
@@ -43,8 +44,11 @@ class Shape:
             raise UserError(f"hidden={self.hidden} is not divisible by heads={self.heads}: choose a multiple")
 
     @classmethod
-    def from_settings(cls, student: StudentConfig, vocab_size: int) -> "Shape":
-        """Returns the shape that a student's settings describe; UserError for a setting of another family."""
+    def from_settings(cls, student: StudentConfig, vocab_size: int) -> Self:
+        """Returns the shape that a student's settings describe.
+
+        Raises UserError for a setting that the family does not have.
+        """
         for name in cls.foreign_settings:
             value = getattr(student, name)
             if value:
@@ -82,14 +86,16 @@ class Shape:
         return 0
 
     @property
-    def of_weights(self) -> "Shape":
-        """The shape with everything that the weights do not depend on at one value: equal ones fit the same weights."""
+    def of_weights(self) -> Self:
+        """This shape with one value for all that the weights do not depend on.
+
+        Two shapes fit the same weights if these are equal.
+        """
         return replace(self, dropout=0.0)
 
     @property
     def ends_in_product(self) -> bool:
-        """Whether a matrix product ends a block with nothing behind it that the backward pass would need its result
-        for, so that recomputation may leave it out."""
+        """Whether a block ends in a matrix product whose result no backward pass needs; recomputation then omits it."""
         return self.dropout == 0
 
 
@@ -99,17 +105,20 @@ class LanguageModel(nn.Module):
     The loss multiplies by the head itself, so that logits never exist for a whole batch.
     """
 
-    shape: Shape
+    def __init__(self, shape: Shape, *, recompute: bool = False) -> None:
+        """With `recompute` the backward pass computes the blocks' activations again instead of keeping them."""
+        super().__init__()
+        self.shape, self.recompute = shape, recompute
 
     @property
     def embedding(self) -> nn.Embedding:
         """The embedding of the tokens."""
-        raise AttributeError("a family has an embedding")
+        raise NotImplementedError
 
     @property
     def head(self) -> Tensor:
         """The weight [V, D] that makes logits of hidden states."""
-        raise AttributeError("a family has a head")
+        raise NotImplementedError
 
     @property
     def head_bias(self) -> Tensor | None:
@@ -121,29 +130,38 @@ class LanguageModel(nn.Module):
         if self.shape.tied:
             self.get_submodule("lm_head").weight = self.embedding.weight
 
+    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
+        """Returns what `block` does; where the model recomputes, only the inputs are kept for the backward pass."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def project(self, hidden_ND: Tensor) -> Projected:
         """Returns the model's stream of logits, not multiplied out."""
         return Projected(hidden_ND, self.head, self.head_bias)
 
-    def tree_states(self, tokens_BL: Tensor, positions_BL: Tensor, ends_BL: Tensor, rows_U: Tensor) -> Tensor:
-        """Returns the hidden states [U, D] of texts that share what they begin with (engine.evaluation.scoring).
+    def tree_states(
+        self, tokens_BL: Tensor, position_ids_BL: Tensor, subtree_ends_BL: Tensor, rows_U: Tensor
+    ) -> Tensor:
+        """Returns the hidden states [U, D] of texts that share prefixes (engine.evaluation.scoring).
 
         Only families whose `shape.shares_prefixes` is true have it.
 
         Args:
-            positions_BL: of each token in its own text.
-            ends_BL: behind the last token of the row that sees this one.
-            rows_U: the positions in the flattened batch whose states are wanted.
+            tokens_BL: [B, L] int64, one tree of texts per sequence.
+            position_ids_BL: [B, L] int64, the position of each token in its own text.
+            subtree_ends_BL: [B, L] int64, the end of each token's subtree, which attends to the token.
+            rows_U: [U] int64, the positions in the flattened batch whose states are wanted.
         """
-        raise ValueError(f"a {self.shape.title} reads every text by itself: make the trees without sharing")
+        raise ValueError(f"a {self.shape.title} reads every text by itself: make its trees with share=False")
 
     def states(self, tokens_BL: Tensor, rows_N: Tensor | None = None, dropout_seeds_B: Tensor | None = None) -> Tensor:
-        """Returns the hidden states [N, D] that another head than the language model's begins with."""
+        """Returns the hidden states [N, D] that a head of another kind reads, such as engine.models.classifier's."""
         return self(tokens_BL, rows_N, dropout_seeds_B)
 
 
 def check_length(tokens_BL: Tensor, max_length: int) -> int:
-    """Returns L; ValueError where it is more than the model can read."""
+    """Returns L; raises ValueError where it is more than the model can read."""
     length = tokens_BL.shape[1]
     if length > max_length:
         raise ValueError(f"a sequence of {length} tokens is longer than the model's max_length={max_length}")

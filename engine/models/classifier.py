@@ -22,8 +22,8 @@ class Classifier(LanguageModel):
 
     def __init__(self, body: LanguageModel, classes: int, seed: int) -> None:
         """Takes over `body` and removes its own head; `seed` draws the new one."""
-        super().__init__()
-        self.shape, width = body.shape, body.shape.hidden
+        super().__init__(body.shape)
+        width = body.shape.hidden
         del body.lm_head
         with torch.random.fork_rng():
             torch.manual_seed(seed)

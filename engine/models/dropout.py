@@ -18,13 +18,17 @@ _GOLDEN = 0x9E3779B9  # 2^32/φ: its multiples spread evenly.
 
 
 def dropout_seeds(seed: int, samples_B: Tensor) -> Tensor:
-    """Returns one seed [B] int64 per sequence, from a model's seed and the sequences' numbers, which differ in every
-    step."""
+    """Returns one seed per sequence, [B] int64.
+
+    Args:
+        seed: the model's.
+        samples_B: [B] int64, the sequences' numbers, which differ in every step.
+    """
     return _mix(samples_B + seed * _GOLDEN % 2**63)
 
 
 def seeds_in_use(dropout_seeds_B: Tensor | None, probability: float, *, training: bool) -> Tensor | None:
-    """Returns the seeds where something is dropped, and None elsewhere; ValueError where they are missing."""
+    """Returns the seeds where something is dropped, else None; raises ValueError where they are missing."""
     if not training or probability == 0:
         return None
     if dropout_seeds_B is None:
@@ -33,10 +37,10 @@ def seeds_in_use(dropout_seeds_B: Tensor | None, probability: float, *, training
 
 
 def dropout(x: Tensor, probability: float, dropout_seeds_B: Tensor | None, site: int) -> Tensor:
-    """Returns x [B, ..., W] with each element 0 with `probability`, else divided by 1 − probability (Srivastava et al.
-    2014).
+    """Returns x [B, ..., W], where each element is 0 with `probability` and else divided by 1 − probability.
 
-    Without seeds it returns x itself. `site` tells the places in a model apart where something is dropped.
+    The source is Srivastava et al. 2014. Without seeds it returns x itself. Every place in a model where something is
+    dropped has a number of its own, `site`.
     """
     if dropout_seeds_B is None or probability == 0:
         return x

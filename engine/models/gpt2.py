@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from engine.models.base import LanguageModel, Shape, check_length
 from engine.models.dropout import attention, dropout, seeds_in_use
@@ -67,9 +66,7 @@ class GPT2(LanguageModel):
     """A GPT-2 whose forward pass stops at the final hidden state."""
 
     def __init__(self, shape: GPT2Shape, *, recompute: bool = False) -> None:
-        """`recompute`: the backward pass recomputes the blocks' activations instead of keeping them."""
-        super().__init__()
-        self.shape, self.recompute = shape, recompute
+        super().__init__(shape, recompute=recompute)
         self.wte = nn.Embedding(shape.vocab_size, shape.hidden)
         self.wpe = nn.Embedding(shape.max_length, shape.hidden)
         self.h = nn.ModuleList(Block(shape, number) for number in range(shape.layers))
@@ -98,9 +95,6 @@ class GPT2(LanguageModel):
         x_BLD = self.wte(tokens_BL) + self.wpe(torch.arange(length, device=tokens_BL.device))
         x_BLD = dropout(x_BLD, self.shape.dropout, dropout_seeds_B, site=0)
         for block in self.h:
-            if self.recompute and torch.is_grad_enabled():
-                x_BLD = checkpoint(block, x_BLD, dropout_seeds_B, use_reentrant=False)
-            else:
-                x_BLD = block(x_BLD, dropout_seeds_B)
+            x_BLD = self.run_block(block, x_BLD, dropout_seeds_B)
         x_ND = x_BLD.flatten(0, 1)
         return self.ln_f(x_ND if rows_N is None else x_ND[rows_N])

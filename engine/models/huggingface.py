@@ -1,5 +1,5 @@
-"""Models as Hugging Face folders, and back: `LlamaForCausalLM`, `GPT2LMHeadModel` or `RobertaForMaskedLM`, safetensors,
-a fast tokenizer with the same ids.
+"""Writes models as Hugging Face folders and reads them back: `LlamaForCausalLM`, `GPT2LMHeadModel` or
+`RobertaForMaskedLM` with its weights as safetensors and a fast tokenizer of the same ids.
 
 V vocabulary.
 """
@@ -28,9 +28,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 OMEGA = "omega.json"  # beside a run's exported students: their weights ω by name, where they have any
 
 _COMMON_FIELDS = ("layers", "hidden", "heads", "ffn", "max_length", "norm_eps")
-_USUAL_KEYS = (
-    *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings"),
-)
+_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 _HEAD = "lm_head."
 _TIED_WEIGHTS = ("lm_head.weight", "lm_head.decoder.weight", "lm_head.decoder.bias")  # stored twice
 _UNUSED = re.compile(
@@ -45,7 +43,7 @@ class _Format:
     architecture: str
     prefix: str  # of the names of all weights but the head's
     keys: tuple[str, ...]  # the keys of config.json for _COMMON_FIELDS
-    fixed: dict[str, Any]  # what config.json may say in several ways, and our models have in one
+    fixed: dict[str, Any]  # keys of config.json for which our models know one value only
     write_rest: Callable[[Any], dict[str, Any]]  # the rest of config.json, from the shape
     read_rest: Callable[[dict[str, Any], str], dict[str, Any]]  # the rest of the shape, from config.json
     transposed: str = "$^"  # pattern of the names of weights that are stored as [in, out]
@@ -97,7 +95,7 @@ _FORMATS = {
     "llama": _Format(
         architecture="LlamaForCausalLM",
         prefix="model.",
-        keys=(*_USUAL_KEYS, "rms_norm_eps"),
+        keys=(*_KEYS, "rms_norm_eps"),
         fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
         write_rest=_write_llama,
         read_rest=_read_llama,
@@ -119,7 +117,7 @@ _FORMATS = {
     "roberta": _Format(
         architecture="RobertaForMaskedLM",
         prefix="roberta.",
-        keys=(*_USUAL_KEYS, "layer_norm_eps"),
+        keys=(*_KEYS, "layer_norm_eps"),
         fixed={
             "hidden_act": "gelu",
             "position_embedding_type": "absolute",

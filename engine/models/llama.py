@@ -7,12 +7,11 @@ B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary.
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from engine.config.settings import StudentConfig
@@ -47,7 +46,7 @@ class LlamaShape(Shape):
         return {"kv_heads": kv_heads, "rope_theta": student.rope_theta or cls.rope_theta}
 
     @property
-    def of_weights(self) -> "LlamaShape":
+    def of_weights(self) -> Self:
         return replace(self, max_length=1)
 
     @property
@@ -118,9 +117,7 @@ class Llama(LanguageModel):
     """A LLaMA whose forward pass stops at the final hidden state."""
 
     def __init__(self, shape: LlamaShape, *, recompute: bool = False) -> None:
-        """`recompute`: the backward pass recomputes the blocks' activations instead of keeping them."""
-        super().__init__()
-        self.shape, self.recompute = shape, recompute
+        super().__init__(shape, recompute=recompute)
         self.rope_theta = shape.rope_theta
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
@@ -152,10 +149,7 @@ class Llama(LanguageModel):
         cos, sin = (angles.narrow(0, 0, length) for angles in self.rotary_tables(tokens_BL.device))
         branch_BLD, residual_BLD = self.embed_tokens(tokens_BL), None
         for layer in self.layers:
-            if self.recompute and torch.is_grad_enabled():
-                branch_BLD, residual_BLD = checkpoint(layer, branch_BLD, residual_BLD, cos, sin, use_reentrant=False)
-            else:
-                branch_BLD, residual_BLD = layer(branch_BLD, residual_BLD, cos, sin)
+            branch_BLD, residual_BLD = self.run_block(layer, branch_BLD, residual_BLD, cos, sin)
         assert residual_BLD is not None, "there is at least one layer"
         branch_ND, residual_ND = branch_BLD.flatten(0, 1), residual_BLD.flatten(0, 1)
         if rows_N is not None:
@@ -163,14 +157,19 @@ class Llama(LanguageModel):
         hidden_ND, _ = self.norm(branch_ND, residual_ND)
         return hidden_ND
 
-    def tree_states(self, tokens_BL: Tensor, positions_BL: Tensor, ends_BL: Tensor, rows_U: Tensor) -> Tensor:
-        """Runs the layers one by one: a token has the position in its own text and attends to the tokens on its way
-        from the root of its tree. All else sees one long row of tokens."""
+    def tree_states(
+        self, tokens_BL: Tensor, position_ids_BL: Tensor, subtree_ends_BL: Tensor, rows_U: Tensor
+    ) -> Tensor:
+        """Returns the hidden states [U, D] of texts that share prefixes, as `LanguageModel.tree_states` says.
+
+        Each token attends to those before it in whose subtree it lies. Everything but attention reads the batch as one
+        sequence of B·L tokens, each rotated by its position in its own text.
+        """
         rows, length = tokens_BL.shape
-        cos, sin = (table[positions_BL.flatten()] for table in self.rotary_tables(tokens_BL.device))
-        places_L = torch.arange(length, device=ends_BL.device)
-        masked_BLL = (ends_BL[:, None, :] <= places_L[:, None]) | (places_L > places_L[:, None])
-        bias_B1LL = torch.zeros(rows, 1, length, length, device=places_L.device, dtype=self.head.dtype)
+        cos, sin = (table[position_ids_BL.flatten()] for table in self.rotary_tables(tokens_BL.device))
+        index_L = torch.arange(length, device=tokens_BL.device)
+        masked_BLL = (subtree_ends_BL[:, None, :] <= index_L[:, None]) | (index_L > index_L[:, None])
+        bias_B1LL = torch.zeros(rows, 1, length, length, device=tokens_BL.device, dtype=self.head.dtype)
         bias_B1LL.masked_fill_(masked_BLL[:, None], -torch.inf)
 
         branch_1ND, residual_1ND = self.embed_tokens(tokens_BL.view(1, -1)), None

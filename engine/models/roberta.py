@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from engine.config.settings import StudentConfig
 from engine.models.base import LanguageModel, Shape, check_length
@@ -102,9 +101,8 @@ class Roberta(LanguageModel):
     """A RoBERTa whose forward pass stops before the logits."""
 
     def __init__(self, shape: RobertaShape, *, recompute: bool = False) -> None:
-        """`recompute`: the backward pass recomputes the blocks' activations instead of keeping them."""
-        super().__init__()
-        self.shape, self.recompute, self.first_position = shape, recompute, shape.padding + 1
+        super().__init__(shape, recompute=recompute)
+        self.first_position = shape.padding + 1
         self.embeddings = nn.ModuleDict(
             {
                 "word_embeddings": nn.Embedding(shape.vocab_size, shape.hidden),
@@ -152,9 +150,6 @@ class Roberta(LanguageModel):
         x_BLD = norm(word(tokens_BL) + position(positions_L) + token_type(torch.zeros_like(positions_L)))
         x_BLD = dropout(x_BLD, self.shape.dropout, dropout_seeds_B, site=0)
         for block in self.encoder["layer"]:  # pyright: ignore[reportGeneralTypeIssues]
-            if self.recompute and torch.is_grad_enabled():
-                x_BLD = checkpoint(block, x_BLD, dropout_seeds_B, use_reentrant=False)
-            else:
-                x_BLD = block(x_BLD, dropout_seeds_B)
+            x_BLD = self.run_block(block, x_BLD, dropout_seeds_B)
         x_ND = x_BLD.flatten(0, 1)
         return x_ND if rows_N is None else x_ND[rows_N]

@@ -2,21 +2,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.models.base import Shape
 from engine.models.classifier import DROPOUT, Classifier
-from engine.models.families import Shape, new_model, projected
+from engine.models.families import new_model
 from engine.models.gpt2 import GPT2Shape
 from engine.models.llama import LlamaShape
 from engine.models.roberta import RobertaShape
 
 SHAPES = (
-    LlamaShape(2, 16, 2, 2, 24, vocab_size=50, max_length=12, tied=True),
-    LlamaShape(2, 16, 2, 2, 24, vocab_size=50, max_length=12, tied=False),
+    LlamaShape(2, 16, 2, 24, kv_heads=2, vocab_size=50, max_length=12, tied=True),
+    LlamaShape(2, 16, 2, 24, kv_heads=2, vocab_size=50, max_length=12, tied=False),
     GPT2Shape(2, 16, 2, 24, vocab_size=50, max_length=12, tied=True),
     RobertaShape(2, 16, 2, 24, vocab_size=50, max_length=12, dropout=0.1),
 )
 TOKENS_BL = torch.arange(5, 17).view(2, 6)
 LAST_N = torch.tensor([5, 11])
-DRAWS_B = torch.tensor([3, 4])
+SEEDS_B = torch.tensor([3, 4])
 
 
 def classifier(shape: Shape, seed: int = 1) -> Classifier:
@@ -28,22 +29,22 @@ def classifier(shape: Shape, seed: int = 1) -> Classifier:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
 def test_logits_are_those_of_babylms_head_on_the_rows_states(shape: Shape) -> None:
     model = classifier(shape).eval()
-    states = getattr(model.body, "states", model.body)(TOKENS_BL, LAST_N)
+    states = model.body.states(TOKENS_BL, LAST_N)
     expected = F.layer_norm(F.gelu(model.dense(F.layer_norm(states, (16,)))), (16,))
-    stream = projected(model, model(TOKENS_BL, LAST_N, DRAWS_B))
+    stream = model.project(model(TOKENS_BL, LAST_N, SEEDS_B))
     torch.testing.assert_close(F.linear(*stream), model.out(expected))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
 def test_every_parameter_learns_and_dropout_is_a_samples_own(shape: Shape) -> None:
     model = classifier(shape)
-    hidden_ND = model(TOKENS_BL, LAST_N, DRAWS_B)
+    hidden_ND = model(TOKENS_BL, LAST_N, SEEDS_B)
     assert 0 < (hidden_ND == 0).float().mean() < 3 * DROPOUT
-    assert torch.equal(hidden_ND.flip(0), model(TOKENS_BL.flip(0), LAST_N, DRAWS_B.flip(0)))
-    F.cross_entropy(F.linear(*projected(model, hidden_ND)), torch.tensor([0, 2])).backward()
+    assert torch.equal(hidden_ND.flip(0), model(TOKENS_BL.flip(0), LAST_N, SEEDS_B.flip(0)))
+    F.cross_entropy(F.linear(*model.project(hidden_ND)), torch.tensor([0, 2])).backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
-    with pytest.raises(ValueError, match="needs draws_B"):
+    with pytest.raises(ValueError, match="needs dropout_seeds_B"):
         model(TOKENS_BL, LAST_N)
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import kernels
+from engine.models.base import LanguageModel, initial_weights
 from engine.models.compiled import compile_body
-from engine.models.families import Model, new_model
+from engine.models.families import new_model
 from engine.models.gpt2 import GPT2Shape
-from engine.models.llama import LlamaShape, initialise
+from engine.models.llama import LlamaShape
 from engine.models.roberta import RobertaShape
 
-SIZE: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "ffn": 48, "vocabulary": 50, "max_length": 12}
+SIZE: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "ffn": 48, "vocab_size": 50, "max_length": 12}
 SHAPES = {
     "llama": LlamaShape(**SIZE, kv_heads=1, tied=True),
     "gpt2": GPT2Shape(**SIZE),
@@ -43,10 +44,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     return traced
 
 
-def model(family: str) -> Model:
-    made = new_model(SHAPES[family])
-    initialise(made, seed=0)
-    return made.to(DEVICE)
+def model(family: str) -> LanguageModel:
+    model = new_model(SHAPES[family])
+    initial_weights(model, SIZE["layers"], seed=0)
+    return model.to(DEVICE)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", TRITON])

@@ -14,11 +14,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine.config.presets import PRESETS
 from engine.config.settings import StudentConfig
-from engine.models.dropout import dropout_seeds, dropout
+from engine.models.base import initial_weights
+from engine.models.dropout import dropout, dropout_seeds
 from engine.models.families import parameter_count, shape_of
 from engine.models.gpt2 import GPT2, GPT2Shape
 from engine.models.huggingface import hf_weights
-from engine.models.llama import initialise
+from engine.system.errors import UserError
 
 SHAPE = GPT2Shape(layers=2, hidden=32, heads=4, ffn=80, vocab_size=61, max_length=16, norm_eps=1e-3)
 TOKENS = torch.randint(SHAPE.vocab_size, (3, 11), generator=torch.Generator().manual_seed(5))
@@ -99,7 +100,7 @@ def test_dropout_is_off_in_evaluation_and_never_forgotten_in_training() -> None:
     model = new_model(replace(SHAPE, dropout=0.3))
     plain = new_model()(TOKENS)
     assert torch.equal(model.eval()(TOKENS, None, dropout_seeds(3, SAMPLES)), plain)
-    with pytest.raises(ValueError, match=r"dropout=0\.3 in training needs draws_B"):
+    with pytest.raises(ValueError, match=r"dropout=0\.3 in training needs dropout_seeds_B"):
         model.train()(TOKENS)
     assert not torch.equal(model(TOKENS, None, dropout_seeds(3, SAMPLES)), plain)
 
@@ -118,7 +119,10 @@ def test_elements_are_dropped_independently(probability: float) -> None:
     standard = kept.sub(1 - probability).div(deviation)
     assert abs(standard.mean()) * kept.numel() ** 0.5 < 5
     other_site, other_seed = (
-        (dropout(ones, probability, dropout_seeds(seed, torch.arange(400)), site) > 0).float().sub(1 - probability) / deviation
+        (dropout(ones, probability, dropout_seeds(seed, torch.arange(400)), site) > 0)
+        .float()
+        .sub(1 - probability)
+        .div(deviation)
         for seed, site in ((1, 4), (2, 3))
     )
     neighbours = [
@@ -137,7 +141,7 @@ def test_elements_are_dropped_independently(probability: float) -> None:
 def test_chosen_rows_and_too_many_positions() -> None:
     model, rows_N = new_model(), torch.tensor([32, 0, 7, 7])
     assert torch.equal(model(TOKENS, rows_N), model(TOKENS)[rows_N])
-    with pytest.raises(ValueError, match="17 tokens is longer than the model's 16 positions"):
+    with pytest.raises(ValueError, match="17 tokens is longer than the model's max_length=16"):
         model(torch.zeros(1, 17, dtype=torch.int64))
 
 
@@ -152,13 +156,13 @@ def test_chosen_rows_and_too_many_positions() -> None:
 )
 def test_settings_that_would_do_nothing_are_refused(changes: dict[str, object], message: str) -> None:
     student = dict(name="a", family="gpt2", layers=1, hidden=32, heads=4, ffn=64) | changes
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         shape_of(StudentConfig(**student), 61)  # pyright: ignore[reportArgumentType]
 
 
 def test_initial_weights_are_gpt2s() -> None:
     model = GPT2(replace(SHAPE, hidden=64))
-    initialise(model, 1)
+    initial_weights(model, SHAPE.layers, 1)
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
             assert torch.equal(weight, torch.full_like(weight, float(name.endswith("weight")))), name

@@ -17,16 +17,18 @@ from engine.config.settings import StudentConfig, TokenizerConfig
 from engine.data import tokenizer as tokenization
 from engine.data.grammar.generator import generate
 from engine.data.tokenizer import Tokenizer
-from engine.models import huggingface as export
-from engine.models.families import Model, Shape, new_model, projected
+from engine.models import huggingface
+from engine.models.base import LanguageModel, Shape
+from engine.models.families import new_model
 from engine.models.gpt2 import GPT2Shape
 from engine.models.huggingface import export_model, import_weights, load_model
 from engine.models.llama import LlamaShape
 from engine.models.roberta import RobertaShape
+from engine.system.errors import UserError
 
 PIECES = 360
 CONFIG = StudentConfig("a", 2, 32, 4, 48, kv_heads=2, max_length=64, rope_theta=500.0, norm_eps=1e-3)
-SHAPE = LlamaShape.of(CONFIG, PIECES)
+SHAPE = LlamaShape.from_settings(CONFIG, PIECES)
 TEXTS = ["a dog sleeps .", "two\nlines", "\nfirst empty", "*MOT:\tlook !\n\n", "  Zwölf <s> ﬁne 猫 ", ""]
 
 
@@ -36,7 +38,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return tokenization.train(generate(0, 3000), TokenizerConfig(), PIECES, folder, boundary=True)
 
 
-def weights_of(shape: Shape) -> tuple[Model, dict[str, Tensor]]:
+def weights_of(shape: Shape) -> tuple[LanguageModel, dict[str, Tensor]]:
     model, generator = new_model(shape), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,7 +86,7 @@ def test_the_folders_tokenizer_gives_the_engines_ids_after_the_boundary(
     front = [ours.boundary] if boundary else []
     for text in [*TEXTS, *texts[:20]]:
         assert theirs(text)["input_ids"] == front + ours.encode(text), text
-    assert len(theirs) == ours.size == PIECES
+    assert len(theirs) == ours.vocab_size == PIECES
     assert theirs.bos_token_id == theirs.eos_token_id == ours.boundary
 
 
@@ -137,7 +139,7 @@ def test_a_roberta_is_the_same_in_transformers_and_comes_back_bit_for_bit(tmp_pa
     ids = AutoTokenizer.from_pretrained(tmp_path / "student")("the dog <mask> a cat").input_ids
     tokens_BL = torch.tensor([[*ids, *tokenizer.encode(next(generate(1, 10))), tokenizer.mask][:64]])
     with torch.no_grad():
-        difference = F.linear(*projected(ours.eval(), ours(tokens_BL))) - theirs.eval()(tokens_BL).logits[0]
+        difference = F.linear(*ours.eval().project(ours(tokens_BL))) - theirs.eval()(tokens_BL).logits[0]
     assert difference.abs().max() <= 1e-4
     theirs.save_pretrained(tmp_path / "elsewhere")  # as transformers writes it
     tokenizer.export(tmp_path / "elsewhere")
@@ -204,7 +206,7 @@ def truncate(name: str) -> Callable[[Path], object]:
         (edit_config(num_hidden_layers=3), r"shape .*layers=3.* is not the student's .*layers=2"),
         (edit_config(rms_norm_eps=1e-6), r"shape .*norm_eps=1e-06.* is not the student's"),
         (drop_setting("num_hidden_layers"), r"config\.json .*num_hidden_layers"),
-        (edit_config(attention_bias=True), "attention_bias=True: this LLaMA has False alone"),
+        (edit_config(attention_bias=True), "attention_bias=True: this LLaMA has only False"),
         (edit_config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}), "rotary"),
         (edit_config(rope_parameters=None, rope_theta=500.0, rope_scaling={"type": "linear", "factor": 2.0}), "rotary"),
         (edit_config(hidden_act="gelu"), "hidden_act"),
@@ -219,7 +221,7 @@ def test_an_import_of_something_else_is_refused(
     exported: Path, tokenizer: Tokenizer, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(exported)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         import_weights(replace(CONFIG, init=str(exported)), SHAPE, tokenizer)
     assert str(caught.value).startswith(f"students.a.init={exported}: ")
     assert "\n" not in str(caught.value)
@@ -227,7 +229,7 @@ def test_an_import_of_something_else_is_refused(
 
 def test_an_import_with_another_tokenizer_is_refused(exported: Path, tmp_path: Path) -> None:
     other = tokenization.train(generate(9, 3000), TokenizerConfig(), PIECES, tmp_path, boundary=True)
-    with pytest.raises(ValueError, match=f"is not the data's \\({other.hash[:8]}\\)"):
+    with pytest.raises(UserError, match=f"is not the data's \\({other.hash[:8]}\\)"):
         import_weights(replace(CONFIG, init=str(exported)), SHAPE, other)
 
 
@@ -240,8 +242,8 @@ def test_a_full_disk_leaves_the_former_folder_as_it_was(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
-    with pytest.raises(ValueError, match=r"could not be written \(.*No space left on device\): make room"):
+    monkeypatch.setattr(huggingface, "save_file", full)
+    with pytest.raises(UserError, match=r"could not be written \(.*No space left on device\): make room"):
         export_model(exported, SHAPE, weights_of(SHAPE)[1], tokenizer)
     assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
     assert list(exported.parent.iterdir()) == [exported]

@@ -16,8 +16,10 @@ import kernels
 from engine.config.presets import PRESETS
 from engine.config.settings import StudentConfig
 from engine.models import llama
+from engine.models.base import initial_weights
 from engine.models.huggingface import hf_weights
-from engine.models.llama import Llama, LlamaShape, initialise
+from engine.models.llama import Llama, LlamaShape
+from engine.system.errors import UserError
 
 # Grouped queries, and neither of Hugging Face's defaults for rotary positions and norms.
 SHAPE = LlamaShape(
@@ -69,7 +71,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 )
 def test_published_shapes_have_the_published_sizes(preset: str, parameters: int) -> None:
     with torch.device("meta"):
-        model = Llama(LlamaShape.of(StudentConfig(name="a", **PRESETS[preset]), vocab_size=16_000))
+        model = Llama(LlamaShape.from_settings(StudentConfig(name="a", **PRESETS[preset]), vocab_size=16_000))
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -127,7 +129,7 @@ def test_recomputing_activations_changes_no_gradient(monkeypatch: pytest.MonkeyP
 
 def test_a_sequence_longer_than_the_positions_is_refused() -> None:
     assert new_model()(torch.zeros(1, 16, dtype=torch.int64)).shape == (16, 32)
-    with pytest.raises(ValueError, match="17 tokens is longer than the model's 16 positions"):
+    with pytest.raises(ValueError, match="17 tokens is longer than the model's max_length=16"):
         new_model()(torch.zeros(1, 17, dtype=torch.int64))
 
 
@@ -140,7 +142,7 @@ def test_a_sequence_longer_than_the_positions_is_refused() -> None:
     ],
 )
 def test_a_shape_that_does_not_fit_together_is_refused(changed: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         replace(SHAPE, **changed)
 
 
@@ -148,7 +150,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
     def drawn(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(torch.randint(1000, ()).item())  # pyright: ignore[reportArgumentType]
         model = Llama(replace(SHAPE, hidden=64, tied=False))
-        initialise(model, seed)
+        initial_weights(model, SHAPE.layers, seed)
         return dict(model.state_dict())
 
     first, again, other = drawn(1), drawn(1), drawn(2)

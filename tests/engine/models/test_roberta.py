@@ -4,6 +4,8 @@ B sequences, L positions, N = B·L tokens, D hidden, V vocabulary.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from engine.data.batches import Batch
 from engine.models import families, roberta
 from engine.models.dropout import dropout_seeds
 from engine.models.roberta import Roberta, RobertaShape
-from engine.students.hypergradient import Stream
+from engine.students.hypergradient import FunctionalStudent
+from engine.system.errors import UserError
 
 SHAPE = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocab_size=61, max_length=16, norm_eps=1e-3)
 TOKENS = torch.randint(2, SHAPE.vocab_size, (3, 11), generator=torch.Generator().manual_seed(5))
@@ -109,15 +112,15 @@ def test_chosen_rows_are_the_rows_of_the_whole_and_the_rest_is_not_transformed(
 
 
 def test_dropout_is_a_sequences_own_and_recomputing_repeats_it() -> None:
-    shape, dropout_seeds_B = replace(SHAPE, dropout=0.3), dropout_seeds(1, torch.arange(3))
+    shape, seeds_B = replace(SHAPE, dropout=0.3), dropout_seeds(1, torch.arange(3))
     model = new_model(shape)
-    whole = model(TOKENS, None, dropout_seeds_B).unflatten(0, TOKENS.shape)
-    alone = torch.stack([model(TOKENS[i : i + 1], None, dropout_seeds_B[i : i + 1]) for i in range(3)])
+    whole = model(TOKENS, None, seeds_B).unflatten(0, TOKENS.shape)
+    alone = torch.stack([model(TOKENS[i : i + 1], None, seeds_B[i : i + 1]) for i in range(3)])
     assert distance(alone, whole) <= 1e-6
     assert distance(model.eval()(TOKENS), whole.flatten(0, 1)) > 0.1
-    kept, again = gradients(new_model(shape), dropout_seeds_B), gradients(new_model(shape, recompute=True), dropout_seeds_B)
+    kept, again = gradients(new_model(shape), seeds_B), gradients(new_model(shape, recompute=True), seeds_B)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
-    with pytest.raises(ValueError, match="needs draws_B"):
+    with pytest.raises(ValueError, match="needs dropout_seeds_B"):
         new_model(shape)(TOKENS)
 
 
@@ -129,19 +132,20 @@ def test_forward_mode_reaches_every_parameter_and_the_heads_bias(dropout: float)
     generator = torch.Generator().manual_seed(7)
     direction = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in point.items()}
     batch = Batch(TOKENS, TARGETS, ROWS, samples_B=torch.arange(3))
-    stream = Stream(lambda: Roberta(shape), seed=1)
+    student: Any = SimpleNamespace(config=SimpleNamespace(seed=1), shape=shape)
+    student = FunctionalStudent(student)
 
     def logits(moved: float) -> Tensor:
-        hidden, weight, bias = stream.at({n: p + moved * direction[n] for n, p in point.items()}, batch)
+        hidden, weight, bias = student.at({n: p + moved * direction[n] for n, p in point.items()}, batch)
         return hidden @ weight.T + bias
 
-    (hidden, weight, _), (hidden_dot, weight_dot, bias_dot) = stream.tangent(point, direction, batch)
+    (hidden, weight, _), (hidden_dot, weight_dot, bias_dot) = student.tangent(point, direction, batch)
     tangent = hidden_dot @ weight.T + hidden @ weight_dot.T + bias_dot
     assert distance(tangent, (logits(1e-6) - logits(-1e-6)) / 2e-6) <= 1e-6
 
 
 def test_shapes_and_sequences_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="hidden=30 is not divisible by heads=4"):
+    with pytest.raises(UserError, match="hidden=30 is not divisible by heads=4"):
         replace(SHAPE, hidden=30)
-    with pytest.raises(ValueError, match="17 tokens is longer than the model's 16 positions"):
+    with pytest.raises(ValueError, match="17 tokens is longer than the model's max_length=16"):
         new_model()(torch.zeros(1, 17, dtype=torch.int64))
