@@ -1,6 +1,8 @@
-# Each target sets itself up on a fresh machine that has Python 3.11 with headers and venv, g++ and make.
+# Each target sets itself up on a fresh machine that has Python 3.11, 3.12 or 3.13 with headers and venv, g++ and make.
 
-PYTHON ?= python3.11
+# The newest Python that runs and has its headers; `make PYTHON=...` takes another.
+HAS_HEADERS = import os, sysconfig, venv; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11,$(shell $(name) -c '$(HAS_HEADERS)' 2>/dev/null && echo $(name))) python3.11)
 BIN := .venv/bin
 DATA ?= grammar
 RUN = $(if $(filter grammar,$(DATA)),mutual,mutual-$(notdir $(subst :,-,$(DATA:/=))))

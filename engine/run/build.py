@@ -58,7 +58,7 @@ def build_run(config: Config, runtime: Runtime, stack: ExitStack) -> Run:
     share_of_batch(config.train.batch, config.train.micro_batch, runtime.world_size)  # before the text is prepared
 
     with runtime.main_process_first():  # The other ranks find it prepared.
-        prepared = prepare(config.data, say=print if runtime.is_main_process else lambda _: None)
+        prepared = prepare(config.data, log=print if runtime.is_main_process else lambda _: None)
     train_file = _token_file(config, prepared, prepared.train, config.train.seed)
     held_out_file = _token_file(config, prepared, prepared.validation, HELD_OUT_SEED)
     data = _training_data(config, prepared, train_file, runtime)
@@ -69,7 +69,7 @@ def build_run(config: Config, runtime: Runtime, stack: ExitStack) -> Run:
     state = _state(config, prepared, folder, source)
     teachers = _teachers(config, prepared, data, runtime, state)
     cohort = _cohort(config, prepared, source, state, runtime)
-    weighting = LossWeighting(config.objective, len(cohort), runtime.device, teachers.weights, data.file.predicted(0))
+    weighting = LossWeighting(config.objective, len(cohort), runtime.device, teachers.weights, data.file.token_count(0))
     outer_data = _outer_data(config, held_out_file, data.micro_batch, runtime)
     outer_state = OuterState(state.omega, state.outer_updates) if state.omega else None
     outer_loop = OuterLoop(config.outer, steps, weighting, outer_data, outer_state)
@@ -87,10 +87,8 @@ def build_run(config: Config, runtime: Runtime, stack: ExitStack) -> Run:
     recorder = Recorder(log, progress, cohort, teachers, runtime, state, clip=config.optimizer.clip, peak_flops=peak)
     if source is None:
         recorder.streams()
-    elif runtime.is_main_process:
-        print(f"going on from {source}, step {state.step} of {steps}")
-    if previous_topology not in ("", topology):
-        recorder.event(state.step, f"goes on with {topology}, after {previous_topology}")
+    else:
+        _announce_resume(source, state, steps, previous_topology, recorder, runtime)
     return Run(
         config=config,
         runtime=runtime,
@@ -108,6 +106,15 @@ def build_run(config: Config, runtime: Runtime, stack: ExitStack) -> Run:
         peak_flops=peak,
         stack=stack,
     )
+
+
+def _announce_resume(
+    source: Path, state: RunState, steps: int, previous_topology: str, recorder: Recorder, runtime: Runtime
+) -> None:
+    if runtime.is_main_process:
+        print(f"going on from {source}, step {state.step} of {steps}")
+    if previous_topology != state.topology:
+        recorder.event(state.step, f"goes on with {state.topology}, after {previous_topology}")
 
 
 def _configured_tasks(evaluation: EvaluationConfig) -> list[Task]:

@@ -35,22 +35,6 @@ def summarise(
     """
     held_out = prepared.manifest["splits"]["validation"]
     tokens_per_word = held_out["tokens"] / held_out["words"]
-    assert state.best_step is not None, "a run that ends well has been evaluated"
-    students: list[StudentSummary] = [
-        {
-            "name": student.name,
-            "parameters": student.parameters,
-            "validation_loss": best["validation_loss"],
-            "validation_loss_per_word": best["validation_loss"] * tokens_per_word,
-            "pairs_accuracy": best["pairs_accuracy"],
-            "pairs_by_phenomenon": best["pairs_by_phenomenon"],
-            "tokens_per_second": state.tokens / usage.seconds,
-            "folder": str(folder / "students" / student.name),
-            "best_step": state.best_step,
-            "samples": best["samples"],
-        }
-        for student, best, usage in zip(cohort, state.best, state.usage.students.values(), strict=True)
-    ]
     summary: Summary = {
         "run": config.run.name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -69,7 +53,7 @@ def summarise(
             # The entropy is that of the next token; a masked model sees both sides and has less left to predict.
             "entropy_per_word": None if config.masked else prepared.manifest["entropy_per_word"],
         },
-        "students": students,
+        "students": _student_summaries(folder, cohort, state, tokens_per_word),
         "usage": as_dict(state.usage),
         "inherited_flops": asdict(state.usage.inherited_flops),
         "report": str(folder / "report.html"),
@@ -79,6 +63,25 @@ def summarise(
     if omega:
         summary["omega"] = list(omega)
     return summary
+
+
+def _student_summaries(folder: Path, cohort: Cohort, state: RunState, tokens_per_word: float) -> list[StudentSummary]:
+    assert state.best_step is not None, "a run that ends well has been evaluated"
+    return [
+        {
+            "name": student.name,
+            "parameters": student.parameters,
+            "validation_loss": best["validation_loss"],
+            "validation_loss_per_word": best["validation_loss"] * tokens_per_word,
+            "pairs_accuracy": best["pairs_accuracy"],
+            "pairs_by_phenomenon": best["pairs_by_phenomenon"],
+            "tokens_per_second": state.tokens / usage.seconds,
+            "folder": str(folder / "students" / student.name),
+            "best_step": state.best_step,
+            "samples": best["samples"],
+        }
+        for student, best, usage in zip(cohort, state.best, state.usage.students.values(), strict=True)
+    ]
 
 
 def final_table(summary: Summary) -> str:

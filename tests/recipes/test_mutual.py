@@ -15,30 +15,17 @@ import pytest
 import torch
 import yaml
 
-from engine.config.loading import as_dict, build
+from engine.config.loading import as_dict
 from engine.config.settings import Config
 from engine.run import checkpoint
 from engine.run.run import Run
 from engine.system.distributed import Runtime
 from engine.system.errors import UserError
 from engine.train import train
+from tests.tiny_run import tiny
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes" / "mutual.py")
-TINY = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "max_length": 64}
-
-
-def tiny(folder: Path, *overrides: str) -> Config:
-    settings = {
-        "students": [{"name": "one", **TINY}, {"name": "two", **TINY, "hidden": 24, "seed": 1}],
-        "run": {"name": "tiny", "folder": str(folder / "runs")},
-        "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"vocab_size": 400}},
-        "optimizer": {"warmup": 1},
-        "train": {"steps": 6, "batch": 4, "length": 32},
-        "evaluation": {"every": 3, "tokens": 100, "samples": 1, "sample_tokens": 4},
-        "checkpoint": {"every": 2, "keep": 3},
-    }
-    return build(Config, settings, overrides)
 
 
 @pytest.fixture

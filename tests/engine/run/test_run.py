@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.config.loading import build
-from engine.config.settings import Config
 from engine.data import tokenizer as tokenization
 from engine.data.batches import TokenFile
 from engine.data.grammar.generator import minimal_pairs
@@ -22,21 +20,7 @@ from engine.students import outer_loop
 from engine.students.hypergradient import Hypergradient
 from engine.system.errors import UserError
 from engine.train import train
-
-TINY = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "max_length": 64}
-
-
-def tiny(folder: Path, *overrides: str) -> Config:
-    settings = {
-        "students": [{"name": "one", **TINY}, {"name": "two", **TINY, "hidden": 24, "seed": 1}],
-        "run": {"name": "tiny", "folder": str(folder / "runs")},
-        "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"vocab_size": 400}},
-        "optimizer": {"warmup": 1},
-        "train": {"steps": 6, "batch": 4, "length": 32},
-        "evaluation": {"every": 100, "tokens": 100, "samples": 1, "sample_tokens": 4},
-        "checkpoint": {"every": 2, "keep": 3},
-    }
-    return build(Config, settings, overrides)
+from tests.tiny_run import tiny
 
 
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -53,10 +37,12 @@ def test_milestones_are_exported_when_their_words_have_been_read(
         run_module.TrainingData,
         "_words",
         lambda self, start: (
-            million * self.word_starts.count(self.file.tokens[start : start + self.file.predicted(start) + 1])
+            million * self.word_starts.count(self.file.tokens[start : start + self.file.token_count(start) + 1])
         ),
     )
-    train(tiny(tmp_path, "checkpoint.milestones=true", "checkpoint.every=1", "checkpoint.keep=6"))
+    train(
+        tiny(tmp_path, "evaluation.every=100", "checkpoint.milestones=true", "checkpoint.every=1", "checkpoint.keep=6")
+    )
     steps, events = records(tmp_path, "step"), records(tmp_path, "event")
     reached = [next(s["step"] for s in steps if s["words"] >= n) for n in (100 * million, 200 * million)]
     assert [event["step"] for event in events] == reached
@@ -98,7 +84,7 @@ def test_a_hypergradient_that_is_not_finite_is_told(tmp_path: Path, monkeypatch:
     none = torch.zeros(2, dtype=torch.float64)
     found = Hypergradient(2.0, broken, none, none)
     monkeypatch.setattr(outer_loop, "hypergradient", lambda *_, **__: found)
-    train(tiny(tmp_path, "objective.weighted=true", "outer.every=3", "outer.sequences=2"))
+    train(tiny(tmp_path, "evaluation.every=100", "objective.weighted=true", "outer.every=3", "outer.sequences=2"))
     assert [event["step"] for event in records(tmp_path, "event")] == [3, 6]
     assert "stay as they are" in records(tmp_path, "event")[0]["text"]
     assert [record["omega"] for record in records(tmp_path, "outer")] == [{"one": 0.5, "two": 0.5}] * 2
@@ -111,7 +97,7 @@ def test_students_and_ensemble_are_evaluated_every_so_many_words(tmp_path: Path)
         lines = [{"sentence_good": p.good, "sentence_bad": p.bad} for p in minimal_pairs(number, 1)]
         (folder / f"{number}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     chosen = ("evaluation.tasks=[blimp_supplement]", f"evaluation.data={tmp_path / 'data'}")
-    train(tiny(tmp_path, "evaluation.every_words=130", *chosen))
+    train(tiny(tmp_path, "evaluation.every=100", "evaluation.every_words=130", *chosen))
     words = [0, *(step["words"] for step in records(tmp_path, "step"))]
     expected = [step for step in range(1, 7) if words[step - 1] // 130 < words[step] // 130 or step == 6]
     found = records(tmp_path, "evaluation")
@@ -125,4 +111,4 @@ def test_students_and_ensemble_are_evaluated_every_so_many_words(tmp_path: Path)
         losses = [one["validation_loss"] for one in record["students"].values()]
         assert record["ensemble"]["validation_loss"] < max(losses), "no worse than the worse of two"
     with pytest.raises(UserError, match=r"evaluation\.tasks needs evaluation\.data"):
-        train(tiny(tmp_path, "run.name=other", chosen[0]))
+        train(tiny(tmp_path, "evaluation.every=100", "run.name=other", chosen[0]))
