@@ -16,7 +16,7 @@ X = torch.ones(2, 4)
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """No choice made, no answer remembered."""
+    """Each test begins without a choice and with empty caches."""
     monkeypatch.setattr(dispatch, "_process_default", None)
     monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
     for cached in (dispatch._check_name, dispatch._is_available, dispatch._module):
@@ -28,7 +28,7 @@ def fresh(monkeypatch):
 
 @pytest.fixture
 def native_swiglu(monkeypatch):
-    """A native swiglu that returns its gate, as if its extension had been built."""
+    """Replaces the native swiglu by one that returns its gate, as if its extension had been built."""
     module = ModuleType("kernels.ops.swiglu.native")
     module.__spec__ = ModuleSpec(module.__name__, None)
     module.__dict__["swiglu"] = lambda gate, up: gate
@@ -80,7 +80,7 @@ def test_a_backend_that_is_not_installed(name, remedy, monkeypatch):
     monkeypatch.setattr(dispatch, "find_spec", lambda module: None if module.endswith(absent) else find_spec(module))
     with pytest.raises(ValueError, match=f"backend is '{name}', which is not available: .*{remedy}"):
         kernels.backend(name)
-    assert torch.equal(kernels.swiglu(X, X), kernels.swiglu(X, X))  # auto takes what there is
+    assert torch.equal(kernels.swiglu(X, X), kernels.swiglu(X, X))  # "auto" takes an available backend.
 
 
 def test_auto_takes_the_native_kernel_of_an_op_that_has_one(native_swiglu):
@@ -89,7 +89,7 @@ def test_auto_takes_the_native_kernel_of_an_op_that_has_one(native_swiglu):
         assert not torch.equal(kernels.swiglu(X, X), X)
 
 
-def test_a_backend_taken_at_its_word_raises_for_an_op_without_it(native_swiglu, monkeypatch):
+def test_a_backend_chosen_by_name_raises_for_an_op_without_it(native_swiglu, monkeypatch):
     find_spec = dispatch.find_spec
     monkeypatch.setattr(
         dispatch, "find_spec", lambda module: None if module == "kernels.ops.rms_norm.native" else find_spec(module)
@@ -100,20 +100,22 @@ def test_a_backend_taken_at_its_word_raises_for_an_op_without_it(native_swiglu, 
             kernels.rms_norm(X, torch.ones(4))
 
 
-def test_what_a_compiler_makes_as_well_is_left_to_it():
+def test_auto_leaves_to_a_compiler_what_it_fuses_as_well():
     chosen = {op: dispatch._select(op, None, "cuda", True) for op in ("rms_norm", "linear_ensemble_kl")}
     assert chosen == {"rms_norm": "reference", "linear_ensemble_kl": "triton"}
     assert dispatch._select("rms_norm", None, "cuda", False) == "triton"
-    assert dispatch._select("rms_norm", "triton", "cuda", True) == "triton", "taken at its word"
+    assert dispatch._select("rms_norm", "triton", "cuda", True) == "triton", (
+        "a backend chosen by name is taken literally"
+    )
     assert dispatch._select("linear_ensemble_kl", None, "cpu", True) == "reference"
 
 
 def test_importing_the_kernels_imports_no_compiler():
-    """It takes two seconds, and most processes compile nothing."""
-    found = subprocess.run(
+    """Importing the compiler takes two seconds, and most processes compile nothing."""
+    finished = subprocess.run(
         [sys.executable, "-c", "import kernels, sys; print('torch._dynamo' in sys.modules)"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert found.stdout == "False\n"
+    assert finished.stdout == "False\n"

@@ -1,4 +1,4 @@
-"""What only the native backend promises: its error, its threads, its repeatability."""
+"""Tests what only the native backend promises: its error, its threads, its repeatability."""
 
 import logging
 import math
@@ -42,7 +42,7 @@ def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def outcome(op: Any, inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
-    """The op's results and the gradients of its inputs."""
+    """Returns the op's results and the gradients of its inputs."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     results = op(*leaves)
     results = [results] if isinstance(results, Tensor) else list(results)
@@ -50,24 +50,24 @@ def outcome(op: Any, inputs: list[Tensor], cotangents: list[Tensor]) -> list[Ten
     return [r.detach() for r in results] + list(gradients)
 
 
-def assert_close_as(naive: Tensor, got: Tensor, want: Tensor, floor: float) -> None:
-    """Error at most three times the naive one's (fp16 may make NaN of that), or a rounding of the largest term: `floor`
-    is the size of the terms where they cancel or add up."""
+def assert_close_as(naive: Tensor, actual: Tensor, want: Tensor, floor: float) -> None:
+    """Asserts that the error is at most three times the naive one's (which may be NaN in fp16), or a rounding of the
+    largest term. `floor` is the size of the terms where they cancel or add up."""
     allowed = 3 * (naive - want).abs().nan_to_num(nan=torch.inf).max()
-    assert (got - want).abs().max() <= allowed + torch.finfo(got.dtype).eps * max(floor, want.abs().max().item())
+    assert (actual - want).abs().max() <= allowed + torch.finfo(actual.dtype).eps * max(floor, want.abs().max().item())
 
 
 def assert_error_at_most_three_times_torchs(op: Any, inputs: list[Tensor], cotangents: list[Tensor], dtype) -> None:
-    """Against float64 on the same stored values; plain torch computes in the dtype of storage."""
+    """The exact values are float64 on the same stored values. Plain torch computes in the storage dtype."""
     stored = [x.to(dtype) for x in inputs]
     given = [c.to(dtype) for c in cotangents]
     ours = outcome(op, stored, given)
     with kernels.backend("reference"):
         exact = outcome(op, [x.double() for x in stored], [c.double() for c in given])
         plain = outcome(op, stored, given)
-    for got, naive, want in zip(ours, plain, exact, strict=True):
-        assert got.dtype == naive.dtype
-        assert_close_as(naive, got, want, floor=4 * max(c.abs().max().item() for c in given))
+    for actual, naive, want in zip(ours, plain, exact, strict=True):
+        assert actual.dtype == naive.dtype
+        assert_close_as(naive, actual, want, floor=4 * max(c.abs().max().item() for c in given))
 
 
 @pytest.mark.parametrize("width", [1, 7, 64, 257])
@@ -87,7 +87,7 @@ def test_rms_norm(dtype, width, threads):
 
 
 def test_rms_norm_of_two_dtypes_and_of_unused_results():
-    """fp32 weights over bf16 activations, as under mixed precision; and a sum nobody uses, as after the last block."""
+    """Weights are fp32 and activations bf16, as in mixed precision. Nothing uses the sum, as after the last block."""
     x, residual, weight = draw(5, 12).bfloat16(), draw(5, 12, seed=1).bfloat16(), draw(12, seed=2).float()
     outcomes = []
     for name in ("native", "reference"):
@@ -99,10 +99,10 @@ def test_rms_norm_of_two_dtypes_and_of_unused_results():
             torch.autograd.grad(result.sum(), leaves, retain_graph=True, allow_unused=True)
             for result in (normed, total)
         ]
-    for got, want in zip(outcomes[0] + outcomes[1], outcomes[2] + outcomes[3], strict=True):
-        assert (got is None) == (want is None)
-        if got is not None and want is not None:
-            torch.testing.assert_close(got, want, rtol=2**-7, atol=2**-7)
+    for actual, want in zip(outcomes[0] + outcomes[1], outcomes[2] + outcomes[3], strict=True):
+        assert (actual is None) == (want is None)
+        if actual is not None and want is not None:
+            torch.testing.assert_close(actual, want, rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,7 +119,7 @@ def test_rotary(dtype, heads, kv_heads, width, threads):
 
 
 def test_rotary_of_views():
-    """Queries and keys as slices of one projection, transposed; and cotangents as attention hands them back."""
+    """Queries and keys are transposed slices of one projection, and gradients are as attention returns them."""
     both = draw(2, 7, 5, 8).float()
     q, k = both.transpose(1, 2)[..., :4].contiguous()[:, :, :4], both.transpose(1, 2)[:, :, :2, ::2]
     cos, sin = draw(5, 2).float(), draw(5, 2, seed=1).float()
@@ -146,7 +146,7 @@ def test_attention(length, heads, kv_heads, width, causal, dtype, threads):
 
 
 def test_attention_of_views_and_of_scores_far_apart():
-    """Heads as slices of one projection; and scores of which one outweighs all others by more than e^88."""
+    """Heads are slices of one projection, and one score exceeds all others by more than 88."""
     heads = draw(2, 3, 9, 24, scale=60.0).transpose(1, 2)
 
     def op(heads):
@@ -161,7 +161,7 @@ def test_attention_keeps_what_is_not_a_number(place):
     inputs[place][0, 2] = math.nan
     out = kernels.attention(*inputs)
     assert out[0, 2].isnan().all()
-    assert place == 2 or out[0, :2].isfinite().all()  # a weight of 0 times a value that is not a number is not one
+    assert place == 2 or out[0, :2].isfinite().all()  # A weight of 0 times NaN is NaN.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,12 +200,12 @@ def test_ensemble_kl(dtype, temperature, divergence, vocabulary, threads):
         exact = outcome(op, [x.double() for x in stored], cotangents)
     logits[2] = logits[2].to(dtype).double()
     plain = outcome(_eager(logits[2], targets, temperature, divergence, dtype), stored, cotangents)
-    for got, naive, want in zip(ours, plain, exact, strict=True):
-        assert_close_as(naive, got, want, floor=5.0)
+    for actual, naive, want in zip(ours, plain, exact, strict=True):
+        assert_close_as(naive, actual, want, floor=5.0)
 
 
 def _eager(teacher: Tensor, targets: Tensor, temperature: float, divergence: str, dtype: torch.dtype) -> Any:
-    """The same losses as users write them, in the dtype of storage."""
+    """Returns the same losses as users write them, in the storage dtype."""
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
         return (p.exp() * (p - q)).sum(-1)
@@ -218,13 +218,13 @@ def _eager(teacher: Tensor, targets: Tensor, temperature: float, divergence: str
         rows = []
         for i in range(2):
             for j in range(3):
-                own = (streams[i] / temperature).log_softmax(-1)
+                learner = (streams[i] / temperature).log_softmax(-1)
                 peer = (streams[j].detach() / temperature).log_softmax(-1)
-                mean = ((own.exp() + peer.exp()) / 2).log()
+                mean = ((learner.exp() + peer.exp()) / 2).log()
                 loss = {
-                    "forward": lambda own=own, peer=peer: kl(peer, own),
-                    "reverse": lambda own=own, peer=peer: kl(own, peer),
-                    "jsd": lambda own=own, peer=peer, mean=mean: (kl(peer, mean) + kl(own, mean)) / 2,
+                    "forward": lambda learner=learner, peer=peer: kl(peer, learner),
+                    "reverse": lambda learner=learner, peer=peer: kl(learner, peer),
+                    "jsd": lambda learner=learner, peer=peer, mean=mean: (kl(peer, mean) + kl(learner, mean)) / 2,
                 }[divergence]()
                 rows.append(loss * (targets != -100) * (i != j))
         return ce, torch.stack(rows).view(2, 3, -1)
@@ -255,23 +255,23 @@ def test_streams_of_different_dtypes_and_strides():
         want = op(*exact, streams[3].double())
         exact_gradients = torch.autograd.grad(list(want), exact, [c.double() for c in cotangents])
     torch.testing.assert_close([x.double() for x in ours], list(want), rtol=1e-5, atol=1e-6)
-    for got, expected, leaf in zip(gradients, exact_gradients, leaves, strict=True):
-        assert got.dtype == leaf.dtype
-        torch.testing.assert_close(got.double(), expected, rtol=2 * torch.finfo(got.dtype).eps, atol=1e-6)
+    for actual, expected, leaf in zip(gradients, exact_gradients, leaves, strict=True):
+        assert actual.dtype == leaf.dtype
+        torch.testing.assert_close(actual.double(), expected, rtol=2 * torch.finfo(actual.dtype).eps, atol=1e-6)
 
 
 def everything() -> list[Tensor]:
-    """Results and gradients of every op, from the same inputs each time."""
+    """Returns results and gradients of every op, from the same inputs each time."""
     rows, weight = [draw(300, 70, seed=k).float() for k in range(4)], draw(70).float()
     results = outcome(lambda x, r: kernels.rms_norm(x, weight, 1e-6, r), rows[:2], rows[2:])
     q, k, cos, sin = (draw(*shape).float() for shape in ((4, 64, 6, 16), (4, 64, 2, 16), (64, 8), (64, 8)))
     results += outcome(lambda q, k: kernels.rotary(q, k, cos, sin), [q, k], [q, k])
     results += outcome(kernels.attention, [q, k, k], [q])
     results += outcome(kernels.swiglu, rows[:2], rows[2:3])
-    targets, counted, ones = torch.arange(40), torch.ones(40, dtype=torch.bool), torch.ones(3)
+    targets, all_rows, ones = torch.arange(40), torch.ones(40, dtype=torch.bool), torch.ones(3)
     for divergence in DIVERGENCES:
         logits = [draw(40, 3000, seed=r).float() for r in range(3)]
-        spec = LossSpec(targets, ones, torch.ones(3, 3), counted, counted, 1.0, divergence)
+        spec = LossSpec(targets, ones, torch.ones(3, 3), all_rows, all_rows, 1.0, divergence)
         ce, kl = loss_and_grad_(logits, spec, wanted=[True] * 3)
         assert kl is not None
         results += [ce, kl, *logits]
@@ -301,7 +301,7 @@ def test_a_second_derivative_is_refused(op):
 
 
 def test_loops_run_in_parallel_on_torchs_own_pool():
-    """A loop compiled without OpenMP runs serially and says nothing; a second runtime's threads fight the first's."""
+    """A loop compiled without OpenMP runs serially and silently. A second runtime's threads fight the first's."""
     script = """
 import os, torch, kernels
 kernels.backend("native")
@@ -310,7 +310,7 @@ x = torch.randn(64, 20000)
 for _ in range(200):
     kernels.ensemble_kl([x, x], torch.zeros(64, dtype=torch.int64), students=1)
 stats = [open(f"/proc/self/task/{task}/stat").read() for task in os.listdir("/proc/self/task")]
-busy = [stat for stat in stats if int(stat.rsplit(")", 1)[1].split()[11]) > 0]  # with time spent in user mode
+busy = [stat for stat in stats if int(stat.rsplit(")", 1)[1].split()[11]) > 0]  # It spent time in user mode.
 libraries = {line.split()[-1] for line in open("/proc/self/maps") if "/lib" in line}
 print(len(busy), sum("omp" in library.rsplit("/", 1)[-1] for library in libraries))
 """
@@ -321,16 +321,16 @@ print(len(busy), sum("omp" in library.rsplit("/", 1)[-1] for library in librarie
 
 
 def other_instruction_sets() -> list[str]:
-    """Those built that this processor has, but for the one in use, as torch's own setting names them."""
+    """Returns the other instruction sets that are built and that this processor has, as torch's setting names them."""
     built = [path.stem.rsplit("-", 1)[-1] for path in native._folder().glob("creche-*.so")]
     here = torch.backends.cpu.get_cpu_capability().lower()
-    others = [name for name in built if name not in (here, "avx512")]  # avx512: more than this processor has
+    others = [name for name in built if name not in (here, "avx512")]  # This processor lacks avx512 if it is not here.
     return others or pytest.skip("built for one instruction set")
 
 
 @pytest.mark.slow
 def test_every_instruction_set_is_as_exact():
-    """This file once more, by the libraries for older processors. torch's own attention in bf16 fails under them."""
+    """Runs this file again with the libraries for older processors. torch's own attention in bf16 fails under them."""
     for capability in other_instruction_sets():
         chosen = ["-m", "not slow", "-k", "not (attention and dtype1)", "-p", "no:cacheprovider"]
         finished = subprocess.run(
@@ -344,7 +344,7 @@ def test_every_instruction_set_is_as_exact():
 
 @pytest.mark.slow
 def test_every_instruction_set_gives_the_same(tmp_path):
-    """The libraries for older processors, made to load by torch's own setting, against the one for this."""
+    """Compares the libraries for older processors, which torch's own setting selects, with the one for this."""
     torch.save(everything(), tmp_path / "expected.pt")
     script = f"""
 import sys, torch

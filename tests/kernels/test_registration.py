@@ -1,4 +1,4 @@
-"""Ops of Python kernels: the plain call and the one that tracers see compute and differentiate alike."""
+"""Tests that ops of Python kernels compute and differentiate alike in a plain call and under a tracer."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from kernels.registration import op
 
 @op("test_scaled_sum")
 def scaled_sum(tensors: list[Tensor], factor: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """factor · Σ tensors + bias, and the sum alone."""
+    """Returns factor · Σ tensors + bias, and the sum alone."""
     total = torch.stack([x.detach() for x in tensors]).sum(0)
     return factor * total + (0 if bias is None else bias.detach()), total.clone()
 
@@ -37,8 +37,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad, total_grad):
-    own = scaled(grad, ctx.factor)
-    return [own] * ctx.count, None, grad if ctx.biased else None
+    tensor_grad = scaled(grad, ctx.factor)
+    return [tensor_grad] * ctx.count, None, grad if ctx.biased else None
 
 
 scaled_sum.register_autograd(_differentiate, _save)
@@ -56,8 +56,8 @@ def test_lists_and_missing_inputs(call) -> None:
     output, total = call(tensors, 2.0, bias)
     torch.testing.assert_close(total, tensors[0] + tensors[1])
     torch.testing.assert_close(output, 2 * total + bias)
-    found = torch.autograd.grad(output, [tensors[0], bias], torch.full((3,), 5.0))
-    torch.testing.assert_close(found, (torch.full((3,), 10.0), torch.full((3,), 5.0)))
+    gradients = torch.autograd.grad(output, [tensors[0], bias], torch.full((3,), 5.0))
+    torch.testing.assert_close(gradients, (torch.full((3,), 10.0), torch.full((3,), 5.0)))
     torch.testing.assert_close(call([tensors[1]], 3.0, None)[0], 3 * tensors[1])
 
 
@@ -74,8 +74,8 @@ def test_a_plain_call_takes_no_detour(monkeypatch: pytest.MonkeyPatch) -> None:
         scaled_sum([torch.empty(3)], 2.0, None)
 
 
-def test_what_nobody_differentiated_is_refused() -> None:
-    """The first derivative of `scaled`, and the second of `scaled_sum`, whose backward it is."""
+def test_an_op_without_a_derivative_refuses_backward() -> None:
+    """The first derivative of `scaled` is refused, and so is the second of `scaled_sum`, whose backward it is."""
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(RuntimeError, match="test_scaled's Triton backend is differentiable once"):
         scaled(x, 2.0).sum().backward()

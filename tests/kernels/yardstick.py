@@ -1,4 +1,4 @@
-"""What a backend's results are measured by: float64, and plain torch's error."""
+"""Measures a backend's error against float64 and compares it with plain torch's error."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +13,9 @@ from kernels.ops.linear_ensemble_kl import reference
 
 
 def assert_near(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "") -> None:
-    """`ours` errs at most 3 times as much as `plain`, of the same dtype; `exact` is in float64. Plain torch's error is
-    taken to be no less than a rounding of the largest value, since it is now and then exact by luck.
+    """Asserts that the error of `ours` is at most 3 times that of `plain`, in the same dtype. `exact` is float64.
+
+    Plain torch's error counts as at least a rounding of the largest value, because it is sometimes exact by luck.
     """
     assert ours.dtype == plain.dtype
     error, theirs = ((x - exact).abs().max().item() for x in (ours, plain))
@@ -24,8 +25,8 @@ def assert_near(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "") -> N
 
 @contextmanager
 def stored_gradients(students: Sequence[Projected | TopK]) -> Iterator[None]:
-    """Within, the reference of `linear_ensemble_kl`, which is in fp32 throughout, keeps the gradients of the logits as
-    their products' other operands are: in the dtype of hidden states and head, in fp32 where these differ.
+    """Makes the reference of `linear_ensemble_kl`, which computes in fp32, round the gradients of the logits to the
+    dtype of their products' other operands: that of hidden states and head, or fp32 where these differ.
     """
     stored = [h.dtype if h.dtype == w.dtype else torch.float32 for h, w, _ in students]
 

@@ -1,4 +1,4 @@
-"""`ensemble_kl` against definitions written here with torch's own losses, in float64."""
+"""Compares `ensemble_kl` with definitions written here with torch's own losses, in float64."""
 
 import math
 from typing import Any
@@ -26,7 +26,7 @@ def make_logits(streams: int, tokens: int, vocabulary: int, *, seed: int = 0, sc
 
 
 def naive_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p ‖ q) per token, with torch's kl_div on log-softmax."""
+    """Returns KL(p ‖ q) per token, by torch's kl_div on log-softmax."""
     log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
     return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
 
@@ -54,7 +54,7 @@ def naive(streams, targets, students, temperature, divergence) -> tuple[Tensor, 
 def sweep(
     streams, targets, ce_weight, kl_weight, *, temperature=1.0, divergence="forward"
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Losses and gradients in one sweep, by the backend in force, on copies, with every student's gradient."""
+    """Returns losses and every student's gradient by the current backend's `loss_and_grad`, on copies of the logits."""
     valid = targets != -100
     copies = [s.detach().clone() for s in streams]
     spec = LossSpec(targets, ce_weight, kl_weight, valid, valid, temperature, divergence)
@@ -89,20 +89,20 @@ def test_losses_and_gradients_equal_the_naive_ones(students, streams, temperatur
         return (ce_weight[:, None] * ce).sum() + temperature**2 * (kl_weight[:, :, None] * kl).sum()
 
     expected = torch.autograd.grad(total(ce, kl), logits[:students])
-    got = torch.autograd.grad(total(*result), logits[:students])
+    actual = torch.autograd.grad(total(*result), logits[:students])
     swept_ce, swept_kl, swept = sweep(
         logits, targets, ce_weight, kl_weight, temperature=temperature, divergence=divergence
     )
     torch.testing.assert_close(swept_ce, ce, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(swept_kl, kl, rtol=1e-10, atol=1e-13)
-    for one, two, reference in zip(got, swept, expected, strict=True):
-        torch.testing.assert_close(one, reference, rtol=1e-10, atol=1e-13)
-        torch.testing.assert_close(two, reference, rtol=1e-10, atol=1e-13)
+    for by_autograd, by_sweep, naive_gradient in zip(actual, swept, expected, strict=True):
+        torch.testing.assert_close(by_autograd, naive_gradient, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(by_sweep, naive_gradient, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_large_gaps_in_float32(divergence):
-    """Saturated rows: probabilities that underflow on either side, agreeing and disagreeing point masses."""
+    """Probabilities underflow in either stream, and point masses agree and disagree."""
     rows = torch.tensor([[120.0, 0, 0, -120], [0, 120, 0, 30], [-30, 30, 0.02, 0], [30, -30, 0, 0], [1, 1, 1, 1]])
     other = torch.tensor([[120.0, 0, 1, -120], [120, 0, 0, -60], [30, -30, 0, 0], [30, -30, 0, 0], [1, 1, 1.3, 1]])
     streams, targets = [rows, other], torch.zeros(5, dtype=torch.int64)
@@ -117,14 +117,14 @@ def test_large_gaps_in_float32(divergence):
     ):
         torch.testing.assert_close(ce, exact_ce.float())
         torch.testing.assert_close(kl, exact_kl.float(), rtol=1e-5, atol=1e-9)
-    for got, want in zip(sweep(streams, targets, ones, pairs, divergence=divergence)[2], exact, strict=True):
-        torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-6)
+    for actual, want in zip(sweep(streams, targets, ones, pairs, divergence=divergence)[2], exact, strict=True):
+        torch.testing.assert_close(actual, want.float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 def test_tiny_divergences_are_accurate_in_float32(divergence, temperature):
-    """At KL ≈ 1e-7, where Σ p·u − p + q is some percent wrong."""
+    """At KL ≈ 1e-7, Σ p·u − p + q would be wrong by some percent."""
     generator = torch.Generator().manual_seed(2)
     base = torch.randn(8, 4000, generator=generator) * 3 * temperature
     nearby = base + torch.randn(8, 4000, generator=generator) * 4.5e-4 * temperature
@@ -146,16 +146,16 @@ def test_tiny_divergences_are_accurate_in_float32(divergence, temperature):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_is_at_most_three_times_torchs(divergence, dtype):
-    """Against float64 on the same stored logits; torch computes in the dtype of storage, as it would in training."""
+    """The exact values are float64 on the same stored logits. torch computes in the storage dtype, as in training."""
     stored = [x.to(dtype) for x in make_logits(3, 16, 1000, scale=3.0)]
     targets = torch.arange(16)
     exact = naive([x.double() for x in stored], targets, 2, 1.0, divergence)
     ours = kernels.ensemble_kl(stored, targets, students=2, divergence=divergence)
     torchs = naive(stored, targets, 2, 1.0, divergence)
     assert ours.ce.dtype == ours.kl.dtype == torch.float32
-    for got, plain, want in zip(ours, torchs, exact, strict=True):
+    for actual, plain, want in zip(ours, torchs, exact, strict=True):
         scale = want.abs().max()
-        assert (got - want).abs().max() <= 3 * (plain - want).abs().max() + 2**-23 * scale
+        assert (actual - want).abs().max() <= 3 * (plain - want).abs().max() + 2**-23 * scale
 
 
 def test_one_stream_is_cross_entropy():
@@ -209,29 +209,29 @@ def test_ignored_rows_may_hold_anything(divergence):
 @pytest.mark.parametrize("temperature", [1.0, 0.2, 3.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_minus_infinity(divergence, temperature, dtype):
-    """Padding of the vocabulary: −inf in both streams is as if the entry were not there."""
+    """A token with −inf in both streams, as in a padded vocabulary, changes nothing."""
     inside = [x.to(dtype) for x in make_logits(2, 5, 8)]
     padded = [F.pad(x, (0, 3), value=-math.inf).requires_grad_() for x in inside]
     targets = torch.tensor([0, 1, 2, -100, 7])
     options = {"temperature": temperature, "divergence": divergence}
     want = kernels.ensemble_kl(inside, targets, students=2, **options)
-    got = kernels.ensemble_kl(padded, targets, students=2, **options)
+    actual = kernels.ensemble_kl(padded, targets, students=2, **options)
     ce, kl, gradients = sweep(padded, targets, torch.ones(2, dtype=dtype), torch.ones(2, 2, dtype=dtype), **options)
-    for a, b, c in zip(want, got, (ce, kl), strict=True):
+    for a, b, c in zip(want, actual, (ce, kl), strict=True):
         torch.testing.assert_close(b, a)
         torch.testing.assert_close(c, a)
-    defined = torch.autograd.grad(got.ce.sum() + temperature**2 * got.kl.sum(), padded)
-    for one, two in zip(defined, gradients, strict=True):
-        assert one.isfinite().all()
-        assert not one[:, 8:].any()
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    defined = torch.autograd.grad(actual.ce.sum() + temperature**2 * actual.kl.sum(), padded)
+    for by_autograd, by_sweep in zip(defined, gradients, strict=True):
+        assert by_autograd.isfinite().all()
+        assert not by_autograd[:, 8:].any()
+        torch.testing.assert_close(by_autograd, by_sweep, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("temperature", [1.0, 0.2])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_minus_infinity_in_one_stream(divergence, temperature, dtype):
-    """Finite where the first argument of KL has probability 0, +inf where only the second has, never NaN."""
+    """KL is finite where its first argument has probability 0, +inf where only the second has, and never NaN."""
     narrow, wide = (x.to(dtype) for x in make_logits(2, 4, 6))
     narrow[:, 0] = -math.inf
     targets = torch.tensor([1, 2, 3, 4])
@@ -255,14 +255,14 @@ def test_minus_infinity_in_one_stream(divergence, temperature, dtype):
         torch.testing.assert_close(kl[0, 1], learner_narrow)
         torch.testing.assert_close(kl[1, 0], learner_wide)
     total = defined.ce.sum() + temperature**2 * defined.kl.sum()
-    for i, (one, two) in enumerate(zip(torch.autograd.grad(total, streams), gradients, strict=True)):
+    for i, (by_autograd, by_sweep) in enumerate(zip(torch.autograd.grad(total, streams), gradients, strict=True)):
         if divergence == "reverse" and i == 1:
-            # the loss is infinite whatever this student's finite logits: no gradient exists, and none is made up
-            assert not one.isfinite().all(-1).any()
-            assert not two.isfinite().all(-1).any()
+            # The loss is infinite whatever this student's finite logits are, so its gradient does not exist.
+            assert not by_autograd.isfinite().all(-1).any()
+            assert not by_sweep.isfinite().all(-1).any()
             continue
-        assert one.isfinite().all()
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+        assert by_autograd.isfinite().all()
+        torch.testing.assert_close(by_autograd, by_sweep, rtol=1e-5, atol=1e-5)
 
 
 def test_a_target_of_probability_zero():
@@ -299,7 +299,7 @@ def test_differentiable_twice_and_forward(divergence):
 
     def losses(
         x: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # one learner: peers are constant by definition, which no check sees
+    ) -> tuple[Tensor, Tensor]:  # One learner, because the checks do not know that peers are constant.
         result = kernels.ensemble_kl([x, second, teacher], targets, students=1, temperature=1.5, divergence=divergence)
         return result.ce, result.kl
 
@@ -312,7 +312,7 @@ def test_differentiable_twice_and_forward(divergence):
     max_examples=60,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the backend in force is the same for all examples
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # All examples have the same backend.
 )
 @given(
     seed=st.integers(0, 10**6),

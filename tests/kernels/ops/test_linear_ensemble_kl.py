@@ -1,4 +1,4 @@
-"""`linear_ensemble_kl` against autograd through all the logits at once, built from `ensemble_kl` in float64."""
+"""Compares `linear_ensemble_kl` with autograd through `ensemble_kl` of all the logits at once, in float64."""
 
 import math
 from typing import Any
@@ -63,7 +63,7 @@ def naive_losses(
     divergence="forward",
     kl_mask=None,
 ) -> list[Tensor]:
-    """With autograd through the reference, and N × V in memory."""
+    """Computes the losses with autograd through the reference, and with N × V logits in memory."""
     streams = [full_logits(stream) for stream in (*students, *teachers)]
     options: dict[str, Any] = {"students": len(students), "temperature": temperature, "divergence": divergence}
     with kernels.backend("reference"):
@@ -79,7 +79,7 @@ def naive_losses(
 
 @pytest.fixture
 def chunk_of(monkeypatch):
-    """Sets how many tokens a chunk takes, on the CPU."""
+    """Returns a function that sets how many tokens a chunk takes on the CPU."""
 
     def set_chunk(tokens: int, students: int, streams: int, itemsize: int = 8) -> None:
         row = (streams + students + reference.TEMPORARIES) * VOCABULARY * itemsize
@@ -96,7 +96,7 @@ def test_losses_and_gradients_equal_autograds(widths, teacher_widths, divergence
     students = make_streams(widths)
     teachers = make_streams(teacher_widths, requires_grad=False, seed=1)
     ce_weight, kl_weight = make_weights(len(widths), len(widths) + len(teachers))
-    kl_mask = torch.arange(TOKENS) % 4 != 0  # neither within the valid targets nor around them
+    kl_mask = torch.arange(TOKENS) % 4 != 0  # It neither contains the valid targets nor is contained in them.
     chunk_of(chunk, len(widths), len(widths) + len(teachers))
     cases: tuple[dict[str, Any], ...] = (
         {"kl_weight": kl_weight, "temperature": 2.0},
@@ -111,16 +111,16 @@ def test_losses_and_gradients_equal_autograds(widths, teacher_widths, divergence
         for student, loss, want in zip(students, result.losses, expected, strict=True):
             torch.testing.assert_close(loss, want, rtol=1e-12, atol=1e-13)
             got_gradients = torch.autograd.grad(3.0 * loss, tensors(student))
-            for got, reference_gradient in zip(
+            for actual, reference_gradient in zip(
                 got_gradients, torch.autograd.grad(3.0 * want, tensors(student)), strict=True
             ):
-                torch.testing.assert_close(got, reference_gradient, rtol=1e-10, atol=1e-13)
+                torch.testing.assert_close(actual, reference_gradient, rtol=1e-10, atol=1e-13)
 
 
 def test_per_token_losses_are_those_of_ensemble_kl(chunk_of):
     students, teachers = make_streams((4, 6)), make_streams((7,), seed=1)
     ce_weight, kl_weight = make_weights(2, 3)
-    kl_weight[0, 2] = 0  # still measured
+    kl_weight[0, 2] = 0  # It is still computed.
     chunk_of(4, 2, 3)
     result = kernels.linear_ensemble_kl(
         students, teachers, TARGETS, ce_weight=ce_weight, kl_weight=kl_weight, normalizer=9, temperature=2.0
@@ -218,14 +218,14 @@ def test_rows_that_do_not_count_may_hold_anything(chunk_of):
 
 
 def test_forbidden_tokens():
-    """A bias of −inf in every stream, and a pair of weight 0 whose divergence is infinite."""
+    """Every stream has a bias of −inf, and a pair of weight 0 has an infinite divergence."""
     students = make_streams((4, 6), dtype=torch.float32)
     with torch.no_grad():
         for student in students:
             assert student.bias is not None
             student.bias[3] = -math.inf
         students[0].bias[6] = -math.inf  # type: ignore[index]
-    kl_weight = torch.tensor([[0.0, 0.0], [1.0, 0.0]])  # KL(p_1 ‖ p_0) is infinite and weighs nothing
+    kl_weight = torch.tensor([[0.0, 0.0], [1.0, 0.0]])  # KL(p_1 ‖ p_0) is infinite and has weight 0.
     targets = torch.full((TOKENS,), 1)
     for divergence, weight in (("forward", kl_weight), ("reverse", kl_weight.T), ("jsd", torch.ones(2, 2))):
         result = kernels.linear_ensemble_kl(
@@ -247,22 +247,26 @@ def test_strided_inputs(chunk_of):
         wide[:, ::2] = x.detach()
         return wide[:, ::2].requires_grad_()
 
-    spread = [Projected(strided(s.hidden), s.weight.detach().T.contiguous().T.requires_grad_(), s.bias) for s in plain]
+    strided_students = [
+        Projected(strided(s.hidden), s.weight.detach().T.contiguous().T.requires_grad_(), s.bias) for s in plain
+    ]
     mask = torch.stack([TARGETS != -100] * 2, 1)[:, 0]
     want = kernels.linear_ensemble_kl(plain, (), TARGETS, **options)
-    got = kernels.linear_ensemble_kl(spread, (), torch.stack([TARGETS] * 2, 1)[:, 1], kl_mask=mask, **options)
+    actual = kernels.linear_ensemble_kl(
+        strided_students, (), torch.stack([TARGETS] * 2, 1)[:, 1], kl_mask=mask, **options
+    )
     for i in range(2):
-        torch.testing.assert_close(got.losses[i], want.losses[i])
+        torch.testing.assert_close(actual.losses[i], want.losses[i])
         expected = torch.autograd.grad(want.losses[i], tensors(plain[i])[:2])
-        for a, b in zip(torch.autograd.grad(got.losses[i], tensors(spread[i])[:2]), expected, strict=True):
+        for a, b in zip(torch.autograd.grad(actual.losses[i], tensors(strided_students[i])[:2]), expected, strict=True):
             torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_logits_and_sums_are_fp32_whatever_the_storage(dtype, autocast, chunk_of):
-    """The error against float64 on the same stored values is that of one rounding to the storage's dtype, with 11
-    chunks as with one, and under autocast."""
+    """The error against float64 on the same stored values is one rounding to the storage's dtype, also in 11 chunks and
+    under autocast."""
     students = make_streams((16, 24), dtype=dtype)
     ce_weight, kl_weight = make_weights(2, 2, torch.float32)
     options: dict[str, Any] = {"ce_weight": ce_weight, "kl_weight": kl_weight, "normalizer": 9, "temperature": 2.0}
@@ -273,12 +277,12 @@ def test_logits_and_sums_are_fp32_whatever_the_storage(dtype, autocast, chunk_of
     for student, loss, want in zip(students, result.losses, expected, strict=True):
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss.double(), want.double(), rtol=1e-6, atol=0)
-        for got, exact in zip(
+        for actual, exact in zip(
             torch.autograd.grad(loss, tensors(student)), torch.autograd.grad(want, tensors(student)), strict=True
         ):
-            assert got.dtype == dtype
+            assert actual.dtype == dtype
             rounding = torch.finfo(dtype).eps
-            assert (got - exact).abs().max() <= (rounding + 1e-6) * exact.abs().max()
+            assert (actual - exact).abs().max() <= (rounding + 1e-6) * exact.abs().max()
 
 
 def test_a_loss_scale_reaches_fp16_gradients_before_they_are_rounded():
@@ -287,7 +291,7 @@ def test_a_loss_scale_reaches_fp16_gradients_before_they_are_rounded():
         "ce_weight": torch.ones(1),
         "kl_weight": None,
         "normalizer": 10**8,
-    }  # 1e-8 is below fp16's range
+    }  # 1e-8 is below fp16's range.
     (loss,) = kernels.linear_ensemble_kl([student], (), TARGETS, **options).losses
     (loss * 2.0**26).backward()
     assert student.hidden.grad is not None

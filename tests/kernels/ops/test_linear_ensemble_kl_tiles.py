@@ -1,6 +1,6 @@
-"""`linear_ensemble_kl` of bf16 streams on a processor with matrix tiles, against float64.
+"""Compares `linear_ensemble_kl` of bf16 streams, on a processor with matrix tiles, with float64.
 
-Error at most three times that of the reference's fp32 products, the gradients of logits being rounded to bf16.
+The error is at most three times that of the reference's fp32 products, with the gradients of logits rounded to bf16.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def stream(tokens: int, vocabulary: int, width: int, *dtypes: torch.dtype, bias:
     ("M", "K", "N"), [(1, 1, 1), (3, 5, 7), (65, 33, 129), (256, 512, 128), (300, 1030, 300), (2, 2049, 64)]
 )
 def test_products(M: int, K: int, N: int, across: bool, add: bool) -> None:
-    """Of a right matrix whose columns or whose rows are adjacent, and of a left one whose rows lie apart."""
+    """The right matrix has adjacent columns or adjacent rows, and the left one has rows with gaps between them."""
     left = draw(M, K + 3)[:, :K]
     right = draw(N, K, seed=1).T if across else draw(K, N, seed=1)
     out = torch.ones(M, N) if add else torch.full((M, N), torch.nan)
@@ -50,17 +50,17 @@ def test_products(M: int, K: int, N: int, across: bool, add: bool) -> None:
 def losses_and_gradients(
     backend, students: int, streams: Sequence[Projected | TopK], divergence: str = "forward", needs=None
 ) -> list[Tensor]:
-    """Of every third row ignored in cross-entropy, and of every second in the divergences."""
+    """Ignores every third row in the cross-entropy, and every second in the divergences."""
     tokens, vocabulary = streams[0][0].shape[0], streams[0][1].shape[0]
-    wide = any(x is not None and x.dtype == torch.float64 for one in streams for x in one)
+    wide = any(x is not None and x.dtype == torch.float64 for s in streams for x in s)
     dtype = torch.float64 if wide else FP32
     ce_rows, kl_rows = torch.arange(tokens) % 3 != 1, torch.arange(tokens) % 2 == 0
     targets = (torch.arange(tokens) * 5 % vocabulary).masked_fill(~ce_rows, -100)
     weights = draw(students, len(streams) + 1, seed=3, dtype=dtype).abs()
-    needs = needs or [[x is not None for x in one] for one in streams[:students]]
+    needs = needs or [[x is not None for x in s] for s in streams[:students]]
     spec = LossSpec(targets, weights[:, 0], weights[:, 1:], ce_rows, kl_rows, 2.0, divergence)
     losses, ce, kl, gradients = backend.losses_and_gradients(streams[:students], streams[students:], spec, 3, needs)
-    return [losses, ce, kl, *(g for own in gradients for g in own if g is not None)]
+    return [losses, ce, kl, *(g for flat in gradients for g in flat if g is not None)]
 
 
 def exact(students: int, streams: Sequence[Projected | TopK], *rest) -> list[Tensor]:
@@ -80,7 +80,7 @@ def assert_as_exact(students: int, streams: Sequence[Projected | TopK], *rest) -
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("chunk", [7, 100])
 def test_students_and_teachers(chunk: int, divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which one is in fp32, and one has an odd width."""
+    """One of the streams is in fp32, and one has an odd width."""
     monkeypatch.setattr(native, "BUDGET", chunk * 4 * 200 * 4)
     streams = [stream(40, 200, 16), stream(40, 200, 24, bias=False), stream(40, 200, 8, FP32, FP32), stream(40, 200, 9)]
     assert [native._uses_tiles(s, FP32) for s in streams] == [True, True, False, True]
@@ -90,7 +90,7 @@ def test_students_and_teachers(chunk: int, divergence: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 def test_gradients_take_the_place_of_logits_already_read(divergence: str) -> None:
-    """Rows of several blocks."""
+    """The rows have several blocks."""
     assert_as_exact(2, [stream(6, 2500, 16), stream(6, 2500, 24), stream(6, 2500, 8)], divergence)
 
 
@@ -102,26 +102,26 @@ def test_beside_a_teacher_known_by_its_top_k() -> None:
 def test_ignored_rows_may_hold_anything() -> None:
     streams = [stream(12, 200, 16), stream(12, 200, 24)]
     clean = losses_and_gradients(native, 2, streams)
-    for one in streams:
-        one.hidden[[1, 7]] = torch.nan  # which count in neither
+    for s in streams:
+        s.hidden[[1, 7]] = torch.nan  # These rows count in neither loss.
     for a, b in zip(losses_and_gradients(native, 2, streams), clean, strict=True):
         torch.testing.assert_close(a, b, equal_nan=False)
 
 
 def test_any_strides_and_float64_beside() -> None:
-    one = stream(12, 200, 16)
-    scattered = Projected(one.hidden.T.contiguous().T, one.weight.T.contiguous().T, one.bias)
-    for a, b in zip(*(losses_and_gradients(native, 1, [s]) for s in (one, scattered)), strict=True):
+    dense = stream(12, 200, 16)
+    scattered = Projected(dense.hidden.T.contiguous().T, dense.weight.T.contiguous().T, dense.bias)
+    for a, b in zip(*(losses_and_gradients(native, 1, [s]) for s in (dense, scattered)), strict=True):
         assert torch.equal(a, b)
     wide = stream(12, 200, 24, torch.float64, torch.float64)
-    for a, b in zip(*(losses_and_gradients(backend, 2, [one, wide]) for backend in (native, reference)), strict=True):
+    for a, b in zip(*(losses_and_gradients(backend, 2, [dense, wide]) for backend in (native, reference)), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_no_rows_and_what_is_not_needed() -> None:
     assert not any(x.any() for x in losses_and_gradients(native, 1, [stream(0, 200, 16)])[3:])
-    made = losses_and_gradients(native, 1, [stream(12, 200, 16)], "forward", [[False, True, False]])
-    assert [x.shape for x in made[3:]] == [(200, 16)]
+    results = losses_and_gradients(native, 1, [stream(12, 200, 16)], "forward", [[False, True, False]])
+    assert [x.shape for x in results[3:]] == [(200, 16)]
 
 
 def test_bitwise_the_same_again_and_with_any_number_of_threads() -> None:

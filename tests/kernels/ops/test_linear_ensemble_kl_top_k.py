@@ -1,4 +1,4 @@
-"""A teacher known by its k most probable tokens and its tail, against autograd through the k + 1 buckets in float64."""
+"""Compares teachers known by their top k and their tail with autograd through the k + 1 buckets in float64."""
 
 from typing import Any
 
@@ -32,13 +32,13 @@ def top_k(teacher: Projected, k: int, temperature: float) -> TopK:
 
 
 def buckets(log_prob_NV: Tensor, index_Nk: Tensor) -> Tensor:
-    """Log-probabilities [N, k + 1] of the tokens at `index` and of all others together."""
+    """Returns log-probabilities [N, k + 1] of the tokens at `index` and of all others together."""
     rest_NV = log_prob_NV.scatter(1, index_Nk, -torch.inf)
     return torch.cat([log_prob_NV.gather(1, index_Nk), rest_NV.logsumexp(-1, keepdim=True)], 1)
 
 
 def divergence_of(log_q: Tensor, log_p: Tensor, divergence: str) -> Tensor:
-    """As it is defined, term by term."""
+    """Computes the divergence term by term, as it is defined."""
     p, q, log_m = log_p.exp(), log_q.exp(), ((log_p.exp() + log_q.exp()) / 2).log()
     return {
         "forward": p * (log_p - log_q),
@@ -57,7 +57,7 @@ def test_losses_and_gradients_equal_autograds(
     students = [stream(seed) for seed in range(1 + peers)]
     dense, teacher = stream(8, requires_grad=False), stream(9, requires_grad=False)
     top = top_k(teacher, 4, temperature)
-    kl_mask = torch.arange(TOKENS) != 3  # also rows without a target, and not all with one
+    kl_mask = torch.arange(TOKENS) != 3  # It has rows without a target, and lacks one with a target.
     ce_weight = torch.tensor([0.5, 0.3], dtype=dtype)[: 1 + peers]
     kl_weight = torch.rand(1 + peers, 3 + peers, dtype=dtype, generator=torch.Generator().manual_seed(4))
     options: dict[str, Any] = dict(temperature=temperature, divergence=divergence)
@@ -78,9 +78,9 @@ def test_losses_and_gradients_equal_autograds(
     assert result.kl is not None
     for i, z in enumerate(logits):
         expected = ce_weight[i] * torch.nn.functional.cross_entropy(z, TARGETS, reduction="sum")
-        kept_N = divergence_of(buckets((z / temperature).log_softmax(-1), top.index), log_p, divergence)
-        torch.testing.assert_close(result.kl[i, -1], kept_N.detach() * kl_mask)
-        expected = expected + temperature**2 * kl_weight[i, -1] * (kept_N * kl_mask).sum()
+        top_k_N = divergence_of(buckets((z / temperature).log_softmax(-1), top.index), log_p, divergence)
+        torch.testing.assert_close(result.kl[i, -1], top_k_N.detach() * kl_mask)
+        expected = expected + temperature**2 * kl_weight[i, -1] * (top_k_N * kl_mask).sum()
         for j, other in enumerate(streams):
             if j != i:
                 kl_N = divergence_of(
@@ -89,9 +89,9 @@ def test_losses_and_gradients_equal_autograds(
                 expected = expected + temperature**2 * kl_weight[i, j] * (kl_N * kl_mask).sum()
         expected = expected / 7
         torch.testing.assert_close(result.losses[i], expected)
-        found = torch.autograd.grad(result.losses[i], [students[i].hidden, students[i].weight])
+        actual = torch.autograd.grad(result.losses[i], [students[i].hidden, students[i].weight])
         wanted = torch.autograd.grad(expected, [students[i].hidden, students[i].weight])
-        for a, b in zip(found, wanted, strict=True):
+        for a, b in zip(actual, wanted, strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -127,17 +127,17 @@ def test_all_tokens_kept_but_one_is_the_whole_divergence(divergence: str) -> Non
     student, teacher = stream(1), stream(2, requires_grad=False)
     weights: dict[str, Any] = dict(ce_weight=torch.tensor([0.5]), kl_weight=torch.tensor([[0.0, 1.0]]), normalizer=7)
     options: dict[str, Any] = dict(divergence=divergence, temperature=2.0)
-    (found,), (whole,) = (
+    (bucketed,), (whole,) = (
         kernels.linear_ensemble_kl([student], [other], TARGETS, **weights, **options).losses
         for other in (top_k(teacher, VOCABULARY - 1, 2.0), teacher)
     )
-    torch.testing.assert_close(found, whole)
-    for a, b in zip(*(torch.autograd.grad(x, list(student[:2])) for x in (found, whole)), strict=True):
+    torch.testing.assert_close(bucketed, whole)
+    for a, b in zip(*(torch.autograd.grad(x, list(student[:2])) for x in (bucketed, whole)), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_a_tail_of_nothing_and_a_sure_student() -> None:
-    """In fp32, where 1 − Σ q would have no digit left."""
+def test_an_empty_tail_and_a_confident_student() -> None:
+    """In fp32, 1 − Σ q would have no correct digit here."""
     student = Projected(torch.tensor([[40.0]]).requires_grad_(), torch.tensor([[1.0], [0.0], [0.0]]))
     index = torch.tensor([[0]], dtype=torch.int16)
     for tail, expected in (
@@ -156,8 +156,8 @@ def test_a_tail_of_nothing_and_a_sure_student() -> None:
         torch.testing.assert_close(result.losses[0].item(), float(expected), rtol=1e-6, atol=1e-9)
 
 
-def test_a_student_all_but_sure_learns_of_the_tail() -> None:
-    """In fp32, where P_t / Q_t is infinite."""
+def test_a_confident_student_learns_the_tail() -> None:
+    """In fp32, P_t / Q_t is infinite here."""
     logits = torch.tensor([[95.0, 0.0, 1.0]]).requires_grad_()
     loss = kernels.linear_ensemble_kl(
         [Projected(logits, torch.eye(3))],
@@ -172,7 +172,7 @@ def test_a_student_all_but_sure_learns_of_the_tail() -> None:
     torch.testing.assert_close(gradient[0], torch.tensor([0.25, *(-0.25 * shares)]), rtol=1e-3, atol=0)
 
 
-def test_a_weight_of_nothing_takes_an_infinite_loss() -> None:
+def test_a_weight_of_zero_removes_an_infinite_loss() -> None:
     student = Projected(torch.zeros(1, 3).requires_grad_(), torch.eye(3))
     result = kernels.linear_ensemble_kl(
         [student],

@@ -18,15 +18,15 @@ def test_equals_transformers():
     q, k, cos, sin = make()
     full_cos, full_sin = (torch.cat((x, x), -1).double()[None] for x in (cos, sin))
     theirs = apply_rotary_pos_emb(q, k, full_cos, full_sin, unsqueeze_dim=2)
-    for got, want in zip(kernels.rotary(q, k, cos, sin), theirs, strict=True):
-        torch.testing.assert_close(got, want)
+    for actual, want in zip(kernels.rotary(q, k, cos, sin), theirs, strict=True):
+        torch.testing.assert_close(actual, want)
 
 
 def test_bf16_is_rounded_once():
     q, k, cos, sin = make(torch.bfloat16)
     wide = kernels.rotary(q.double(), k.double(), cos, sin)
-    for got, want in zip(kernels.rotary(q, k, cos, sin), wide, strict=True):
-        assert torch.equal(got, want.bfloat16())
+    for actual, want in zip(kernels.rotary(q, k, cos, sin), wide, strict=True):
+        assert torch.equal(actual, want.bfloat16())
 
 
 @pytest.mark.parametrize("backend", ["reference"], indirect=True)

@@ -1,10 +1,10 @@
-"""The yardstick of the Triton kernels' tests: float64.
+"""Compares Triton kernels with float64.
 
-A kernel may err 3 times as much as plain torch (`reference.py`) in the same storage dtype, as `yardstick.py` says.
+A kernel's error may be 3 times that of plain torch (`reference.py`) in the same storage dtype, as in `yardstick.py`.
 
-Triton's interpreter is wrong in bf16: its arithmetic takes the bits for integers (the kernels widen what they load, so
-none happens), and its casts from fp32 cut off what a GPU rounds to the nearest even. `honest_memory_and_casts` puts
-torch's rounding in their place. It also fills with NaN what is allocated but not written.
+Triton's interpreter is wrong in bf16. Its arithmetic takes the bits for integers (the kernels convert to fp32 first, so
+this does not matter), and its casts from fp32 truncate where a GPU rounds to the nearest even.
+`honest_memory_and_casts` replaces these casts by torch's rounding, and fills newly allocated memory with NaN.
 """
 
 import os
@@ -23,7 +23,7 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 def rows(few: int) -> int:
-    """So many tokens in the interpreter, which is slow; on a GPU more, lest either side's largest error be luck."""
+    """Returns a number of tokens: few in the slow interpreter, more on a GPU, so that no largest error is luck."""
     return few if DEVICE == "cpu" else 12 * few
 
 
@@ -37,7 +37,7 @@ def assert_agrees(
     view: Callable[[Tensor], Tensor] = torch.clone,
     cotangent: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> None:
-    """Outputs and every gradient of ours(*inputs) are as near to plain's in float64 as its own in `inputs`' dtypes are.
+    """Asserts that outputs and gradients of ours(*inputs) are as near to float64 as plain's in the inputs' dtypes are.
 
     `view` gives our inputs other strides, and `cotangent` makes the gradients of the outputs.
     """
@@ -68,7 +68,7 @@ def honest_memory_and_casts() -> Iterator[None]:
         rounded = torch.tensor(src.data).bfloat16().view(torch.int16).numpy().view("uint16")
         return TensorHandle(rounded, tl.bfloat16)
 
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then returns NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then returns NaN.
     try:
         with mock.patch.object(InterpreterBuilder, "cast_impl", round_to_nearest):
             assert torch.empty(3).isnan().all()
@@ -90,22 +90,22 @@ def _gradients(function: Function, inputs: Sequence[Tensor], cotangents: Sequenc
 
 
 def packed(x: Tensor) -> Tensor:
-    """The same numbers as a slice of something wider: rows lie an odd number of elements apart, off 16 bytes."""
+    """Returns x as a slice of a wider tensor, whose rows are an odd number of elements long and not on 16 bytes."""
     wider = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan"))
     wider[..., 1:-2] = x
     return wider[..., 1:-2]
 
 
 def scattered(x: Tensor) -> Tensor:
-    """The same numbers in the opposite order of dimensions: nothing is adjacent."""
+    """Returns x with its dimensions in the opposite order in memory, so that no columns are adjacent."""
     return x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
 
 
 def expanded(x: Tensor) -> Tensor:
-    """A gradient such as `.sum()` sends: one number in memory."""
+    """Returns a gradient as `.sum()` gives it: one number in memory."""
     return torch.randn((), device=x.device).to(x.dtype).expand(x.shape)
 
 
 def sliced(x: Tensor) -> Tensor:
-    """A gradient whose rows lie apart, as `torch.cat` sends."""
+    """Returns a gradient with gaps between its rows, as `torch.cat` gives it."""
     return packed(torch.randn_like(x))

@@ -1,4 +1,4 @@
-"""These tests run Triton kernels: on a GPU, or in the interpreter, which a whole process must choose beforehand."""
+"""These tests run Triton kernels on a GPU, or in the interpreter, which a process must choose before it starts."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""`ensemble_kl` in Triton against the reference in float64. For bf16 see agreement.py."""
+"""Compares `ensemble_kl` in Triton with the reference in float64. For bf16 see agreement.py."""
 
 import math
 
@@ -28,7 +28,7 @@ from tests.kernels.ops.triton.agreement import (
 from tests.kernels.yardstick import assert_near
 
 DIVERGENCES = ("forward", "reverse", "jsd")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, where NaN and infinity are meant
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns where NaN and infinity are intended.
 
 
 def make(streams: int, tokens: int, vocabulary: int, dtype=torch.float32, *, scale=3.0, seed=0) -> list[Tensor]:
@@ -37,7 +37,7 @@ def make(streams: int, tokens: int, vocabulary: int, dtype=torch.float32, *, sca
 
 
 def make_targets(tokens: int, vocabulary: int) -> Tensor:
-    """The first and the last token of the vocabulary among them, and ignored rows."""
+    """Makes targets with the first and the last token of the vocabulary, and ignored rows."""
     targets = torch.arange(tokens) * 7 % vocabulary
     targets[-1] = vocabulary - 1
     targets[1:-1:5] = -100
@@ -45,13 +45,13 @@ def make_targets(tokens: int, vocabulary: int) -> Tensor:
 
 
 def of_students(backend, teachers, targets, *, temperature=1.0, divergence="forward"):
-    """`backend.ensemble_kl` as a function of the students, with teachers in float64 where those are."""
+    """Returns `backend.ensemble_kl` as a function of the students. Teachers are float64 if the students are."""
 
     def run(*students: Tensor) -> tuple[Tensor, Tensor]:
         peers = [t.double() if students[0].dtype == torch.float64 else t for t in teachers]
         ce, kl = backend.ensemble_kl((*students, *peers), targets, len(students), temperature, divergence, -100)
-        nothing = sum(0 * x.sum(-1) for x in students)  # ties both to the students, also where a loss is constant
-        return ce + nothing, kl + nothing
+        zeros = sum(0 * x.sum(-1) for x in students)  # Both depend on the students, even where a loss is constant.
+        return ce + zeros, kl + zeros
 
     return run
 
@@ -73,7 +73,7 @@ def check(students: int, streams: list[Tensor], targets: Tensor | None, *views, 
 )
 def test_students_and_teachers(students, streams, temperature, divergence):
     if DEVICE == "cpu" and streams > 4 and temperature != 1:
-        pytest.skip("slow in the interpreter, and nothing of its own")
+        pytest.skip("slow in the interpreter, and other cases cover it")
     logits = make(streams, rows(3), 600)
     check(students, logits, make_targets(rows(3), 600), temperature=temperature, divergence=divergence)
 
@@ -81,7 +81,7 @@ def test_students_and_teachers(students, streams, temperature, divergence):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("vocabulary", "tokens"), [(7, 7), (1000, 7), (2047, 1), (2048, 1), (2049, 2)])
 def test_shapes(vocabulary, tokens, dtype):
-    """2048 fp32 logits, and 4096 of 16 bits, are what 4 warps keep in registers."""
+    """4 warps keep 2048 fp32 logits, or 4096 of 16 bits, in registers."""
     check(2, make(3, tokens, vocabulary, dtype), make_targets(tokens, vocabulary))
 
 
@@ -91,7 +91,7 @@ def test_64_tokens():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_vocabulary_of_one(divergence):
-    """Every loss is 0: p = q = 1, up to the square of the rounding of log p − log q."""
+    """Because p = q = 1, every loss is 0, up to the square of the rounding of log p − log q."""
     logits = [x.requires_grad_() for x in make(3, 2, 1)]
     ce, kl = triton.ensemble_kl(logits, make_targets(2, 1), 2, 1.0, divergence, -100)
     assert not ce.any()
@@ -156,7 +156,7 @@ def test_only_one_of_the_losses_is_used(temperature):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_point_masses(divergence, dtype):
-    """Saturated at ±30: two streams agree and one does not."""
+    """Logits are saturated at ±30. Two streams agree and one does not."""
     logits = [torch.full((4, 600), -30.0, device=DEVICE) for _ in range(3)]
     for r, at in enumerate((5, 5, 599)):
         logits[r][:, at] = 30.0
@@ -168,7 +168,7 @@ def test_point_masses(divergence, dtype):
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 @pytest.mark.parametrize("shift", [0.0, 20.0])
 def test_tiny_divergences(temperature, divergence, shift):
-    """At KL ≈ 1e-7, where Σ p·u − p + q is some percent wrong; and where one stream's logits are all shifted."""
+    """At KL ≈ 1e-7, Σ p·u − p + q would be wrong by some percent. A shift moves all logits of one stream."""
     generator = torch.Generator().manual_seed(2)
     base = torch.randn(4, 4000, generator=generator) * 3 * temperature
     nearby = base + torch.randn(4, 4000, generator=generator) * 4.5e-4 * temperature
@@ -236,21 +236,21 @@ def test_a_row_without_a_finite_logit_is_nan(divergence):
 
 
 def sweep(backend, logits, spec: LossSpec, *, wanted, padding=0, into=None) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """`loss_and_grad` of Triton or the reference, on copies: ce, kl (empty if there is none), the gradients wanted."""
+    """Returns ce, kl (empty without `kl_weight`) and the wanted gradients by `backend.loss_and_grad`, on copies."""
     vocabulary = logits[0].shape[1]
     if backend is reference:
         copies = [x.clone() for x in logits]
-        ce, kl, made = reference.loss_and_grad(copies, spec.normalized(1, copies[0].dtype), wanted)
+        ce, kl, gradients = reference.loss_and_grad(copies, spec.normalized(1, copies[0].dtype), wanted)
         assert kl is not None
-        return ce, kl, [g for g in made if g is not None]
+        return ce, kl, [g for g in gradients if g is not None]
     padded = [torch.nn.functional.pad(x, (0, padding), value=math.nan) for x in logits]
-    made = [
+    outputs = [
         None if not want else x if into is None else torch.full_like(x, math.nan, dtype=into)
         for x, want in zip(padded, wanted, strict=False)
     ]
     with honest_memory_and_casts():
-        ce, kl = triton.loss_and_grad(padded, made, spec, vocabulary)
-    gradients = [g for g in made if g is not None]
+        ce, kl = triton.loss_and_grad(padded, outputs, spec, vocabulary)
+    gradients = [g for g in outputs if g is not None]
     assert not any(g[:, vocabulary:].any() for g in gradients)
     return ce, torch.empty(0) if kl is None else kl, [g[:, :vocabulary] for g in gradients]
 
@@ -259,7 +259,7 @@ def sweep(backend, logits, spec: LossSpec, *, wanted, padding=0, into=None) -> t
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(("students", "streams", "temperature"), [(1, 3, 2.0), (2, 2, 1.0), (3, 4, 0.7), (6, 7, 1.0)])
 def test_losses_and_gradients_in_one_launch(students, streams, temperature, divergence, into):
-    """In place over the students' logits (`into` None), or elsewhere; rows padded with NaN."""
+    """Gradients replace the students' logits (`into` None) or go elsewhere. Rows are padded with NaN."""
     logits = make(streams, 6, 590)
     targets = torch.tensor([0, 589, 7, 8, -100, -100], device=DEVICE)
     ce_rows, kl_rows = targets != -100, torch.tensor([True, False, True, True, True, False], device=DEVICE)
@@ -275,17 +275,19 @@ def test_losses_and_gradients_in_one_launch(students, streams, temperature, dive
     exact = sweep(reference, [x.double() for x in clean], spec, wanted=wanted)
     plain = sweep(reference, clean, spec, wanted=wanted)
     ours = sweep(triton, logits, spec, padding=18, into=into, wanted=wanted)
-    # The students' gradients together: where a peaked row's largest error is rounding of that row's sums, one
-    # student's is a single draw, in which plain torch may be lucky.
-    for got, theirs, want in zip(*((ce, kl, torch.stack(made)) for ce, kl, made in (ours, plain, exact)), strict=True):
-        assert_near(got, theirs.to(got.dtype), want, str(tuple(got.shape)))
-        error, allowed = ((x.double() - want).abs().max().item() for x in (got, theirs))
-        rounding = torch.finfo(got.dtype).eps * want.abs().max().item()
+    # The students' gradients are compared together. A peaked row's largest error is the rounding of that row's sums, so
+    # one student's is a single draw, in which plain torch may be lucky.
+    for actual, theirs, want in zip(
+        *((ce, kl, torch.stack(grads)) for ce, kl, grads in (ours, plain, exact)), strict=True
+    ):
+        assert_near(actual, theirs.to(actual.dtype), want, str(tuple(actual.shape)))
+        error, allowed = ((x.double() - want).abs().max().item() for x in (actual, theirs))
+        rounding = torch.finfo(actual.dtype).eps * want.abs().max().item()
         assert error <= 3 * allowed + rounding, "more than storing it costs"
 
 
 def test_without_kl_weights_only_cross_entropy_is_computed():
-    """The teacher is not looked at, nor is the temperature."""
+    """Neither the teacher nor the temperature is read."""
     (student,) = make(1, 3, 70)
     teacher = torch.full_like(student, math.nan)
     targets = torch.tensor([0, 69, -100], device=DEVICE)
@@ -303,7 +305,7 @@ def test_without_kl_weights_only_cross_entropy_is_computed():
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_launch_gives_the_same(divergence, dtype, monkeypatch):
-    """Rows kept on chip or read again, in parts, in sweeps: whatever `launch` chooses for some other shape or GPU."""
+    """Rows stay on chip or are read again, in parts or in sweeps, as `launch` may choose for other shapes or GPUs."""
     V = 700
     logits = make(3, 1, V, dtype)
     rows, weights = torch.ones(1, dtype=torch.bool, device=DEVICE), torch.ones(2, 3, device=DEVICE)
@@ -323,8 +325,8 @@ def test_every_launch_gives_the_same(divergence, dtype, monkeypatch):
         ce, kl, gradients = sweep(triton, logits, spec, into=torch.float32, wanted=[True, True])
         torch.testing.assert_close(ce.double(), exact[0], rtol=1e-6, atol=0)
         torch.testing.assert_close(kl.double(), exact[1], rtol=2e-6, atol=1e-7)
-        for got, want in zip(gradients, exact[2], strict=True):
-            assert (got.double() - want).abs().max() <= 2e-6 * want.abs().max()
+        for actual, want in zip(gradients, exact[2], strict=True):
+            assert (actual.double() - want).abs().max() <= 2e-6 * want.abs().max()
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)

@@ -1,4 +1,4 @@
-"""`linear_ensemble_kl` in Triton against the reference in float64. A CPU's matrix products are torch's, in fp32."""
+"""Compares `linear_ensemble_kl` in Triton with the reference in float64. On a CPU, matrix products are in fp32."""
 
 from collections.abc import Sequence
 
@@ -19,18 +19,18 @@ Swept = tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]
 
 
 def make(streams: int, tokens: int, vocabulary: int, *dtypes: torch.dtype, bias=True) -> list[Projected]:
-    """Hidden sizes 5, 6, ...; hidden states and head of stream r in dtypes[2r] and dtypes[2r + 1], taken in turn."""
+    """Makes streams of hidden sizes 5, 6, ..., hidden states in dtypes[2r] and heads in dtypes[2r + 1], cyclically."""
     generator = torch.Generator().manual_seed(0)
 
     def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
-    made = []
+    projected = []
     for r in range(streams):
         D, of_hidden, of_head = 5 + r, dtypes[2 * r % len(dtypes)], dtypes[(2 * r + 1) % len(dtypes)]
         head = tensor(of_head, vocabulary, D)
-        made.append(Projected(tensor(of_hidden, tokens, D), head, tensor(of_head, vocabulary) if bias else None))
-    return made
+        projected.append(Projected(tensor(of_hidden, tokens, D), head, tensor(of_head, vocabulary) if bias else None))
+    return projected
 
 
 def run(
@@ -44,7 +44,7 @@ def run(
     needs=None,
     **options,
 ):
-    """Every third row ignored; with `mask`, KL counts in other rows than CE."""
+    """Ignores every third row. With `mask`, KL counts in other rows than CE."""
     N, V = len(streams[0][0]), len(streams[0][1])
     targets = torch.arange(N, device=DEVICE) * 5 % V
     ce_rows = torch.arange(N, device=DEVICE) % 3 != 1
@@ -71,7 +71,7 @@ def run(
 
 def flat(swept: Swept) -> list[Tensor]:
     losses, ce, kl, gradients = swept
-    return [x for x in (losses, ce, kl, *(g for own in gradients for g in own)) if x is not None]
+    return [x for x in (losses, ce, kl, *(g for student in gradients for g in student)) if x is not None]
 
 
 def wide(streams: Sequence[Projected | TopK]) -> list[Projected | TopK]:
@@ -96,7 +96,7 @@ def check(students: int, streams: Sequence[Projected | TopK], **options) -> list
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize(("students", "streams"), [(1, 1), (1, 3), (3, 3), (2, 3)])
 def test_students_and_teachers(students, streams, divergence):
-    """Without biases, and with a vocabulary that is no multiple of 64."""
+    """There are no biases, and the vocabulary is not a multiple of 64."""
     check(students, make(streams, rows(4), 70, FP32, bias=False), divergence=divergence, temperature=2.0)
 
 
@@ -107,13 +107,13 @@ def test_padding_takes_no_part(vocabulary):
 
 @pytest.mark.parametrize("dtypes", [(BF16,), (FP16,), (BF16, FP16, FP32, FP32), (FP32, BF16)])
 def test_dtypes(dtypes):
-    """A head whose hidden states have another dtype is taken in fp32."""
+    """A head whose hidden states have another dtype is converted to fp32."""
     check(2, make(3, 4, 70, *dtypes), mask=True, temperature=0.7)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_chunks_do_not_change_the_result(dtype, monkeypatch):
-    """Sums over chunks are fp32: the gradient of a bf16 head is off by no more than in one chunk."""
+    """Sums over chunks are fp32, so the gradient of a bf16 head has no larger error than in one chunk."""
     streams = make(2, 10, 70, dtype)
     monkeypatch.setattr(triton, "MIN_CHUNK_ROWS", 1)
     whole = check(2, streams, mask=True)
@@ -121,11 +121,11 @@ def test_chunks_do_not_change_the_result(dtype, monkeypatch):
     seen = []
     launched = triton.loss_and_grad
 
-    def counted(logits, *rest, **options):
+    def record(logits, *rest, **options):
         seen.append(len(logits[0]))
         return launched(logits, *rest, **options)
 
-    monkeypatch.setattr(triton, "loss_and_grad", counted)
+    monkeypatch.setattr(triton, "loss_and_grad", record)
     parts = check(2, streams, mask=True)
     assert seen == [3, 3, 3, 1]
     for a, b in zip(whole, parts, strict=True):
@@ -139,11 +139,11 @@ def test_cross_entropy_alone_looks_at_no_teacher():
 def test_only_what_is_needed_is_made():
     streams = make(2, 4, 70, FP32)
     *_, gradients = run(triton, 2, streams, needs=[[True, False, False], [False, False, False]])
-    assert [[g is not None for g in own] for own in gradients] == [[True, False, False], [False] * 3]
+    assert [[g is not None for g in student] for student in gradients] == [[True, False, False], [False] * 3]
 
 
 def test_a_normalizer_on_the_device_and_fp16_below_its_range():
-    """Divided by 1e8 the gradients of the logits would be 0 in fp16; they are scaled in the products instead."""
+    """Divided by 1e8, the gradients of the logits would be 0 in fp16. The products scale them instead."""
     streams = make(2, 4, 70, FP16)
     losses, _, _, *gradients = check(2, streams, normalizer=1)
     for normalizer in (10**8, torch.tensor(10**8, device=DEVICE)):
@@ -185,7 +185,7 @@ def test_float64_is_refused():
 
 
 def public(*tensors: Tensor) -> Tensor:
-    """The sum of two students' losses, by the public function."""
+    """Returns the sum of two students' losses, by the public function."""
     students = [Projected(hidden, weight, None) for hidden, weight in zip(tensors[::2], tensors[1::2], strict=True)]
     ones = torch.ones(2, device=DEVICE), torch.ones(2, 2, device=DEVICE)
     targets = torch.zeros(len(tensors[0]), dtype=torch.int64, device=DEVICE)
@@ -196,7 +196,7 @@ def public(*tensors: Tensor) -> Tensor:
 
 
 def test_torch_compile_traces_it():
-    """But not on a CPU what the public function checks there: that targets are in the vocabulary."""
+    """It calls the backend, because on a CPU the public function reads the targets to check them."""
     streams = make(2, 3, 24, FP32, bias=False)
     targets, ones = torch.zeros(3, dtype=torch.int64, device=DEVICE), torch.ones(2, 2, device=DEVICE)
     rows = targets == 0
@@ -216,7 +216,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_nothing_waits_for_the_device():
-    """Reading a number back raises on fake tensors, which have none."""
+    """Reading a number raises on fake tensors, which have none."""
     with FakeTensorMode(), kernels.backend("auto"):
         hidden, weight = (torch.empty(n, 8, device="cuda", dtype=BF16) for n in (4, 70))
         count = torch.empty((), device="cuda", dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""`linear_ensemble_kl` in Triton from teachers known by their top k, against the reference in float64."""
+"""Compares `linear_ensemble_kl` in Triton, with teachers known by their top k, with the reference in float64."""
 
 from types import ModuleType
 
@@ -16,11 +16,11 @@ from tests.kernels.ops.triton.test_linear_ensemble_kl import check, flat, make, 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DIVERGENCES = ["forward", "reverse", "jsd"]
-TOKENS = 36  # where errors of two or three roundings are compared: in fewer, one side may be lucky
+TOKENS = 36  # Errors here are two or three roundings. With fewer tokens, one side may be lucky.
 
 
 def top_of(logits_NV: Tensor, k: int, temperature: float = 1.0) -> TopK:
-    """Computed in float64, kept in fp32 with 32-bit tokens, as a cache does."""
+    """Computes the top k in float64 and keeps it in fp32 with 32-bit tokens, as a cache does."""
     log_prob_Nk, index_Nk = (logits_NV.double() / temperature).log_softmax(-1).topk(k)
     tail_N = (logits_NV.double() / temperature).softmax(-1).scatter(1, index_Nk, 0).sum(-1)
     return TopK(log_prob_Nk.float(), index_Nk.int(), tail_N.float())
@@ -34,7 +34,7 @@ def teacher(seed: int, k: int, tokens: int = 4, vocabulary: int = 70, temperatur
 def given(
     backend: ModuleType, logits_NV: Tensor, top: TopK, *, weight: float = 1.0, divergence: str = "forward"
 ) -> tuple[Tensor, Tensor]:
-    """kl [N] of a student whose logits are these, and their gradient."""
+    """Returns kl [N] of a student with these logits, and their gradient."""
     (N, V), dtype = logits_NV.shape, logits_NV.dtype
     rows, ones_12 = torch.ones(N, dtype=torch.bool, device=DEVICE), torch.ones(1, 2, device=DEVICE, dtype=dtype)
     with honest_memory_and_casts():
@@ -54,7 +54,7 @@ def given(
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize(("students", "order"), [(1, "k"), (2, "kdk")])
 def test_beside_peers_and_teachers(students: int, order: str, dtype: torch.dtype, divergence: str) -> None:
-    """Also in rows without a target; teachers whose logits are known stand between those known by their top k."""
+    """KL also counts in rows without a target, and dense teachers stand between those known by their top k."""
     streams = make(students + order.count("d"), TOKENS, 70, dtype)
     dense = iter(streams[students:])
     teachers = [
@@ -66,7 +66,7 @@ def test_beside_peers_and_teachers(students: int, order: str, dtype: torch.dtype
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(("vocabulary", "k"), [(70, 1), (70, 69), (70, 70), (64, 7), (1, 1)])
 def test_few_and_all_tokens_kept(vocabulary: int, k: int, divergence: str) -> None:
-    """Slots of k + 1 buckets that fill a tile, that do not, and no token outside."""
+    """The k + 1 buckets fill a tile or do not, and the tail may have no token."""
     check(1, [*make(1, 10, vocabulary, FP32), teacher(1, k, 10, vocabulary)], divergence=divergence)
 
 
@@ -87,7 +87,7 @@ def test_a_teachers_dtypes_and_strides(dtypes: tuple[torch.dtype, torch.dtype]) 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_equality(divergence: str) -> None:
-    """A divergence of 1e-7 to 1 in 100, where every sum of first order would err by more than its value."""
+    """A divergence of 1e-7 is right to 1 in 100, where every sum of first order would err by more than its value."""
     generator = torch.Generator().manual_seed(0)
     logits_NV = (3 * torch.randn(4, 300, generator=generator)).to(DEVICE)
     near = logits_NV + (5e-4 * torch.randn(4, 300, generator=generator)).to(DEVICE)
@@ -109,7 +109,7 @@ def test_near_equality(divergence: str) -> None:
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_logit_of_minus_infinity(divergence: str) -> None:
-    """Kept, or outside, or all that is outside: infinite where the reference is, and no gradient made up elsewhere."""
+    """A token of the top k, one of the tail, or the whole tail has −inf. Infinite results match the reference's."""
     (student,) = make(1, 3, 9, FP32)
     assert student.bias is not None
     for gone in ([0], [8], [3, 4, 5, 6, 7, 8]):
@@ -124,8 +124,8 @@ def test_a_logit_of_minus_infinity(divergence: str) -> None:
         assert ours[2].isinf().any() == (divergence == "forward" and gone != [8])
 
 
-def test_a_sure_student_learns_of_the_tail() -> None:
-    """Where its probability underflows, the tokens outside are still told apart."""
+def test_a_confident_student_learns_the_tail() -> None:
+    """The tail's tokens keep different gradients even where their probabilities underflow."""
     logits = torch.tensor([[200.0, 0.0, 1.0]], device=DEVICE)
     top = TopK(*(torch.tensor(x, device=DEVICE) for x in ([[0.75]], [[0]], [0.25])))
     kl, gradient = given(triton, logits, top._replace(log_prob=top.log_prob.log()))
@@ -140,19 +140,19 @@ def test_rows_that_do_not_count_may_hold_anything() -> None:
     student, _ = streams = make(2, 4, 70, FP32)
     top = teacher(1, 5)
     expected = flat(run(triton, 2, [*streams, top], mask=True))
-    student.hidden[1] = torch.nan  # where nothing counts, as KL does not in row 3
+    student.hidden[1] = torch.nan  # Nothing counts in row 1, and KL does not in row 3.
     for x, junk in zip(top, (torch.nan, -(2**31), torch.nan), strict=True):
         x[[1, 3]] = junk
     with honest_memory_and_casts():
-        found = flat(run(triton, 2, [*streams, top], mask=True))
-    for a, b in zip(found, expected, strict=True):
+        actual = flat(run(triton, 2, [*streams, top], mask=True))
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
-    kl = found[2]
+    kl = actual[2]
     assert not kl[..., [1, 3]].any()
 
 
-def test_a_token_outside_the_vocabulary_is_loud_and_alone() -> None:
-    """Nothing can be raised without waiting for the device; its row's loss is NaN, and the rest as it was."""
+def test_a_token_outside_the_vocabulary_makes_its_row_nan() -> None:
+    """Raising would wait for the device. Instead the row's loss is NaN, and all others are unchanged."""
     (student,) = make(1, 4, 70, FP32)
     top = teacher(1, 5)
     before = run(triton, 1, [student, top])[2]
@@ -164,7 +164,7 @@ def test_a_token_outside_the_vocabulary_is_loud_and_alone() -> None:
     assert torch.equal(kl[0, 1, [1, 3]], before[0, 1, [1, 3]])
 
 
-def test_a_weight_of_nothing_takes_an_infinite_loss() -> None:
+def test_a_weight_of_zero_removes_an_infinite_loss() -> None:
     top = teacher(1, 3, 1, 4)
     top.tail[:] = 0
     kl, gradient = given(triton, torch.zeros(1, 4, device=DEVICE), top, weight=0.0, divergence="reverse")
@@ -172,10 +172,10 @@ def test_a_weight_of_nothing_takes_an_infinite_loss() -> None:
     assert not gradient.any()
 
 
-def test_the_public_function_takes_it() -> None:
+def test_the_public_function() -> None:
     hidden, weight, _ = make(1, 4, 70, FP32, bias=False)[0]
     ones = torch.ones(1, 2, device=DEVICE)
-    found = []
+    results = []
     for backend in ("triton", "reference"):
         with kernels.backend(backend):
             (loss,) = kernels.linear_ensemble_kl(
@@ -186,8 +186,8 @@ def test_the_public_function_takes_it() -> None:
                 kl_weight=ones,
                 normalizer=4,
             ).losses
-            found.append((loss, *torch.autograd.grad(loss, hidden)))
-    torch.testing.assert_close(*found)
+            results.append((loss, *torch.autograd.grad(loss, hidden)))
+    torch.testing.assert_close(*results)
 
 
 def losses_and_gradients(
@@ -207,10 +207,10 @@ def test_torch_compile_traces_it() -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    """Reading a number back raises on fake tensors, which have none."""
+    """Reading a number raises on fake tensors, which have none."""
     with FakeTensorMode():
         student = Projected(*(torch.empty(n, 5, device="cuda", dtype=BF16) for n in (3, 24)))
         top = TopK(*(torch.empty(shape, device="cuda") for shape in ((3, 4), (3, 4), (3,))))
         ones = (torch.empty(shape, device="cuda") for shape in ((1,), (1, 3)))
-        made = losses_and_gradients(student, [top, student], torch.empty(3, device="cuda", dtype=torch.int64), *ones)
-    assert [x.shape for x in made] == [(1,), (1, 3), (1, 3, 3), (3, 5), (24, 5)]
+        results = losses_and_gradients(student, [top, student], torch.empty(3, device="cuda", dtype=torch.int64), *ones)
+    assert [x.shape for x in results] == [(1,), (1, 3), (1, 3, 3), (3, 5), (24, 5)]

@@ -50,10 +50,10 @@ def test_float64_and_mixed_dtypes():
 
 
 def test_one_column():
-    """Whose gradient is 0 but for eps: all that is left of it, after cancelling, is the roundings."""
+    """The gradient of one column is 0 except for eps, so that only roundings remain after cancellation."""
     inputs = [x.requires_grad_() for x in make((3, 1))]
-    got, want = (torch.autograd.grad(function(*inputs).sum(), inputs) for function in (ours, plain))
-    for a, b in zip(got, want, strict=True):
+    actual, want = (torch.autograd.grad(function(*inputs).sum(), inputs) for function in (ours, plain))
+    for a, b in zip(actual, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 

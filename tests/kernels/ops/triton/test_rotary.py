@@ -38,7 +38,7 @@ def test_agrees_with_float64(shape, dtype):
 
 
 def heads_first(x):
-    """[B, H, L, D_head] in memory, as attention likes it."""
+    """Returns x as [B, H, L, D_head] in memory, which attention reads fastest."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -51,7 +51,7 @@ def test_strides(view, cotangent):
 def test_heads_of_one_projection_and_a_longer_table():
     torch.manual_seed(0)
     qkv = torch.randn(2, 5, (4 + 2 + 2) * 8, device=DEVICE)
-    angles = [x.T for x in torch.randn(2, 4, 9, device=DEVICE)]  # columns adjacent, 9 positions
+    angles = [x.T for x in torch.randn(2, 4, 9, device=DEVICE)]  # The columns are adjacent, for 9 positions.
 
     def heads(function):
         def rotate(qkv):
@@ -88,7 +88,7 @@ def test_angles_are_constants_and_dtypes_equal():
 
 
 def test_the_second_derivative_is_right():
-    """Nothing is refused here: a rotation is linear, and its gradient the same op."""
+    """A second derivative is not refused, because a rotation is linear and its gradient is the same op."""
     (q, k), angles = make(L=2, D_head=4)
 
     def second(function):

@@ -48,7 +48,7 @@ def test_large_gates_and_float64():
     torch.testing.assert_close(triton.swiglu(*inputs), reference.swiglu(*inputs), rtol=1e-14, atol=1e-14)
 
 
-def test_nothing():
+def test_empty_tensors():
     gate, up = (torch.zeros(0, 4, device=DEVICE, requires_grad=True) for _ in range(2))
     triton.swiglu(gate, up).sum().backward()
     assert gate.grad is not None
