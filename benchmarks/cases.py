@@ -131,7 +131,7 @@ def case(
     for model in (*settings["students"], *taught):
         model["positions"] = max(model.get("positions", 0), length)
     write_text(folder / f"text-{vocab_size}", vocabulary, SEQUENCES * length + 1)
-    tokenizer = prepare.prepare(config.data, say=lambda _: None).tokenizer
+    tokenizer = prepare.prepare(config.data, log=lambda _: None).tokenizer
     for model in settings["students"]:
         model["init"] = str(write_model(folder, model, vocabulary, tokenizer))
     settings["teachers"] = [{"path": str(write_model(folder, model, vocabulary, tokenizer))} for model in taught]

@@ -91,7 +91,7 @@ def ours(case: Case, gate: Gate) -> None:
 def steps(case: Case) -> Iterator[Step]:
     """What the engine reads, on one rank."""
     config = case.config
-    prepared = prepare(config.data, say=lambda _: None)
+    prepared = prepare(config.data, log=lambda _: None)
     data = TrainingData(
         TokenFile(prepared.train, prepared.manifest["dtype"], config.train.length),
         batch=config.train.batch,

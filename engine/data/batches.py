@@ -1,12 +1,12 @@
-"""Token files to steps. What a step reads depends on the seed and the step's number alone.
+"""Cuts token files into sequences and gives them out as batches and steps.
 
-The stream of tokens is cut into chunks of L tokens, the last one what is left; an epoch visits every chunk once, in an
-order drawn from the seed and the epoch's number, so that (with fixed chunks) every token but the very first is
-predicted once. Step t takes the sequences (t−1)·G to t·G of the endless row of epochs, G the global batch. Ranks and
-micro-batches only divide a step among themselves, so neither changes what is learnt, and a resumed run needs the step's
-number and nothing else.
+What a step reads depends on the seed and the step's number alone. The stream of tokens is cut into chunks of L tokens;
+the last one is shorter. An epoch visits every chunk once, in an order drawn from the seed and the epoch's number, so
+with fixed chunks every token but the very first is predicted once. Let G be the number of sequences in a step, over all
+ranks: step t reads the samples (t−1)·G to t·G of the endless sequence of epochs. Ranks and micro-batches only divide a
+step among themselves, so neither changes what is learnt, and a resumed run needs only the number of its step.
 
-B sequences, L positions, N = B·L tokens.
+Shapes: B sequences, L positions, N = B·L tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,61 +22,68 @@ from torch import Tensor
 from engine.system.errors import UserError
 from kernels import TopK
 
-IGNORED = -100  # a target that is not to be predicted
+IGNORED = -100  # The target of a position where nothing is to be predicted.
 
-# Every kind of draw has a stream of its own, so that adding one changes no other.
+# Every kind of draw has a random stream of its own, so that a further kind changes no other.
 _ORDER, _OFFSET = 0, 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank takes at once."""
+    """The sequences that one rank reads at once."""
 
-    tokens_BL: Tensor  # int64
-    targets_N: Tensor  # int64, the token after each row; IGNORED where there is none to predict
-    rows_N: Tensor | None = None  # int64, which positions of the flattened tokens are rows; None: all
-    kl_mask_N: Tensor | None = None  # bool, the rows whose divergences count; None: those with a target
-    samples_B: Tensor | None = None  # int64, the sequences' numbers in the endless row of epochs; None: not of it
-    chunks: tuple[int, ...] = ()  # the sequences' chunks of the file
-    predicted: tuple[TopK, ...] = ()  # by teachers, where a cache has kept it (engine.teachers.cache)
+    tokens_BL: Tensor  # int64.
+    targets_N: Tensor  # int64, one per row: the next token, or IGNORED where there is none to predict.
+    rows_N: Tensor | None = None  # int64: which positions of the flattened tokens are rows. None means all.
+    kl_mask_N: Tensor | None = None  # bool: the rows whose divergences count. None means those with a target.
+    samples_B: Tensor | None = (
+        None  # int64: the sequences' numbers in the endless sequence of epochs, if they have any.
+    )
+    chunks: tuple[int, ...] = ()  # The sequences' chunks of the file.
+    predicted: tuple[TopK, ...] = ()  # The teachers' predictions, where a cache keeps them (engine.teachers.cache).
 
 
 @dataclass(frozen=True)
 class Step:
     """What one optimizer step reads on this rank."""
 
-    number: int  # from 1
-    epoch: float  # epochs begun and finished before this step ends
-    valid_tokens: int  # predicted in this step, over all ranks and micro-batches
-    tokens: int  # of the text that it reads: as many, but where only those that are masked are predicted
-    words: int  # begun by them (`WordStarts`); 0 where nobody counts
+    number: int  # From 1.
+    epoch: float  # Epochs read when this step ends.
+    valid_tokens: int  # Targets of this step, over all ranks and micro-batches.
+    tokens: int  # Tokens of the text that it reads: valid_tokens, or more where only masked tokens are predicted.
+    words: int  # Words that begin among them; 0 where no WordStarts is given.
     micro_batches: list[Batch]
 
 
 class WordStarts:
-    """Which tokens begin a word: a run of text without white space, as BabyLM counts, in the text that the tokenizer
-    gives back. A word is counted with the token that holds its first character. White space that the tokenizer cuts
-    into bytes (U+00A0 and its like, with `normalization: none` alone) separates nothing."""
+    """Counts the words in a stream of tokens.
+
+    A word is a run of characters without white space, as BabyLM counts, in the text that the tokenizer gives back. It
+    is counted with the token that holds its first character. White space that the tokenizer cuts into bytes (U+00A0 and
+    its like, with `normalization: none` alone) separates nothing.
+    """
 
     def __init__(self, surfaces: Sequence[str]) -> None:
-        """From what each piece adds to a text (`Tokenizer.surfaces`); special tokens stand between words."""
+        """Takes what each token adds to a text (`Tokenizer.surfaces`); special tokens stand between words."""
         after_space = [sum(a.isspace() and not b.isspace() for a, b in pairwise(text)) for text in surfaces]
-        self._inside = np.array(after_space)  # words that begin in the piece behind white space of its own
-        self._solid = np.array([text != "" and not text[0].isspace() for text in surfaces])
-        self._open = np.array([text == "" or text[-1].isspace() for text in surfaces])
+        self._words_inside = np.array(after_space)  # Words that begin in the token behind white space of its own.
+        self._begins_solid = np.array([text != "" and not text[0].isspace() for text in surfaces])
+        self._ends_open = np.array([text == "" or text[-1].isspace() for text in surfaces])
 
     def count(self, tokens: np.ndarray) -> int:
-        """How many words begin in tokens[1:]."""
-        return int(self._inside[tokens[1:]].sum() + (self._open[tokens[:-1]] & self._solid[tokens[1:]]).sum())
+        """Returns how many words begin in tokens[1:]."""
+        begins = self._ends_open[tokens[:-1]] & self._begins_solid[tokens[1:]]
+        return int(self._words_inside[tokens[1:]].sum() + begins.sum())
 
 
 class TokenFile:
-    """Memory-mapped token ids, read in sequences of `length` tokens and the one that follows."""
+    """A memory-mapped file of token ids, read in sequences of `length` tokens whose targets are the next tokens."""
 
     def __init__(self, path: Path, dtype: str, length: int, *, drop_last_target: bool = False) -> None:
-        """`open_end`: a sequence's last position has no target, but its divergences count, as in Baby Llama's code.
+        """Opens the file. Raises UserError where it holds less than one sequence.
 
-        Raises ValueError where the text is shorter than one sequence.
+        `drop_last_target` serves `objective.kl_everywhere`. In Baby Llama's code a sequence's last position has no
+        target, because the targets are shifted inside the sequence, but its divergence from the teachers counts.
         """
         self.tokens = np.memmap(path, dtype=dtype, mode="r")
         self.length, self.drop_last_target = length, drop_last_target
@@ -87,43 +94,47 @@ class TokenFile:
             )
         self.chunks = -(-(len(self.tokens) - 1 - drop_last_target) // length)
 
-    def predicted(self, start: int) -> int:
-        """How many targets a sequence from `start` has: one a position, and fewer near the end."""
+    def token_count(self, start: int) -> int:
+        """Returns how many tokens a sequence from `start` predicts: one at each position, fewer at the file's end."""
         return min(self.length, len(self.tokens) - 1 - start) - self.drop_last_target
 
-    def targets(self, start: int, sample: int) -> int:
-        """The same; where tokens are masked, how many of the `sample`-th sequence (engine.data.masking)."""
-        return self.predicted(start)
+    def target_count(self, start: int, sample: int) -> int:
+        """Returns how many targets the sequence has that begins at `start` and is number `sample` of all epochs.
+
+        It is `token_count`, but where tokens are masked (engine.data.masking).
+        """
+        return self.token_count(start)
 
     def batch(self, starts: Sequence[int], device: torch.device, samples: Sequence[int] = ()) -> Batch:
-        """Inputs [B, L] and targets [B·L] of the sequences at `starts`, whatever their `samples`' numbers.
+        """Returns the sequences that begin at `starts`; only masking reads their numbers, `samples`.
 
-        A sequence near the end is read from so much earlier that it is whole; what stands before its start is context,
-        and not predicted again.
+        A sequence near the file's end is read from so much earlier that it is whole; what stands before its start is
+        context, and is not predicted again.
         """
         latest = len(self.tokens) - 1 - self.length
-        read = np.stack([self.tokens[min(s, latest) : min(s, latest) + self.length + 1] for s in starts])
-        tokens = torch.from_numpy(read.astype(np.int64))
+        sequences = [self.tokens[min(s, latest) : min(s, latest) + self.length + 1] for s in starts]
+        tokens = torch.from_numpy(np.stack(sequences).astype(np.int64))
         targets_BL = tokens[:, 1:].clone()
         for row, start in enumerate(starts):
             targets_BL[row, : max(0, start - latest)] = IGNORED
-        kl_mask_N = (targets_BL != IGNORED).flatten() if self.drop_last_target else None
+        kl_mask_N = None
         if self.drop_last_target:
+            kl_mask_N = to_device((targets_BL != IGNORED).flatten(), device)
             targets_BL[:, -1] = IGNORED
-        return Batch(
-            to_device(tokens[:, :-1].contiguous(), device),
-            to_device(targets_BL.flatten(), device),
-            kl_mask_N=None if kl_mask_N is None else to_device(kl_mask_N, device),
-        )
+        tokens_BL = to_device(tokens[:, :-1].contiguous(), device)
+        return Batch(tokens_BL, to_device(targets_BL.flatten(), device), kl_mask_N=kl_mask_N)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory, whose copy waits for nothing."""
+    """Returns `x` on the device. On a GPU it is copied from pinned memory, and the host does not wait for the copy."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def share_of_batch(batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
-    """A rank's sequences of a step, and how many of them it takes at once; ValueError where they do not divide."""
+    """Returns how many sequences of a step a rank has, and how many of them it reads at once.
+
+    Raises UserError where they do not divide evenly.
+    """
     if batch % world_size:
         raise UserError(
             f"train.batch={batch} does not divide among {world_size} ranks: choose a multiple of {world_size}"
@@ -153,7 +164,7 @@ class TrainingData:
         world_size: int,
         device: torch.device,
     ) -> None:
-        """Raises ValueError where the batch does not divide among ranks, or the text is smaller than one batch."""
+        """Raises UserError where the batch does not divide among ranks, or the text is smaller than one batch."""
         self.share, self.micro_batch = share_of_batch(batch, micro_batch, world_size)
         if file.chunks < batch:
             raise UserError(
@@ -164,67 +175,66 @@ class TrainingData:
         self.word_starts, self.rank, self.device = word_starts, rank, device
 
     def chunk_of(self, sample: int) -> int:
-        """Which chunk of the file the `sample`-th sequence of the endless row of epochs is."""
-        epoch, place = divmod(sample, self.file.chunks)
-        return int(_permutation(self.seed, epoch, self.file.chunks)[place])
+        """Returns the chunk of the file that sample number `sample` of the endless sequence of epochs reads."""
+        epoch, position = divmod(sample, self.file.chunks)
+        return int(_permutation(self.seed, epoch, self.file.chunks)[position])
 
     def start_of(self, sample: int) -> int:
-        """Where, in tokens, that sequence begins."""
+        """Returns the position in the file, in tokens, at which that sample begins."""
         chunk = self.chunk_of(sample)
         start = chunk * self.file.length
         if self.random_offsets:
-            offsets = np.random.default_rng([self.seed, _OFFSET, sample // self.file.chunks, chunk])
-            start += int(offsets.integers(self.file.predicted(start)))
+            rng = np.random.default_rng([self.seed, _OFFSET, sample // self.file.chunks, chunk])
+            start += int(rng.integers(self.file.token_count(start)))
         return start
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
-        """The steps numbered `first` to `last`, both included, from 1."""
+        """Yields the steps numbered `first` to `last`, both included, from 1."""
         for number in range(first, last + 1):
             first_sample = (number - 1) * self.batch
             samples = range(first_sample, first_sample + self.batch)
-            starts = list(map(self.start_of, samples))
-            mine = range(first_sample + self.rank * self.share, first_sample + (self.rank + 1) * self.share)
+            starts = [self.start_of(sample) for sample in samples]
+            first_own = self.rank * self.share  # The first of this rank's samples in the step.
             yield Step(
                 number=number,
                 epoch=number * self.batch / self.file.chunks,
-                valid_tokens=max(1, sum(map(self.file.targets, starts, samples))),  # losses are divided by it
-                tokens=sum(map(self.file.predicted, starts)),
-                words=0 if self.word_starts is None else sum(map(self._words, starts)),
+                # Losses are divided by it: a step in which chance masks nothing must not divide by zero.
+                valid_tokens=max(1, sum(map(self.file.target_count, starts, samples))),
+                tokens=sum(map(self.file.token_count, starts)),
+                words=0 if self.word_starts is None else sum(self._words(self.word_starts, s) for s in starts),
                 micro_batches=[
-                    self._batch(mine[i : i + self.micro_batch], starts, first_sample)
-                    for i in range(0, self.share, self.micro_batch)
+                    self._batch(samples[i : i + self.micro_batch], starts[i : i + self.micro_batch])
+                    for i in range(first_own, first_own + self.share, self.micro_batch)
                 ],
             )
 
-    def _batch(self, samples: range, starts: Sequence[int], first_sample: int) -> Batch:
-        batch = self.file.batch([starts[sample - first_sample] for sample in samples], self.device, samples)
+    def _batch(self, samples: range, starts: Sequence[int]) -> Batch:
         return replace(
-            batch,
+            self.file.batch(starts, self.device, samples),
             samples_B=to_device(torch.tensor(samples), self.device),
             chunks=tuple(self.chunk_of(sample) for sample in samples),
         )
 
-    def _words(self, start: int) -> int:
-        assert self.word_starts is not None
-        return self.word_starts.count(self.file.tokens[start : start + self.file.predicted(start) + 1])
+    def _words(self, word_starts: WordStarts, start: int) -> int:
+        return word_starts.count(self.file.tokens[start : start + self.file.token_count(start) + 1])
 
 
 class HeldOutData:
-    """Chunks of the held-out split, evenly spread over it, in batches that divide evenly among the ranks."""
+    """Chunks of the held-out split, evenly spread over it, in as many batches on every rank."""
 
     def __init__(
         self, file: TokenFile, *, tokens: int, batch: int, rank: int, world_size: int, device: torch.device
     ) -> None:
-        """About `tokens` tokens, or all there are."""
+        """Takes chunks of about `tokens` tokens in all, or the whole split where it is shorter."""
         self.file, self.batch, self.device = file, batch, device
         used = min(file.chunks, max(1, tokens // file.length))
-        self.rounds = -(-used // (batch * world_size))
-        self.mine = [place * file.chunks // used for place in range(rank, used, world_size)]
+        self._rounds = -(-used // (batch * world_size))
+        self._chunks = [position * file.chunks // used for position in range(rank, used, world_size)]
 
     def batches(self) -> Iterator[Batch]:
-        """As many batches on every rank: where one has no sequences left it gets some that count for nothing."""
-        for turn in range(self.rounds):
-            chunks = self.mine[turn * self.batch : (turn + 1) * self.batch]
+        """Yields equally many batches on every rank: a rank without chunks left repeats one that counts for nothing."""
+        for number in range(self._rounds):
+            chunks = self._chunks[number * self.batch : (number + 1) * self.batch]
             read = chunks or [0]
             batch = self.file.batch([chunk * self.file.length for chunk in read], self.device, read)
             if not chunks:
@@ -232,6 +242,6 @@ class HeldOutData:
             yield batch
 
 
-@lru_cache(maxsize=2)  # a step may touch two epochs
+@lru_cache(maxsize=2)  # A step may touch two epochs.
 def _permutation(seed: int, epoch: int, chunks: int) -> np.ndarray:
     return np.random.default_rng([seed, _ORDER, epoch]).permutation(chunks)

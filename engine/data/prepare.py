@@ -1,32 +1,28 @@
-"""Text to token files: read, clean, cut into documents, hold some out, train a tokenizer, encode, check.
+"""Turns text into token files: reads, cleans, splits into documents, holds some out, trains a tokenizer and encodes.
 
 A prepared folder holds
-  train.bin, validation.bin   token ids, little-endian uint16 (uint32 for more than 65,536 pieces), one document after
-                              another, each after the boundary token (without one: each before a blank line)
-  minimal_pairs.jsonl         sentence_good, sentence_bad, phenomenon: generated, none a line of the training text
+  train.bin, validation.bin   token ids, little-endian uint16 (uint32 where the vocabulary has more than 65,536), one
+                              document after another, each behind a boundary token, or before a blank line without one
+  minimal_pairs.jsonl         generated sentence_good, sentence_bad, phenomenon; none is a line of the training text
   tokenizer/                  what engine.data.tokenizer.load reads
-  manifest.json               where it all comes from, counts, hashes
-It is made aside and renamed into place, so it is whole or not there. Its name is the source's and the first digits of
-a hash over the settings and the text; the same input finds it there.
+  manifest.json               the source, the settings, counts, and a hash of every file
+Its name is the source's name and the first digits of a hash over the settings and the text, so the same settings and
+text find the same folder.
 
-Words are white-space tokens, after cleaning but for `words_in_source`; boundaries count as tokens.
+Words are white-space tokens of the cleaned text (`words_in_source`: of the text before). Boundaries count as tokens.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.progress import Progress
 
@@ -37,19 +33,20 @@ from engine.data import tokenizer as tokenization
 from engine.data.cleaning.babies import normalize
 from engine.data.cleaning.baby_llama import CLEANERS, clean, cleaner_for
 from engine.data.grammar import generator as grammar
-from engine.data.split import Document, split
+from engine.data.sources import Source
+from engine.data.split import Document, Splits, split
 from engine.data.tokenizer import Tokenizer
 from engine.system.errors import UserError
+from engine.system.files import sha256, written_aside
 
-FORMAT = 1  # of the folder; raised when the same settings and text would give other files
+FORMAT = 2  # Of the folder. It is raised when the same settings and text would give other files.
 MANIFEST = "manifest.json"
-SIXTEEN_BITS = 1 << 16  # the most pieces whose ids fit
-BATCH_CHARACTERS = 1_000_000  # encoded at once
+SIXTEEN_BITS = 1 << 16  # The largest vocabulary whose ids fit into uint16.
+BATCH_CHARACTERS = 1_000_000  # So many characters are encoded at once.
 PAIRS_PER_PHENOMENON = 100
-LATER = ("tokenizer.lowercase", "tokenizer.mask")  # settings that older folders do not know, and are without
-COUNTS = ("documents", "lines", "words", "characters", "tokens")  # of a source file and of a split
+COUNTS = ("documents", "lines", "words", "characters", "tokens")  # What is counted in a source file and in a split.
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -62,30 +59,34 @@ class Prepared:
 
     @property
     def identity(self) -> str:
-        """A hash over the settings and the text it was made from."""
+        """A hash over the settings and the text that the folder was made from."""
         return self.manifest["identity"]
 
     @property
     def train(self) -> Path:
+        """The training split's token file."""
         return self.folder / "train.bin"
 
     @property
     def validation(self) -> Path:
+        """The held-out split's token file."""
         return self.folder / "validation.bin"
 
     @property
     def pairs(self) -> Path:
+        """The minimal pairs."""
         return self.folder / "minimal_pairs.jsonl"
 
 
-def prepare(config: DataConfig, *, say: Say = print) -> Prepared:
-    """The prepared folder for `config`, made if it is not there yet; says what it does and how long it takes.
+def prepare(config: DataConfig, *, log: Log = print) -> Prepared:
+    """Returns the prepared folder for `config`, and makes it first where there is none.
 
-    Raises ValueError, with nothing written, for text that is missing, empty, not UTF-8 or too short to hold any out,
-    for a vocabulary the text does not allow, and where a prepared folder is not what was once written.
+    `log` is called with a line about each stage and the seconds it took. Raises UserError, with nothing written, for
+    text that is missing, empty, not UTF-8 or too short to hold any out, for a vocabulary size that the text does not
+    allow, and for a prepared folder whose files have changed.
     """
     if (Path(config.path) / MANIFEST).is_file() and (Path(config.path) / "tokenizer").is_dir():
-        return _open_given(config)
+        return _open_named(config)
     if config.quirks and config.cleaner != "baby-llama":
         raise UserError(f"data.quirks=true: cleaner={config.cleaner} has none; drop it, or add data.cleaner=baby-llama")
     source = sources.find(config)
@@ -93,41 +94,27 @@ def prepare(config: DataConfig, *, say: Say = print) -> Prepared:
     config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, vocab_size=vocab_size))
     if config.path == "grammar":
         config = dataclasses.replace(config, words=config.words or sources.GRAMMAR_WORDS)
-    meaning = _meaning(config, {file.name: file.sha256 for file in source.files})
-    identity = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+    identity = _identity(config, source)
     folder = Path(config.folder) / f"{source.name}-{identity[:8]}"
     if folder.exists():
         prepared = _open(folder)
-        say(f"{folder}: prepared already, from the same text with the same settings")
+        log(f"{folder}: prepared already, from the same text with the same settings")
         return prepared
-    _say_what_differs(meaning, source.name, folder, say)
 
-    with _stage(f"reading {len(source.files)} file(s)", len(source.files), say) as advance:
-        texts, files = _read(source, config, advance, say)
+    with _stage(f"reading {len(source.files)} file(s)", len(source.files), log) as advance:
+        texts, files = _read(source, config, advance, log)
         limit = None if config.path == "grammar" else config.words
         splits = split(texts, validation=config.validation, seed=config.seed, words=limit)
-    with _aside(folder) as aside:
-        tokenizer = _train_tokenizer(splits.train, config, vocab_size, aside / "tokenizer", say)
-        dtype = np.dtype("<u2" if tokenizer.vocab_size <= SIXTEEN_BITS else "<u4")
-        counts = {
-            name: _encode(documents, tokenizer, dtype, aside / f"{name}.bin", files, say)
-            for name, documents in splits._asdict().items()
-        }
-        _write_pairs(splits.train, config.seed, aside / "minimal_pairs.jsonl")
+    with written_aside(folder, keep_existing=True) as aside:
         manifest = {
             "format": FORMAT,
             "name": source.name,
             "identity": identity,
             "attribution": source.attribution,
             "licence": source.licence,
-            "dtype": dtype.name,
-            "vocabulary": tokenizer.vocab_size,
-            "boundary": tokenizer.boundary,
-            "tokenizer": tokenizer.hash,
-            "entropy_per_word": source.entropy_per_word,  # nats
-            "splits": counts,
-            "files": files,
-            "sha256": {p.relative_to(aside).as_posix(): _sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()},
+            "entropy_per_word": source.entropy_per_word,  # In nats.
+            **_write(aside, splits, files, config, log),
+            "sha256": {p.relative_to(aside).as_posix(): sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()},
             "config": as_dict(config),
         }
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -135,7 +122,7 @@ def prepare(config: DataConfig, *, say: Say = print) -> Prepared:
 
 
 def _open(folder: Path) -> Prepared:
-    """A prepared folder, every file checked against its hash; ValueError where one differs."""
+    """Returns a prepared folder after checking every file against its hash; UserError where one differs."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version, hashes = manifest["format"], manifest["sha256"]
@@ -144,55 +131,35 @@ def _open(folder: Path) -> Prepared:
     if version != FORMAT:
         raise UserError(f"{folder}: format {version}, this version reads {FORMAT}; delete it and prepare again")
     for name, digest in hashes.items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise UserError(f"{folder / name}: missing or changed since; delete {folder} and prepare again")
     return Prepared(folder, manifest, tokenization.load(folder / "tokenizer"))
 
 
-def _open_given(config: DataConfig) -> Prepared:
-    """The prepared folder that data.path names; ValueError where a setting asks for something else."""
+def _open_named(config: DataConfig) -> Prepared:
+    """Returns the prepared folder that data.path names; UserError where a setting asks for something else."""
     prepared = _open(Path(config.path))
-    before = build(DataConfig, prepared.manifest["config"])
-    default, asked, made = (flatten(c) for c in (DataConfig(), config, before))
+    default, asked, used = map(flatten, (DataConfig(), config, build(DataConfig, prepared.manifest["config"])))
     for key in asked.keys() - {"path", "folder"}:
-        if asked[key] not in (default[key], made[key]):
+        if asked[key] not in (default[key], used[key]):
             raise UserError(
-                f"data.{key}={asked[key]}: {config.path} was prepared with {made[key]}; drop the setting, or prepare "
+                f"data.{key}={asked[key]}: {config.path} was prepared with {used[key]}; drop the setting, or prepare "
                 "again from the text"
             )
     return prepared
 
 
-def _meaning(config: DataConfig, hashes: dict[str, str]) -> dict[str, Any]:
-    """All that decides what is in the folder: where the text lies does not."""
-    decides = {k: v for k, v in flatten(config).items() if k not in ("path", "folder") and (v or k not in LATER)}
-    settings = {f"data.{k}": v for k, v in decides.items()}
-    return {"format": FORMAT, **settings, **{f"file {name}": digest for name, digest in hashes.items()}}
-
-
-def _say_what_differs(meaning: dict[str, Any], name: str, folder: Path, say: Say) -> None:
-    """One line about the latest folder prepared from a source of this name, if any."""
-    others = sorted(folder.parent.glob(f"{name}-????????/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
-    try:
-        other = json.loads(others[-1].read_text(encoding="utf-8"))
-        before = _meaning(build(DataConfig, other["config"]), {file["name"]: file["sha256"] for file in other["files"]})
-        before["format"] = other["format"]
-    except (IndexError, KeyError, ValueError):  # there is none, or not one that this version understands
-        return
-    changes = []
-    for key in {**before, **meaning}:
-        old, new = before.get(key), meaning.get(key)
-        if old != new and key.startswith("file "):
-            changes.append(f"{key} ({'new' if key not in before else 'gone' if key not in meaning else 'changed'})")
-        elif old != new:
-            changes.append(f"{key} ({old} → {new})")
-    say(f"{folder}: new, beside {others[-1].parent.name}, which differs in {', '.join(changes)}")
+def _identity(config: DataConfig, source: Source) -> str:
+    """Returns a hash over all that decides what is in the folder; where the text lies does not."""
+    settings = {key: value for key, value in flatten(config).items() if key not in ("path", "folder")}
+    content = {"format": FORMAT, "settings": settings, "files": {file.name: file.sha256 for file in source.files}}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read(
-    source: sources.Source, config: DataConfig, advance: Callable[[int], None], say: Say
+    source: Source, config: DataConfig, advance: Callable[[int], None], log: Log
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """The cleaned text of each file, by name, and its entry in the manifest, with counts still to be made."""
+    """Returns the cleaned text of each file, by name, and its entry in the manifest, without counts yet."""
     texts, files, unmatched = {}, [], []
     for file in source.files:
         text = file.read()
@@ -206,22 +173,44 @@ def _read(
             else:
                 text = clean(text, cleaner, quirks=config.quirks)
         texts[file.name] = text
-        files.append(entry | dict.fromkeys(COUNTS, 0))
+        files.append(entry)
         advance(1)
     if unmatched:
         message = f"no cleaner is called like {', '.join(unmatched)} (known: {', '.join(CLEANERS)})"
         if len(unmatched) == len(files):
             raise UserError(f"data.cleaner={config.cleaner}: {message}; rename the files or drop the setting")
-        say(f"left as they are: {message}")
+        log(f"left as they are: {message}")
     return texts, files
 
 
-def _train_tokenizer(
-    documents: list[Document], config: DataConfig, vocab_size: int, folder: Path, say: Say
-) -> Tokenizer:
-    folder.mkdir()
-    words = sum(document.words for document in documents)
-    with _stage(f"training a tokenizer of {vocab_size:,} pieces on {words:,} words", words, say) as advance:
+def _write(folder: Path, splits: Splits, files: list[dict[str, Any]], config: DataConfig, log: Log) -> dict[str, Any]:
+    """Writes tokenizer, token files and minimal pairs; returns the manifest's entries about them."""
+    tokenizer = _train_tokenizer(splits.train, config, folder / "tokenizer", log)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= SIXTEEN_BITS else "<u4")
+    counts = {
+        name: _encode(documents, len(files), tokenizer, dtype, folder / f"{name}.bin", log)
+        for name, documents in splits._asdict().items()
+    }
+    _write_pairs(splits.train, config.seed, folder / "minimal_pairs.jsonl")
+    return {
+        "dtype": dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "boundary": tokenizer.boundary,
+        "tokenizer": tokenizer.hash,
+        "splits": {name: _named(by_file.sum(axis=0)) for name, by_file in counts.items()},
+        "files": [file | _named(row) for file, row in zip(files, np.sum(list(counts.values()), axis=0), strict=True)],
+    }
+
+
+def _named(counts: np.ndarray) -> dict[str, int]:
+    return dict(zip(COUNTS, counts.tolist(), strict=True))
+
+
+def _train_tokenizer(documents: list[Document], config: DataConfig, folder: Path, log: Log) -> Tokenizer:
+    vocab_size, words = config.tokenizer.vocab_size, sum(document.words for document in documents)
+    assert vocab_size is not None
+    folder.mkdir(parents=True)
+    with _stage(f"training a tokenizer of {vocab_size:,} tokens on {words:,} words", words, log) as advance:
 
         def texts() -> Iterator[str]:
             for document in documents:
@@ -232,30 +221,22 @@ def _train_tokenizer(
 
 
 def _encode(
-    documents: list[Document],
-    tokenizer: Tokenizer,
-    dtype: np.dtype,
-    path: Path,
-    files: list[dict[str, Any]],
-    say: Say,
-) -> dict[str, int]:
-    """Write a split's token file, add to the counts of each source file, and return the split's own."""
+    documents: list[Document], files: int, tokenizer: Tokenizer, dtype: np.dtype, path: Path, log: Log
+) -> np.ndarray:
+    """Writes a split's token file and returns its counts, int64 [files, COUNTS]."""
     before, after = ([], "\n\n") if tokenizer.boundary is None else ([tokenizer.boundary], "")
-    totals: dict[str, int] = dict.fromkeys(COUNTS, 0)
+    counts = np.zeros((files, len(COUNTS)), np.int64)
     characters = sum(len(document.text) for document in documents)
     title = f"encoding {len(documents):,} documents for {path.stem}"
-    with _stage(title, characters, say) as advance, path.open("wb") as stream:
+    with _stage(title, characters, log) as advance, path.open("wb") as stream:
         for batch in _batches(documents):
             for document, ids in zip(batch, tokenizer.encode_batch([d.text + after for d in batch]), strict=True):
                 tokens = np.array(before + ids, dtype)
                 stream.write(tokens.tobytes())
                 lines = document.text.count("\n") + 1
-                counts = zip(COUNTS, (1, lines, document.words, len(document.text), len(tokens)), strict=True)
-                for count, n in counts:
-                    totals[count] += n
-                    files[document.file][count] += n
+                counts[document.file] += (1, lines, document.words, len(document.text), len(tokens))
             advance(sum(len(document.text) for document in batch))
-    return totals
+    return counts
 
 
 def _batches(documents: list[Document]) -> Iterator[list[Document]]:
@@ -272,50 +253,19 @@ def _batches(documents: list[Document]) -> Iterator[list[Document]]:
 
 
 def _write_pairs(documents: list[Document], seed: int, path: Path) -> None:
-    seen = {line.strip() for document in documents for line in document.text.split("\n")}
-    with path.open("w", encoding="utf-8") as f:
-        for pair in grammar.minimal_pairs(seed, PAIRS_PER_PHENOMENON, seen):
+    training_lines = {line.strip() for document in documents for line in document.text.split("\n")}
+    with path.open("w", encoding="utf-8") as file:
+        for pair in grammar.minimal_pairs(seed, PAIRS_PER_PHENOMENON, training_lines):
             record = {"sentence_good": pair.good, "sentence_bad": pair.bad, "phenomenon": pair.phenomenon}
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 @contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that becomes it if all goes well and vanishes otherwise: where this process is killed,
-    when another on its machine prepares something there."""
-    made, here = not folder.parent.exists(), socket.gethostname()
-    for left in folder.parent.glob(f".*-{here}-*"):
-        process = left.name.rpartition("-")[2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
-    aside = folder.with_name(f".{folder.name}-{here}-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if made:
-            with suppress(OSError):  # not empty
-                folder.parent.rmdir()
-
-
-@contextmanager
-def _stage(title: str, total: int, say: Say) -> Iterator[Callable[[int], None]]:
-    """A progress bar where stderr is a terminal, and one line, with the seconds it took, in any case."""
+def _stage(title: str, total: int, log: Log) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar where stderr is a terminal, and logs how many seconds the block took."""
     console = Console(stderr=True)
     started = time.perf_counter()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda amount: progress.advance(task, amount)
-    say(f"{title}: {time.perf_counter() - started:.1f} s")
+    log(f"{title}: {time.perf_counter() - started:.1f} s")

@@ -34,7 +34,7 @@ def test_a_grid_has_every_combination_and_each_is_a_run_of_its_own(tmp_path: Pat
 
 def test_text_and_models_are_what_the_engine_reads(tmp_path: Path):
     *_, case = grid(tmp_path, "students.0.tied=false")
-    prepared = prepare(case.config.data, say=lambda _: None)
+    prepared = prepare(case.config.data, log=lambda _: None)
     assert prepared.tokenizer.vocab_size == case.vocabulary == 70
     tokens = np.fromfile(prepared.train, np.uint16)
     assert len(tokens) == cases.SEQUENCES * 16 + 1

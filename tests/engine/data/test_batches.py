@@ -13,16 +13,17 @@ from engine.data import tokenizer as tokenization
 from engine.data.batches import IGNORED, HeldOutData, Step, TokenFile, TrainingData, WordStarts
 from engine.data.grammar.generator import generate
 from engine.data.tokenizer import Tokenizer
+from engine.system.errors import UserError
 
 LENGTH = 8
-CHUNKS = 21  # odd, so that epochs end inside a step; the last one predicts LEFT tokens only
+CHUNKS = 21  # It is odd, so that epochs end inside a step. The last chunk predicts LEFT tokens only.
 LEFT = 5
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
-    """Tokens that are their own places."""
+    """Returns a file in which every token is its own position."""
     path = tmp_path_factory.mktemp("data") / "train.bin"
     np.arange((CHUNKS - 1) * LENGTH + LEFT + 1, dtype="<u2").tofile(path)
     return TokenFile(path, "<u2", LENGTH)
@@ -38,7 +39,7 @@ def tokens(step: Step) -> torch.Tensor:
 
 
 def starts(data: TrainingData, first: int, last: int) -> list[int]:
-    """Where the sequences of these steps begin to predict: the tokens are places."""
+    """Returns the positions at which the sequences of these steps begin to predict."""
     return [
         int(row[row != IGNORED][0]) - 1
         for step in data.steps(first, last)
@@ -49,7 +50,7 @@ def starts(data: TrainingData, first: int, last: int) -> list[int]:
 
 @pytest.mark.parametrize("random_offsets", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_and_micro_batches_only_divide_what_the_step_reads(
     file: TokenFile, world_size: int, accumulation: int, random_offsets: bool
 ) -> None:
@@ -84,27 +85,27 @@ def test_an_epoch_predicts_every_token_once_but_the_first(file: TokenFile) -> No
 
 
 def test_every_epoch_visits_every_chunk_once_in_an_order_of_its_own(file: TokenFile) -> None:
-    found = starts(training(file), 1, CHUNKS)  # 8 epochs; 21 chunks in steps of 8: epochs end inside steps
-    epochs = [found[i : i + CHUNKS] for i in range(0, len(found), CHUNKS)]
+    begun = starts(training(file), 1, CHUNKS)  # These are 8 epochs of 21 chunks in steps of 8: epochs end inside steps.
+    epochs = [begun[i : i + CHUNKS] for i in range(0, len(begun), CHUNKS)]
     assert len(epochs) == 8
     for epoch in epochs:
         assert sorted(epoch) == [chunk * LENGTH for chunk in range(CHUNKS)]
     assert len({tuple(epoch) for epoch in epochs}) == 8
     assert len({tuple(starts(training(file, seed=seed), 1, 3)) for seed in range(5)}) == 5
-    assert found == starts(training(file), 1, CHUNKS)
+    assert begun == starts(training(file), 1, CHUNKS)
 
 
 def test_random_offsets_move_the_cuts_in_every_epoch_and_stay_inside(file: TokenFile) -> None:
-    found = starts(training(file, random_offsets=True), 1, 10 * CHUNKS)
-    epochs = [found[i : i + CHUNKS] for i in range(0, len(found), CHUNKS)]
+    begun = starts(training(file, random_offsets=True), 1, 10 * CHUNKS)
+    epochs = [begun[i : i + CHUNKS] for i in range(0, len(begun), CHUNKS)]
     assert len(epochs) == 80
     for epoch in epochs:
-        assert sorted(place // LENGTH for place in epoch) == list(range(CHUNKS))
-    offsets = [[place % LENGTH for place in sorted(epoch)] for epoch in epochs]
+        assert sorted(position // LENGTH for position in epoch) == list(range(CHUNKS))
+    offsets = [[position % LENGTH for position in sorted(epoch)] for epoch in epochs]
     assert {offset for epoch in offsets for offset in epoch[:-1]} == set(range(LENGTH))
     assert {epoch[-1] for epoch in offsets} == set(range(LEFT))
     assert len({tuple(epoch) for epoch in offsets}) == 80
-    assert found == starts(training(file, random_offsets=True), 1, 10 * CHUNKS)
+    assert begun == starts(training(file, random_offsets=True), 1, 10 * CHUNKS)
 
 
 def test_a_resumed_run_reads_what_it_would_have_read(file: TokenFile) -> None:
@@ -125,7 +126,7 @@ def test_a_resumed_run_reads_what_it_would_have_read(file: TokenFile) -> None:
     ],
 )
 def test_what_cannot_be_divided_or_filled_is_refused(file: TokenFile, changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         training(file, **changed)
 
 
@@ -135,7 +136,10 @@ def test_a_batch_may_be_the_whole_text(file: TokenFile) -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    chunks=st.integers(2, CHUNKS), limit=st.integers(1, CHUNKS + 3), batch=st.integers(1, 5), world_size=st.integers(1, 5)
+    chunks=st.integers(2, CHUNKS),
+    limit=st.integers(1, CHUNKS + 3),
+    batch=st.integers(1, 5),
+    world_size=st.integers(1, 5),
 )
 def test_held_out_ranks_cover_every_token_once_in_equally_many_rounds(
     file: TokenFile, chunks: int, limit: int, batch: int, world_size: int
@@ -148,11 +152,11 @@ def test_held_out_ranks_cover_every_token_once_in_equally_many_rounds(
         data = HeldOutData(shorter, tokens=limit * LENGTH, batch=batch, rank=rank, world_size=world_size, device=CPU)
         batches = list(data.batches())
         rounds.add(len(batches))
-        for found in batches:
-            assert 1 <= len(found.tokens_BL) <= batch
-            assert found.tokens_BL.min() >= 0, "padding stays embeddable"
-            seen += found.targets_N[found.targets_N != IGNORED].tolist()
-    spread = [place * chunks // used for place in range(used)]
+        for read in batches:
+            assert 1 <= len(read.tokens_BL) <= batch
+            assert read.tokens_BL.min() >= 0, "padding stays embeddable"
+            seen += read.targets_N[read.targets_N != IGNORED].tolist()
+    spread = [position * chunks // used for position in range(used)]
     ends = {chunk: min((chunk + 1) * LENGTH, len(shorter.tokens) - 1) for chunk in spread}
     assert sorted(seen) == [t for chunk, end in ends.items() for t in range(chunk * LENGTH + 1, end + 1)]
     assert rounds == {-(-used // (batch * world_size))}
@@ -164,7 +168,7 @@ def test_text_shorter_than_a_sequence_is_refused_and_one_just_long_enough_is_not
     (batch,) = HeldOutData(file, tokens=1, batch=4, rank=0, world_size=1, device=CPU).batches()
     assert batch.tokens_BL.tolist() == [list(range(LENGTH))]
     np.arange(LENGTH, dtype="<u2").tofile(tmp_path / "t")
-    with pytest.raises(ValueError, match=r"holds 8 tokens, too few for one sequence of train\.length=8: give more"):
+    with pytest.raises(UserError, match=r"holds 8 tokens, too few for one sequence of train\.length=8: give more"):
         TokenFile(tmp_path / "t", "<u2", LENGTH)
 
 
@@ -191,7 +195,7 @@ def test_words_are_counted_as_python_splits_what_the_tokenizer_gives_back(
 
 
 def test_a_step_counts_the_words_of_all_ranks(file: TokenFile) -> None:
-    counter = WordStarts([" a" if i % 3 == 0 else "b" for i in range(1000)])  # every third token begins a word
+    counter = WordStarts([" a" if i % 3 == 0 else "b" for i in range(1000)])  # Every third token begins a word.
     whole = list(training(file, word_starts=counter).steps(1, 6))
     rank = list(training(file, 1, 2, word_starts=counter).steps(1, 6))
     for step, part in zip(whole, rank, strict=True):
@@ -199,8 +203,8 @@ def test_a_step_counts_the_words_of_all_ranks(file: TokenFile) -> None:
         assert step.words == part.words == sum(t % 3 == 0 for t in targets)
 
 
-def test_an_open_end_takes_the_last_positions_target_and_keeps_its_divergence(tmp_path: Path) -> None:
-    for tokens in (33, 34, 35):  # four whole sequences; one target more, and two
+def test_a_dropped_last_target_leaves_the_positions_divergence(tmp_path: Path) -> None:
+    for tokens in (33, 34, 35):  # These are four whole sequences, one target more, and two.
         path = tmp_path / f"{tokens}.bin"
         np.arange(tokens, dtype="<u2").tofile(path)
         file, plain = TokenFile(path, "<u2", 8, drop_last_target=True), TokenFile(path, "<u2", 8)
@@ -212,4 +216,4 @@ def test_an_open_end_takes_the_last_positions_target_and_keeps_its_divergence(tm
             assert batch.targets_N[-1] == IGNORED
             assert batch.kl_mask_N is not None
             assert torch.equal(batch.kl_mask_N, whole.targets_N != IGNORED)
-            assert file.predicted(start) == (batch.targets_N != IGNORED).sum() >= 1
+            assert file.token_count(start) == (batch.targets_N != IGNORED).sum() >= 1

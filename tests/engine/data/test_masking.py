@@ -56,7 +56,7 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
 
 @pytest.fixture
 def file(tmp_path: Path) -> MaskedFile:
-    """Five chunks of 16 tokens, of the last one 6."""
+    """Returns a file of five chunks: four of 16 tokens and a last one of 6."""
     TEXT.ravel()[: 4 * 16 + 6].astype("<u2").tofile(tmp_path / "train.bin")
     return MaskedFile(tmp_path / "train.bin", "<u2", 16, MASKING)
 
@@ -73,7 +73,7 @@ def test_a_step_is_the_same_for_any_ranks_and_micro_batches(file: MaskedFile) ->
             world_size=world_size,
             device=CPU,
         )
-        found = []
+        steps = []
         for step in data.steps(3, 6):
             sequences = []
             for batch in step.micro_batches:
@@ -82,8 +82,8 @@ def test_a_step_is_the_same_for_any_ranks_and_micro_batches(file: MaskedFile) ->
                     [*tokens.tolist(), *batch.targets_N[batch.rows_N // 16 == i].tolist()]
                     for i, tokens in enumerate(batch.tokens_BL)
                 ]
-            found.append((step.valid_tokens, sequences))
-        return found
+            steps.append((step.valid_tokens, sequences))
+        return steps
 
     whole, shares = rows(0, 1, 4), [rows(rank, 2, 1) for rank in range(2)]
     for (valid, sequences), (other, first), (same, second) in zip(whole, *shares, strict=True):
@@ -93,13 +93,13 @@ def test_a_step_is_the_same_for_any_ranks_and_micro_batches(file: MaskedFile) ->
 
 def test_every_token_may_be_hidden_once_an_epoch_and_the_last_chunks_context_never(file: MaskedFile) -> None:
     starts = [chunk * file.length for chunk in range(file.chunks)]
-    assert [file.predicted(start) for start in starts] == [16, 16, 16, 16, 6]
+    assert [file.token_count(start) for start in starts] == [16, 16, 16, 16, 6]
     hidden = set()
     for sample in range(200):
         batch = file.batch([64], CPU, [sample])
         assert batch.rows_N is not None
-        assert len(batch.targets_N) == file.targets(64, sample)
+        assert len(batch.targets_N) == file.target_count(64, sample)
         assert batch.targets_N.tolist() == file.tokens[64 + 6 - 16 + batch.rows_N.numpy()].tolist()
         hidden |= set(batch.rows_N.tolist())
-    ordinary = {10 + place for place in range(6) if file.tokens[64 + place] not in SPECIAL}
+    ordinary = {10 + i for i in range(6) if file.tokens[64 + i] not in SPECIAL}
     assert hidden == ordinary

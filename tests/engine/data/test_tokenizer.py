@@ -108,7 +108,9 @@ def test_offsets_point_at_the_text_of_each_token(trained, lines: list[str]):
         spans = [text[start:end].strip(" ") for start, end in encoded["offset_mapping"]]
         vocab_size = [exported.decode([i]).strip(" ") for i in encoded["input_ids"]]
         # The space put in front has no place in the text; where it is a token, its offsets are its neighbour's.
-        assert [s for s, piece in zip(spans, vocab_size, strict=True) if piece] == [piece for piece in vocab_size if piece]
+        assert [s for s, piece in zip(spans, vocab_size, strict=True) if piece] == [
+            piece for piece in vocab_size if piece
+        ]
 
 
 @pytest.mark.parametrize("normalization", ["nfkc", "none"])
