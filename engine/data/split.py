@@ -1,4 +1,4 @@
-"""Which text is trained on and which is held out, drawn by block: a document, or a part of a long one."""
+"""Decides by chance which text is trained on and which is held out, a document or a part of a long one at a time."""
 
 import hashlib
 import math
@@ -7,36 +7,39 @@ from typing import NamedTuple
 
 from engine.system.errors import UserError
 
-BLOCK_WORDS = 2000  # longer documents are held out, or left out, in parts of about this size
+BLOCK_WORDS = 2000  # Longer documents are held out, or left out, in parts of about this size.
 
 
 class Block(NamedTuple):
     """A document, or consecutive lines of a long one."""
 
-    document: int  # its number in the file
+    document: int  # The document's number in the file.
     text: str
     words: int
 
 
 class Document(NamedTuple):
-    """Text that goes into one split in one piece; `file` is its number among the source's."""
+    """Text that goes into one split in one piece."""
 
-    file: int
+    file: int  # The file's number in the source.
     text: str
     words: int
 
 
 class Splits(NamedTuple):
+    """What is trained on, and what is held out."""
+
     train: list[Document]
     validation: list[Document]
 
 
 def split(texts: dict[str, str], *, validation: float, seed: int, words: int | None) -> Splits:
-    """Cut files, by name, into documents at blank lines; draw `words` in all (None: all), hold out a share of those.
+    """Cuts files, given by name, into documents at blank lines, and draws which of them each split gets.
 
-    Each file gives its share of both. The draw depends on the seed, the file's name and the place in it. Where a part
-    of a document is not there, what follows it is a document of its own. A file of two lines or more is in both splits.
-    Raises ValueError where a split would be empty.
+    `words` words are used in all (None means all there are), and the share `validation` of them is held out. Every file
+    contributes to both in proportion, and a file of two lines or more is in both splits. The draw depends on the seed,
+    the file's name and the position in it. Where a part of a document is left out, what follows it is a document of its
+    own. Raises UserError where a split would be empty.
     """
     total = sum(len(text.split()) for text in texts.values())
     splits = Splits([], [])
@@ -61,7 +64,7 @@ def split(texts: dict[str, str], *, validation: float, seed: int, words: int | N
 
 
 def cut(text: str, limit: int) -> list[Block]:
-    """A file's documents; those of more than `limit` words in even parts, cut at the ends of lines."""
+    """Returns a file's documents; those of more than `limit` words in even parts, cut at the ends of lines."""
     blocks: list[Block] = []
     documents = (document.strip("\n") for document in re.split(r"\n[^\S\n]*\n", text) if document.strip())
     for number, document in enumerate(documents):
@@ -81,9 +84,10 @@ def cut(text: str, limit: int) -> list[Block]:
 
 
 def _draw(blocks: list[Block], among: set[int], key: str, budget: float, overshoot: float = 0.0) -> set[int]:
-    """Blocks in an order that `key` decides, as many as fit into `budget` words.
+    """Returns as many of the blocks numbered in `among` as fit into `budget` words, in an order that `key` decides.
 
-    A block fits when it goes over by `overshoot` of its own words at most: with a half, the sum comes closest.
+    A block fits where it exceeds the budget by at most the share `overshoot` of its own words: with a half, the sum
+    comes closest to the budget.
     """
     drawn: set[int] = set()
     for b in sorted(among, key=lambda b: hashlib.sha256(f"{key}/{b}".encode()).digest()):
@@ -94,7 +98,7 @@ def _draw(blocks: list[Block], among: set[int], key: str, budget: float, oversho
 
 
 def _joined(file: int, blocks: list[Block], chosen: set[int]) -> list[Document]:
-    """The chosen blocks in their order, neighbours of one document joined again."""
+    """Returns the chosen blocks as documents, in their order; neighbours of one document are joined again."""
     runs: list[list[Block]] = []
     for b in sorted(chosen):
         if b - 1 in chosen and blocks[b - 1].document == blocks[b].document:

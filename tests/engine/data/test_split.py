@@ -3,10 +3,11 @@ import random
 import pytest
 
 from engine.data.split import BLOCK_WORDS, Document, cut, split
+from engine.system.errors import UserError
 
 
 def text(documents: int, lines: int, seed: int = 0) -> str:
-    """Lines of 1 to 20 words, none twice."""
+    """Returns documents of lines of 2 to 21 words, no line twice."""
     rng = random.Random(seed)
     return "\n\n".join(
         "\n".join(f"w{seed}.{d}.{n} " + "word " * rng.randrange(20) + "end" for n in range(lines))
@@ -36,7 +37,7 @@ def test_every_line_is_in_one_split_and_every_file_in_both():
 def test_held_out_text_comes_from_all_over_a_long_document():
     held_out = split({"book": TEXTS["book"]}, validation=0.2, seed=0, words=None).validation
     assert len(held_out) >= 2
-    assert max(document.words for document in held_out) <= 3 * BLOCK_WORDS  # neighbours may both be drawn
+    assert max(document.words for document in held_out) <= 3 * BLOCK_WORDS  # Neighbours may both be drawn.
 
 
 def test_the_draw_depends_on_the_seed_and_nothing_else():
@@ -75,5 +76,5 @@ def test_documents_are_cut_at_blank_lines_and_long_ones_at_line_ends():
 
 
 def test_text_too_short_to_hold_any_out_is_an_error():
-    with pytest.raises(ValueError, match="too few lines"):
+    with pytest.raises(UserError, match=r"too few lines to hold data\.validation=0\.5 out"):
         split({"line": "only one line"}, validation=0.5, seed=0, words=None)
