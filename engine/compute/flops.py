@@ -1,12 +1,12 @@
 """Floating-point operations of matrix products, counted from shapes: two for each multiply-add.
 
-Model FLOPs are what the mathematics asks for: every product of the forward pass once and of its gradients twice,
-attention for the pairs of positions that see one another. Hardware FLOPs are what is computed: also what the backward
-pass forms again, and the pairs that a mask hides. What is no matrix product (looking up embeddings, norms, softmax, the
-loss's own arithmetic, the optimizer) counts nothing in either, as is usual (Chowdhery et al. 2022, appendix B). The
-head of a model is counted in its loss and is multiplied nowhere else.
+Model FLOPs are what the mathematics needs: every product of the forward pass once and twice more for its gradients,
+with attention for those pairs of positions alone that see one another. Hardware FLOPs are what is computed: they also
+count what the backward pass computes again, and the pairs that a mask hides. Neither counts what is no matrix product
+(looking up embeddings, norms, softmax, the loss's own arithmetic, the optimizer), as is usual (Chowdhery et al. 2022,
+appendix B). The product with a model's head takes place in the loss, and is counted once.
 
-B sequences, L positions, N rows to predict, D hidden, V vocabulary, S students.
+B sequences, L positions.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ from engine.models.base import Shape
 
 @dataclass(frozen=True)
 class Flops:
+    """Floating-point operations, by both counts of this module's docstring."""
+
     model: int = 0
     hardware: int = 0
 
@@ -47,6 +49,7 @@ class Workload:
 
     @classmethod
     def of_step(cls, step: Step, world_size: int) -> "Workload":
+        """Returns what all ranks read in a step, of which `step` is one rank's equal share."""
         batches = step.micro_batches
         sequences, length = world_size * sum(len(b.tokens_BL) for b in batches), batches[0].tokens_BL.shape[1]
         rows = sequences * length if batches[0].rows_N is None else step.valid_tokens
@@ -54,13 +57,13 @@ class Workload:
 
 
 def training(shape: Shape, work: Workload, *, recompute: bool = False, unfused: bool | None = None) -> Flops:
-    """Returns the FLOPs of forward and backward, with the head's part in the loss.
+    """Returns the FLOPs of the forward and the backward pass, with the head's part in the loss.
 
     Args:
-        recompute: the backward pass forms every block's activations again, but for the product that ends it where
-            nothing behind needs its result.
-        unfused: attention multiplies whole squares and keeps them; fused attention leaves out what a mask hides, and
-            forms the scores again. None: as the models do, unfused with dropout.
+        recompute: whether the backward pass computes every block's activations again. It leaves out the product at the
+            block's end where no gradient needs the result.
+        unfused: whether attention multiplies whole squares and keeps the scores. Fused attention leaves out what a mask
+            hides, and computes the scores again. None is as the models do it: unfused where there is dropout.
     """
     unfused = shape.dropout > 0 if unfused is None else unfused
     model = 3 * (_body(shape, work) + _head(shape, work.rows))
@@ -75,15 +78,17 @@ def training(shape: Shape, work: Workload, *, recompute: bool = False, unfused: 
 
 
 def inference(shape: Shape, work: Workload, *, unfused: bool = False) -> Flops:
-    """Returns the FLOPs of a forward pass and the head, a teacher's part in a step. Averaging the logits of several
-    teachers adds nothing."""
+    """Returns the FLOPs of a forward pass and the head, which are a teacher's part in a step.
+
+    To average the logits of several teachers adds nothing.
+    """
     head = _head(shape, work.rows)
     return Flops(_body(shape, work) + head, _body(shape, work, squares=unfused) + head)
 
 
 def training_per_token(shape: Shape, length: int) -> int:
-    """Returns the model FLOPs of training per token of text, to a whole number. A RoBERTa predicts a share of them."""
-    tokens = 20 * length  # 15% of so many is a whole number.
+    """Returns the model FLOPs of training per token of text, rounded. A masked model predicts a share of the tokens."""
+    tokens = 20 * length  # 15% of this is a whole number.
     rows = tokens if shape.causal else round(tokens * MASKED_SHARE)
     return round(training(shape, Workload(20, length, rows, rows, tokens)).model / tokens)
 
@@ -96,17 +101,18 @@ def outer_update(
     if config.terms == "direct":
         return total
     students = len(shapes)
-    if divergence == "forward":  # S tangents times S probabilities
+    if divergence == "forward":  # the tangents of S students times the probabilities of S students
         products = 2 * students**2 * shapes[0].vocab_size * train.valid
         total += Flops(products, products)
     total += Flops(2 * students**3, 2 * students**3)  # the derivatives weighted by those of the coefficients
-    for shape in shapes:  # The primal product, and two for its tangent, in torch's own operations.
+    for shape in shapes:  # Each product becomes three: its value, and two for its tangent. Attention is not fused here.
         head = 3 * _head(shape, train.valid)
         total += Flops(3 * _body(shape, train) + head, 3 * _body(shape, train, squares=True) + head)
     return total
 
 
 def _held_out_gradient(shape: Shape, work: Workload, config: OuterConfig) -> Flops:
+    """Returns a student's part in the gradient of the ensemble's held-out loss."""
     body, head = _body(shape, work), _head(shape, work.rows)
     if config.terms == "direct":  # a forward pass, and the gradient of the mixed head
         return Flops(body + 2 * head, body + 2 * head)
@@ -114,7 +120,11 @@ def _held_out_gradient(shape: Shape, work: Workload, config: OuterConfig) -> Flo
 
 
 def _body(shape: Shape, work: Workload, *, squares: bool = False) -> int:
-    """A forward pass up to the hidden state."""
+    """Returns the FLOPs of a forward pass up to the hidden state.
+
+    Args:
+        squares: whether attention also multiplies the pairs of positions that a mask hides.
+    """
     head_matrices = 2 * shape.head_matrices * work.rows * shape.hidden**2
     return _blocks(shape, work, squares=squares) + head_matrices
 
@@ -127,7 +137,7 @@ def _blocks(shape: Shape, work: Workload, *, squares: bool) -> int:
 
 
 def _scores(shape: Shape, work: Workload, *, squares: bool = False) -> int:
-    """One of attention's two products, over the pairs of positions that see one another."""
+    """Returns the FLOPs of one of attention's two products."""
     length = work.length
     pairs = length * (length + 1) // 2 if shape.causal and not squares else length**2
     return 2 * shape.layers * work.sequences * pairs * shape.hidden

@@ -1,4 +1,4 @@
-"""What the hardware could do at most, and the energy it says it has used."""
+"""The most FLOP/s that a device can do, and the energy that it reports to have used."""
 
 import functools
 import re
@@ -7,8 +7,8 @@ import time
 import pynvml
 import torch
 
-# Matrix products, FLOP/s, by what a device's name matches first: with bf16 (or fp16), with TF32, with fp32 throughout.
-# Vendors' data sheets, dense: what they give "with sparsity" is halved.
+# FLOP/s of dense matrix products in bf16 (or fp16), with TF32, and in fp32, from the vendors' data sheets. The first
+# pattern that a device's name matches counts. What a data sheet gives "with sparsity" is halved here.
 PEAKS: list[tuple[str, dict[str, float]]] = [
     (r"\bA100\b", {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}),
     (r"\bH100 PCIe\b", {"bf16": 756e12, "tf32": 378e12, "fp32": 51e12}),
@@ -22,36 +22,38 @@ PEAKS: list[tuple[str, dict[str, float]]] = [
     (r"\bMI300X\b", {"bf16": 1307e12, "fp32": 163.4e12}),
     (r"\bMI250X\b", {"bf16": 191.5e12, "fp32": 47.9e12}),  # one of its two dies: each is a device
 ]
-SIDE, REPETITIONS = 768, 4  # of the product that a CPU is measured by: about what the largest layers of a student have
+# A CPU is measured by the product of two square matrices, about as large as a student's largest.
+SIDE, REPETITIONS = 768, 4
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s at most of matrix products in `dtype` on the device, by torch's settings for fp32; None where unknown.
+    """Returns the most FLOP/s of matrix products in `dtype` on the device; None where it is unknown.
 
-    A CPU's is that of its own products, measured with the threads that torch has, once a process.
+    A GPU's in fp32 depends on torch's settings (TF32). A CPU's is measured once a process, with the threads that torch
+    has.
     """
     if device.type != "cuda":
         return _measured(dtype)
-    return listed_peak(torch.cuda.get_device_name(device), kind_of(dtype))
+    return listed_peak(torch.cuda.get_device_name(device), arithmetic_of(dtype))
 
 
-def kind_of(dtype: torch.dtype) -> str:
-    """The column of `PEAKS` that products in `dtype` take on a GPU."""
+def arithmetic_of(dtype: torch.dtype) -> str:
+    """Returns the arithmetic, as `PEAKS` names it, that products in `dtype` take on a GPU."""
     if dtype in (torch.bfloat16, torch.float16):
         return "bf16"
     return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def listed_peak(name: str, kind: str) -> float | None:
-    """FLOP/s; None where the table has none, or the device is a part of one (MIG)."""
+def listed_peak(name: str, arithmetic: str) -> float | None:
+    """Returns FLOP/s by a device's name; None where `PEAKS` has no such device, or it is a slice of one (MIG)."""
     if "MIG" in name:
         return None
-    return next((peaks.get(kind) for pattern, peaks in PEAKS if re.search(pattern, name)), None)
+    return next((peaks.get(arithmetic) for pattern, peaks in PEAKS if re.search(pattern, name)), None)
 
 
 @functools.cache
 def _measured(dtype: torch.dtype) -> float:
-    left, right = torch.ones(2, SIDE, SIDE, dtype=dtype)  # not drawn: the generator belongs to the run
+    left, right = torch.ones(2, SIDE, SIDE, dtype=dtype)  # Random numbers would move the run's generator.
     out = torch.empty_like(left)
     best = float("inf")
     for _ in range(REPETITIONS):
@@ -62,14 +64,17 @@ def _measured(dtype: torch.dtype) -> float:
 
 
 class EnergyMeter:
-    """The energy this rank's device has used since the meter was made or last read."""
+    """Measures the energy that this rank's device uses."""
 
     def __init__(self, device: torch.device) -> None:
         self._handle = _nvml_handle(device)
         self._last = self._joules()
 
     def take(self) -> float | None:
-        """Joules; None where the device does not report them (all but NVIDIA's)."""
+        """Returns the joules since the meter was made or last read; None where the device reports none.
+
+        Only NVIDIA's devices report them.
+        """
         now, last = self._joules(), self._last
         self._last = now
         return None if now is None or last is None else now - last
@@ -79,7 +84,7 @@ class EnergyMeter:
             return None
         try:
             return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
-        except pynvml.NVMLError:  # of a device before Volta
+        except pynvml.NVMLError:  # Devices older than Volta do not report it.
             return None
 
 
@@ -88,7 +93,7 @@ def _nvml_handle(device: torch.device) -> object | None:
         return None
     try:
         pynvml.nvmlInit()
-        # By its UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's.
+        # CUDA_VISIBLE_DEVICES renumbers torch's devices, but not NVML's: the UUID is the same in both.
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
     except pynvml.NVMLError:
         return None

@@ -1,4 +1,4 @@
-"""What a run has used so far: tokens, words, FLOPs, seconds and energy, of students, teachers and outer loop apart.
+"""The tokens, words, FLOPs, seconds and energy that a run has used, separately for students, teachers and outer loop.
 
 An exported student carries the usage of its run, up to the checkpoint that it was exported from, as `usage.json`. Where
 such a folder becomes a teacher, the run that learns from it counts its training as well.
@@ -23,15 +23,16 @@ NO_FLOPS = Flops()
 
 @dataclass(frozen=True)
 class ModelUsage:
-    """What one student, all teachers, or the outer loop have used over all ranks."""
+    """What one student, all teachers together, or the outer loop have used, over all ranks."""
 
     tokens: int = 0  # of the text, masked or not
     words: int = 0  # that began in these tokens
     model_flops: int = 0
     hardware_flops: int = 0
-    seconds: float = 0.0  # of their own passes on rank 0; the joint loss is nobody's own
+    seconds: float = 0.0  # of their own passes, on rank 0; the joint loss is in none of them
 
     def plus(self, flops: Flops = NO_FLOPS, *, tokens: int = 0, words: int = 0, seconds: float = 0.0) -> "ModelUsage":
+        """Returns the sum of this usage and what is given."""
         return ModelUsage(
             self.tokens + tokens,
             self.words + words,
@@ -61,7 +62,7 @@ class Usage:
     teachers: ModelUsage = ModelUsage()  # their forward passes here, or those that filled the cache
     outer: ModelUsage = ModelUsage()
     seconds: float = 0.0  # of training, from start to start; ranks side by side count once
-    joules: float | None = None  # of all devices while training; None: they do not report it
+    joules: float | None = None  # of all devices while training; None where they do not report it
     inherited: "tuple[Usage, ...]" = ()  # of the runs that made the teachers and the initial weights
     unknown: tuple[str, ...] = ()  # folders of teachers and initial weights that do not say
 
@@ -81,7 +82,7 @@ class Usage:
         return sum((usage.flops for usage in self._ancestors().values()), NO_FLOPS)
 
     def _ancestors(self) -> "dict[str, Usage]":
-        """Returns the inherited usages by run; of a run that students were taken from twice, the later."""
+        """Returns the inherited usages by run. Where two of one run were inherited, the later one counts."""
         ancestors: dict[str, Usage] = {}
         for inherited in self.inherited:
             for run, usage in ({inherited.run: inherited} | inherited._ancestors()).items():
@@ -90,8 +91,10 @@ class Usage:
         return ancestors
 
     def add_step(self, cost: StepCost, *, tokens: int, words: int, outer_seconds: float = 0.0) -> "Usage":
-        """Returns the usage with a step's FLOPs and text added. Seconds other than the outer loop's come with
-        `add_time`."""
+        """Returns the usage with a step's FLOPs and text added.
+
+        Seconds other than the outer loop's are added by `add_time`.
+        """
         pairs = zip(self.students.items(), cost.students, strict=True)
         teacher_words = words if cost.teacher_tokens else 0
         return replace(
@@ -102,11 +105,17 @@ class Usage:
         )
 
     def add_time(self, seconds: float, students: Sequence[float], teachers: float, joules: float | None) -> "Usage":
-        """Returns the usage with time and energy added: the run's seconds, each student's and the teachers'."""
+        """Returns the usage with seconds and joules added.
+
+        Args:
+            seconds: the run's.
+            students, teachers: the seconds of each student and of all teachers.
+            joules: None where the devices do not report them.
+        """
         pairs = zip(self.students.items(), students, strict=True)
         return replace(
             self,
-            students={name: used.plus(seconds=own_seconds) for (name, used), own_seconds in pairs},
+            students={name: used.plus(seconds=student_seconds) for (name, used), student_seconds in pairs},
             teachers=self.teachers.plus(seconds=teachers),
             seconds=self.seconds + seconds,
             joules=self.joules if joules is None else (self.joules or 0.0) + joules,
@@ -116,11 +125,11 @@ class Usage:
 def step_cost(
     config: Config, students: Sequence[Shape], teachers: Sequence[Shape], work: Workload, held_out: Workload | None
 ) -> StepCost:
-    """Returns what a step costs.
+    """Returns what a step uses.
 
     Args:
-        teachers: the models that predict in the step; none with a cache.
-        held_out: what an update of the outer loop read in this step; None: there was none.
+        teachers: the models that predict in the step; none where their predictions are read from a cache.
+        held_out: what an update of the outer loop read in this step; None where there was no update.
     """
     outer, outer_tokens = NO_FLOPS, 0
     if held_out is not None:
@@ -143,9 +152,11 @@ def new_usage(
     Args:
         run: its name and when it began.
         students: their names.
-        folders: of teachers and initial weights. Raises UserError where a usage.json in one is damaged.
-        cached: the shapes of teachers, and the text, whose predictions are read from a cache. Filling the cache is
-            counted in full, whoever did it.
+        folders: the folders of teachers and initial weights.
+        cached: the shapes of the teachers whose predictions are read from a cache, and the text that they predict; None
+            without a cache. What it took to fill the cache counts in full, whichever run did it.
+
+    Raises UserError where a usage.json in one of the folders is damaged.
     """
     inherited = {str(folder): read_usage(folder) for folder in folders}
     teachers = ModelUsage()
@@ -162,8 +173,10 @@ def new_usage(
 
 
 def read_usage(folder: Path) -> Usage | None:
-    """Returns what the model in a folder took to train; None where the folder does not say, UserError where the file
-    is damaged."""
+    """Returns what it took to train the model in a folder; None where the folder has no usage.json.
+
+    Raises UserError where the file is damaged.
+    """
     path = folder / FILE
     if not path.is_file():
         return None
@@ -176,7 +189,7 @@ def read_usage(folder: Path) -> Usage | None:
 
 
 def as_dict(usage: Usage) -> dict[str, Any]:
-    """Returns the usage for JSON; energy that no device reports is left out."""
+    """Returns the usage for JSON, without the energy where no device reports it."""
     return _without_unknown_energy(asdict(usage))
 
 

@@ -35,10 +35,10 @@ def test_peaks_by_name(name: str, bf16: float | None, fp32: float | None) -> Non
 
 def test_a_cpu_is_measured_once_and_draws_nothing() -> None:
     before = torch.random.get_rng_state()
-    found = peak_flops(CPU, torch.float32)
-    assert found is not None
-    assert 1e8 < found < 1e14
-    assert peak_flops(CPU, torch.float32) == found
+    peak = peak_flops(CPU, torch.float32)
+    assert peak is not None
+    assert 1e8 < peak < 1e14
+    assert peak_flops(CPU, torch.float32) == peak
     assert torch.equal(before, torch.random.get_rng_state())
 
 

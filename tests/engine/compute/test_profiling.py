@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from engine.compute.profiling import top_operations
 from engine.config.loading import build
 from engine.config.settings import Config
+from engine.system.errors import UserError
 from engine.train import train
 
 
@@ -33,29 +34,31 @@ def test_chosen_steps_are_traced_and_learn_the_same(tmp_path: Path) -> None:
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {"step 2", "step 3"} <= names
     assert not {"step 1", "step 4"} & names
-    assert "calls" in (folder / "rank-0.txt").read_text()
+    assert "# of Calls" in (folder / "rank-0.txt").read_text()
 
     train(config(tmp_path, "run.name=plain"))
     losses = [
         [json.loads(line).get("students") for line in (tmp_path / "runs" / name / "metrics.jsonl").open()]
         for name in ("traced", "plain")
     ]
-    assert [one["one"]["loss"] for one in losses[0][1:5]] == [one["one"]["loss"] for one in losses[1][1:5]]
+    assert [step["one"]["loss"] for step in losses[0][1:5]] == [step["one"]["loss"] for step in losses[1][1:5]]
 
 
 DISK = """
 import sys
 from pathlib import Path
 import pytest
-from engine.system import distributed as runtime
+from engine.system.distributed import exit_process, init_distributed
+from engine.system.errors import UserError
 from engine.data.batches import Step
 from engine.compute.profiling import profiled
-place, folder = runtime.start(), Path(sys.argv[1]) / "profile"
-if place.rank == 1:
-    (folder / "rank-1.txt").mkdir(parents=True)
-with pytest.raises(ValueError, match="^rank 1: .*Is a directory: .*rank-1"):
-    list(profiled((Step(n, 0, 1, 1, 0, []) for n in (1, 2, 3)), (2, 2), folder, place, memory=False))
-runtime.end()
+runtime, folder = init_distributed(), Path(sys.argv[1]) / "profile"
+if runtime.rank == 1:
+    folder.mkdir(parents=True)
+    (folder / "rank-1.txt").symlink_to("/dev/full")
+with pytest.raises(UserError, match="^rank 1: .*No space left on device"):
+    list(profiled((Step(n, 0, 1, 1, 0, []) for n in (1, 2, 3)), (2, 2), folder, runtime, memory=False))
+exit_process()
 """
 
 
@@ -71,17 +74,19 @@ def test_what_cannot_be_traced_is_refused(tmp_path: Path) -> None:
         (("run.profile=[3,2]",), r"run.profile=\[3, 2\]"),
         (("run.memory_snapshot=true",), "run.memory_snapshot is of a GPU's memory"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             train(config(tmp_path, *overrides))
     assert not (tmp_path / "runs").exists()
 
 
-def test_top_operations_know_flops_and_bytes() -> None:
+def test_top_operations_know_calls_and_flops() -> None:
     left, right = torch.ones(8, 16), torch.ones(16, 4)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as finished:
         _ = left @ right
         (left @ right).bfloat16().sum()
-    rows = {line.split()[0]: line.split()[1:] for line in top_operations(finished).splitlines()}
-    calls, _, _, flops, given = rows["aten::mm"]
-    assert (calls, flops, given) == ("2", "2.048k", "1.536k"), "2 · 2·8·16·4, and 2 · 4·(8·16 + 16·4) bytes"
-    assert rows["aten::sum"][-1] == f"{2 * 32 * 2}", "its own call and the one it makes, of bf16"
+    table = top_operations(finished).splitlines()
+    columns = next(line for line in table if "# of Calls" in line).split("  ")
+    assert {"Self CPU", "Total FLOPs"} <= {column.strip() for column in columns}
+    rows = {line.split()[0]: line.split()[1:] for line in table if line.strip()}
+    assert rows["aten::mm"][-2:] == ["2", "2048.000"], "calls, and 2 · 2·8·16·4 FLOPs"
+    assert rows["aten::sum"][-2:] == ["1", "--"]

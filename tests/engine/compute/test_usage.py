@@ -1,4 +1,4 @@
-"""What a run says that it has cost: counted, kept over a resume, and carried by what it exports."""
+"""What a run has used is counted, kept over a resume, and carried by what it exports."""
 
 import json
 from dataclasses import replace
@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 
-from engine.compute import usage as usage
 from engine.compute.flops import Flops, Workload, inference, outer_update, training
-from engine.compute.usage import ModelUsage, Usage
+from engine.compute.usage import ModelUsage, Usage, read_usage
 from engine.config.loading import build
 from engine.config.settings import Config, OuterConfig
 from engine.models.llama import LlamaShape
 from engine.models.roberta import RobertaShape
 from engine.run.checkpoint import latest, read_state
 from engine.run.run import Run
+from engine.system.errors import UserError
 from engine.train import train
 
 TINY = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "max_length": 32}
-SMALL, LARGE = (LlamaShape(1, hidden, 2, 2, 32, 400, 32, tied=True) for hidden in (16, 24))
-TEXT = Workload.whole(4, 32)
+SMALL, LARGE = (LlamaShape(1, hidden, 2, 32, 400, 32, kv_heads=2) for hidden in (16, 24))
+WORKLOAD = Workload.whole(4, 32)
 
 
 def config(folder: Path, name: str, *overrides: str, students: int = 1, **settings: Any) -> Config:
@@ -41,14 +41,14 @@ def config(folder: Path, name: str, *overrides: str, students: int = 1, **settin
     )
 
 
-def ledger_of(run: Path) -> Usage:
-    found = latest(run / "checkpoints")
-    assert found is not None
-    return read_state(found).usage
+def usage_of(run: Path) -> Usage:
+    checkpoint = latest(run / "checkpoints")
+    assert checkpoint is not None
+    return read_state(checkpoint).usage
 
 
-def counts(found: Usage) -> list[tuple[int, ...]]:
-    return [(a.tokens, a.words, a.model_flops, a.hardware_flops) for _, a in found.accounts()]
+def counts(usage: Usage) -> list[tuple[int, ...]]:
+    return [(part.tokens, part.words, part.model_flops, part.hardware_flops) for _, part in usage.parts()]
 
 
 def test_teacher_students_and_outer_loop_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,28 +60,28 @@ def test_teacher_students_and_outer_loop_apart(tmp_path: Path, monkeypatch: pyte
         "outer": {"every": 3, "sequences": 2},
     }
     train(config(tmp_path, "whole", **learnt))
-    found = ledger_of(tmp_path / "runs" / "whole")
+    usage = usage_of(tmp_path / "runs" / "whole")
     six = lambda flops: (6 * flops.model, 6 * flops.hardware)  # noqa: E731
-    tokens = found.students["one"].tokens
+    tokens = usage.students["one"].tokens
     assert 0 <= 6 * 128 - tokens < 32, "all but what a short last sequence lacks"
-    assert found.students["two"].words > 0
+    assert usage.students["two"].words > 0
     for name, shape in (("one", SMALL), ("two", LARGE)):
-        account = found.students[name]
-        assert (account.model_flops, account.hardware_flops) == six(training(shape, TEXT))
-        assert account.seconds > 0
-    assert (found.teachers.model_flops, found.teachers.hardware_flops) == six(inference(SMALL, TEXT))
-    assert found.teachers.tokens == tokens
-    update = outer_update([SMALL, LARGE], TEXT, Workload.whole(2, 32), OuterConfig())
-    assert found.outer.hardware_flops == pytest.approx(2 * update.hardware, rel=0.02), "rows without a target"
-    assert found.outer.seconds > 0
-    assert found.joules is None
+        part = usage.students[name]
+        assert (part.model_flops, part.hardware_flops) == six(training(shape, WORKLOAD))
+        assert part.seconds > 0
+    assert (usage.teachers.model_flops, usage.teachers.hardware_flops) == six(inference(SMALL, WORKLOAD))
+    assert usage.teachers.tokens == tokens
+    update = outer_update([SMALL, LARGE], WORKLOAD, Workload.whole(2, 32), OuterConfig())
+    assert usage.outer.hardware_flops == pytest.approx(2 * update.hardware, rel=0.02), "rows without a target"
+    assert usage.outer.seconds > 0
+    assert usage.joules is None
 
-    teacher = usage.read(tmp_path / "runs" / "teacher" / "students" / "one")
+    teacher = read_usage(tmp_path / "runs" / "teacher" / "students" / "one")
     assert teacher is not None
-    assert teacher == ledger_of(tmp_path / "runs" / "teacher"), "exported from the only checkpoint that was evaluated"
-    assert found.before == teacher.flops
-    assert found.inherited == (teacher,)
-    assert usage.read(tmp_path / "runs" / "whole" / "students" / "two") == found
+    assert teacher == usage_of(tmp_path / "runs" / "teacher"), "exported from the only checkpoint that was evaluated"
+    assert usage.inherited_flops == teacher.flops
+    assert usage.inherited == (teacher,)
+    assert read_usage(tmp_path / "runs" / "whole" / "students" / "two") == usage
     summary = json.loads((tmp_path / "runs" / "whole" / "summary.json").read_text())
     assert "joules" not in summary["usage"]
 
@@ -98,11 +98,11 @@ def test_teacher_students_and_outer_loop_apart(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(KeyboardInterrupt):
             train(config(tmp_path, "broken", **learnt))
     train(config(tmp_path, "broken", **learnt))
-    assert counts(ledger_of(tmp_path / "runs" / "broken")) == counts(found)
+    assert counts(usage_of(tmp_path / "runs" / "broken")) == counts(usage)
 
     lines = (tmp_path / "runs" / "broken" / "metrics.jsonl").read_text().splitlines()
-    steps = [one for one in map(json.loads, lines) if one["kind"] == "step"]
-    assert steps[-1]["model_flops"] == found.flops.model
+    steps = [record for record in map(json.loads, lines) if record["kind"] == "step"]
+    assert steps[-1]["model_flops"] == usage.flops.model
     assert all(0 < step["mfu"] < step["hfu"] for step in steps)
 
 
@@ -114,10 +114,10 @@ def test_filling_a_cache_is_counted_once(tmp_path: Path) -> None:
     }
     for name in ("first", "second"):
         train(config(tmp_path, name, **settings))
-        found = ledger_of(tmp_path / "runs" / name).teachers
-        sequences = found.tokens // 32
+        usage = usage_of(tmp_path / "runs" / name).teachers
+        sequences = usage.tokens // 32
         assert sequences > 50
-        assert found.model_flops == inference(SMALL, Workload.whole(sequences, 32)).model
+        assert usage.model_flops == inference(SMALL, Workload.whole(sequences, 32)).model
 
 
 def test_of_masked_text_what_is_predicted_reaches_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,21 +129,27 @@ def test_of_masked_text_what_is_predicted_reaches_the_head(tmp_path: Path, monke
 
     monkeypatch.setattr(Run, "record", recorded)
     train(config(tmp_path, "masked", "data.tokenizer.mask=true", "students.0.family=roberta"))
-    found = ledger_of(tmp_path / "runs" / "masked").students["one"]
+    usage = usage_of(tmp_path / "runs" / "masked").students["one"]
     shape = RobertaShape(1, 16, 2, 32, 400, 32)
-    texts = [Workload(4, 32, step.valid_tokens, step.valid_tokens, step.tokens) for step in steps]
-    assert found.model_flops == sum(training(shape, text).model for text in texts)
-    assert found.tokens == sum(text.tokens for text in texts) > 5 * sum(text.valid for text in texts)
+    workloads = [Workload(4, 32, step.valid_tokens, step.valid_tokens, step.tokens) for step in steps]
+    assert usage.model_flops == sum(training(shape, workload).model for workload in workloads)
+    assert (
+        usage.tokens
+        == sum(workload.tokens for workload in workloads)
+        > 5 * sum(workload.valid for workload in workloads)
+    )
 
 
 def test_a_run_that_taught_twice_counts_once() -> None:
     grandmother = Usage("grandmother", {"a": ModelUsage(model_flops=100, hardware_flops=110, seconds=1.0)})
     mother = Usage("mother", {"a": ModelUsage(model_flops=10, hardware_flops=11)}, inherited=(grandmother,))
     later = replace(grandmother, students={"a": ModelUsage(model_flops=200, hardware_flops=220)}, seconds=2.0)
-    assert Usage("child", inherited=(mother, later, later)).before == Flops(210, 231)
+    assert Usage("child", inherited=(mother, later, later)).inherited_flops == Flops(210, 231)
 
 
-def test_a_damaged_ledger_is_refused_in_a_line(tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "usage.json").write_text('{"run": 3')
-    with pytest.raises(ValueError, match=r"usage.json is no ledger \(Invalid JSON.*\): delete it, or export again"):
-        usage.read(tmp_path)
+    with pytest.raises(
+        UserError, match=r"usage.json is damaged \(Invalid JSON.*\): delete it, or export the model again"
+    ):
+        read_usage(tmp_path)
