@@ -14,6 +14,7 @@ from engine.data.grammar.generator import minimal_pairs
 from engine.evaluation.scores import score_model
 from engine.run import checkpoint
 from engine.run.run import Run
+from engine.system.errors import UserError
 from engine.train import train
 
 TINY = {"family": "roberta", "layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "max_length": 64, "learning_rate": 1e-2}
@@ -39,7 +40,7 @@ def settings(folder: Path, name: str, *overrides: str) -> Config:
 
 
 def records(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Without what the clock decides."""
+    """Returns the records without what the clock decides."""
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         for record in (line, *line["students"].values()) if isinstance(line.get("students"), dict) else (line,):
@@ -55,7 +56,7 @@ def final(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def refusal(config: Config) -> str:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  (its text is what the tests look at)
+    with pytest.raises(UserError) as caught:
         train(config)
     assert "\n" not in str(caught.value)
     assert not (Path(config.run.folder) / config.run.name).exists(), "before anything is written"
@@ -79,15 +80,15 @@ def test_weighted_mutual_learning_learns_and_resumes_bitwise(tmp_path: Path, mon
     whole, broken = final(tmp_path, "whole"), final(tmp_path, "broken")
     assert whole.keys() == broken.keys()
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
-    found = records(tmp_path, "whole")
-    assert found == records(tmp_path, "broken")
+    lines = records(tmp_path, "whole")
+    assert lines == records(tmp_path, "broken")
 
-    steps = [r for r in found if r["kind"] == "step"]
+    steps = [r for r in lines if r["kind"] == "step"]
     assert [s["tokens"] for s in steps] == [4 * 32 * n for n in range(1, 9)], "of the text, not of the masks"
     assert steps[0]["students"]["one"]["ce"] == pytest.approx(math.log(400), abs=0.2), "a mean over masks"
-    evaluations = [r for r in found if r["kind"] == "evaluation"]
+    evaluations = [r for r in lines if r["kind"] == "evaluation"]
     assert evaluations[1]["ensemble"]["validation_loss"] < evaluations[0]["ensemble"]["validation_loss"]
-    updates = [r for r in found if r["kind"] == "outer"]
+    updates = [r for r in lines if r["kind"] == "outer"]
     assert len(updates) == 4
     assert all(0 < w < 1 and w != 1 / 3 for w in updates[-1]["omega"].values())
     assert set(updates[0]["shares"]) == {"direct", "own", "peers"}
@@ -95,9 +96,9 @@ def test_weighted_mutual_learning_learns_and_resumes_bitwise(tmp_path: Path, mon
 
 
 def test_ranks_stages_and_micro_batches_change_nothing(tmp_path: Path) -> None:
-    chosen = ("train.steps=3", "outer={}", "students.0.dropout=0")
-    train(settings(tmp_path, "plain", *chosen))
-    train(settings(tmp_path, "sharded", *chosen, "train.zero_stage=3", "train.micro_batch=1"))
+    overrides = ("train.steps=3", "outer={}", "students.0.dropout=0")
+    train(settings(tmp_path, "plain", *overrides))
+    train(settings(tmp_path, "sharded", *overrides, "train.zero_stage=3", "train.micro_batch=1"))
     plain, sharded = final(tmp_path, "plain"), final(tmp_path, "sharded")
     for key, value in plain.items():
         if "/weight/" in key and not key.endswith("key.bias"):  # whose gradient is rounding
@@ -105,9 +106,9 @@ def test_ranks_stages_and_micro_batches_change_nothing(tmp_path: Path) -> None:
 
 
 def test_a_micro_batch_without_a_mask_counts_for_nothing(tmp_path: Path) -> None:
-    chosen = ("train.steps=3", "outer={}", "train.length=4")
-    train(settings(tmp_path, "empty", *chosen, "train.micro_batch=1"))
-    train(settings(tmp_path, "together", *chosen, "train.micro_batch=4"))
+    overrides = ("train.steps=3", "outer={}", "train.length=4")
+    train(settings(tmp_path, "empty", *overrides, "train.micro_batch=1"))
+    train(settings(tmp_path, "together", *overrides, "train.micro_batch=4"))
     ce = [
         [s["students"]["two"]["ce"] for s in records(tmp_path, n) if s["kind"] == "step"] for n in ("empty", "together")
     ]
@@ -122,7 +123,7 @@ def test_a_run_is_scored_by_pseudo_log_likelihood_and_teaches_its_own_kind(tmp_p
     evaluation = next(r for r in records(tmp_path, "taught") if r["kind"] == "evaluation")
     assert 0 < evaluation["ensemble"]["pairs_accuracy"] < 1
     teacher = tmp_path / "runs" / "taught" / "students" / "two"
-    plain = ("objective={ce: 0.5, teachers: 0.5, peers: 0}", "outer={}", "train.steps=2")
+    plain = ("objective={ce_weight: 0.5, teacher_weight: 0.5, peer_weight: 0}", "outer={}", "train.steps=2")
     train(settings(tmp_path, "pupil", f"teachers=[{{path: {teacher}}}, {{path: {teacher}}}]", *plain))
     assert records(tmp_path, "pupil")[-1]["kind"] == "evaluation"
     causal = "students=[{name: a, layers: 1, hidden: 16, heads: 2, ffn: 32}]"
@@ -136,14 +137,14 @@ def test_a_run_is_scored_by_pseudo_log_likelihood_and_teaches_its_own_kind(tmp_p
             for i, p in enumerate(list(minimal_pairs(5, 1))[:4])
         ]
         (glue / f"mnli.{part}.jsonl").write_text("\n".join(lines) + "\n")
-    wanted = ScoreConfig(
+    score_config = ScoreConfig(
         model=str(teacher),
         data=str(tmp_path / "data"),
         tasks=("mnli",),
         folder=str(tmp_path / "scores"),
         finetune=FinetuneConfig(epochs=1),
     )
-    [[score]] = score_model(wanted).values()
+    [[score]] = score_model(score_config).values()
     assert (score.task, score.sets[0].items) == ("mnli", 4)
 
 

@@ -98,7 +98,7 @@ def plain_inner_step(omega_S: Tensor, train: Step) -> list[Parameters]:
                     total = total + ALPHA * omega_S[j] * TEMPERATURE**2 * kl
     (total * len(shapes) / train.valid_tokens).backward()
     return [
-        {n: (p - step_size * p.grad).detach() for n, p in named.items()}
+        {n: (p - step_size * p.grad).detach() for n, p in named.items() if p.grad is not None}
         for named, step_size in zip(leaves, STEP_SIZES, strict=False)
     ]
 

@@ -17,20 +17,21 @@ from engine.data.batches import Batch
 from engine.models.llama import Llama, LlamaShape
 from engine.run import checkpoint
 from engine.run.run import Run
+from engine.system.errors import UserError
 from engine.teachers import cache as teacher_cache
 from engine.teachers.frozen import Teachers
 from engine.train import train
 from kernels import Projected
 
 TINY = {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32, "max_length": 32}
-PIECES = 400
+VOCAB_SIZE = 400
 
 
 def settings(folder: Path, name: str, *overrides: str, **student: Any) -> Config:
     config = {
         "students": [{"name": "one", "learning_rate": 1e-2, **TINY, **student}],
         "run": {"name": name, "folder": str(folder / "runs")},
-        "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"vocab_size": PIECES}},
+        "data": {"folder": str(folder / "prepared"), "words": 3000, "tokenizer": {"vocab_size": VOCAB_SIZE}},
         "optimizer": {"warmup": 1},
         "train": {"steps": 6, "batch": 4, "length": 32},
         "evaluation": {"every": 100, "tokens": 100, "pairs": "none", "samples": 1, "sample_tokens": 4},
@@ -56,7 +57,9 @@ def folder(models: Path, tmp_path: Path) -> Path:
 
 def distilled(folder: Path, name: str, *overrides: str, teachers: tuple[str, ...] = ("llama", "gpt2")) -> Config:
     paths = ", ".join(f"{{path: {folder / 'runs' / t}}}" for t in teachers)
-    return settings(folder, name, f"teachers=[{paths}]", "objective.ce_weight=0.5", "objective.temperature=2", *overrides)
+    return settings(
+        folder, name, f"teachers=[{paths}]", "objective.ce_weight=0.5", "objective.temperature=2", *overrides
+    )
 
 
 def steps(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -69,7 +72,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 
 def refusal(config: Config) -> str:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  (its text is what the tests look at)
+    with pytest.raises(UserError) as caught:
         train(config)
     assert "\n" not in str(caught.value)
     assert not (Path(config.run.folder) / config.run.name).exists(), "before anything is written"
@@ -95,10 +98,10 @@ def test_one_averaged_teacher_or_each_by_itself(folder: Path) -> None:
 def test_the_mean_of_teachers_is_of_their_logits_and_holds_their_heads_once(tied: bool) -> None:
     torch.manual_seed(0)
     models = [
-        Llama(LlamaShape(1, width, 2, 2, 32, PIECES, max_length=16, tied=tied)).requires_grad_(False)
+        Llama(LlamaShape(1, width, 2, 32, VOCAB_SIZE, max_length=16, tied=tied, kv_heads=2)).requires_grad_(False)
         for width in (16, 24)
     ]
-    batch = Batch(torch.randint(PIECES, (2, 16)), torch.zeros(32, dtype=torch.int64))
+    batch = Batch(torch.randint(VOCAB_SIZE, (2, 16)), torch.zeros(32, dtype=torch.int64))
     expected_NV = sum(w * model(batch.tokens_BL) @ model.head.T for w, model in zip((0.25, 0.75), models, strict=True))
     (mean,) = Teachers(["both"], [1.0], models, (0.25, 0.75))(batch)
     assert isinstance(mean, Projected)
@@ -163,7 +166,7 @@ def test_a_run_does_not_go_on_with_another_teacher(folder: Path) -> None:
     path = folder / "runs/llama/students/one/model.safetensors"
     tensors = load_file(path)
     save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, path)
-    with pytest.raises(ValueError, match=r"has learnt from others than .*llama.* now hold: restore them"):
+    with pytest.raises(UserError, match=r"has learnt from other teachers than .*llama.* now hold: restore them"):
         train(distilled(folder, "taught"))
     save_file(tensors, path, metadata={"format": "pt"})
     train(distilled(folder, "taught"))
@@ -190,7 +193,7 @@ def widen_vocabulary(folder: Path) -> None:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = torch.cat([tensors[name], tensors[name][:8]])
     save_file(tensors, path)
-    spoil_config(vocab_size=PIECES + 8)(folder)
+    spoil_config(vocab_size=VOCAB_SIZE + 8)(folder)
 
 
 @pytest.mark.parametrize(
@@ -205,14 +208,14 @@ def widen_vocabulary(folder: Path) -> None:
         (lambda f: shutil.rmtree(f / "runs/llama"), [], "llama: no config.json; expected a Hugging Face folder"),
         (spoil_weights, [], "llama: layers.0.mlp.up_proj.weight is not finite (NaN or infinite)"),
         (spoil_config(model_type="mamba"), [], "llama: model_type='mamba': expected 'llama', 'gpt2' or 'roberta'"),
-        (spoil_config(max_position_embeddings=16), [], "llama has 16 positions, fewer than train.length=32"),
-        (widen_vocabulary, [], "llama: its vocabulary has 408 pieces, the data's tokenizer 400"),
+        (spoil_config(max_position_embeddings=16), [], "llama reads at most 16 tokens, fewer than train.length=32"),
+        (widen_vocabulary, [], "llama: its vocabulary has 408 tokens, the data's tokenizer 400"),
         (lambda f: None, ["data.tokenizer.vocab_size=420"], "is not the data's"),
         (lambda f: None, ["objective.teacher_weight=0"], "nobody would learn from them"),
         (lambda f: None, ["teachers=[]"], "objective.temperature says how students learn from others"),
         (lambda f: None, ["teachers=[]", "objective.temperature=1", "cache.path=x"], "cache without teachers"),
         (lambda f: None, ["cache.path=x", "train.chunks=random"], "it holds fixed chunks"),
-        (lambda f: None, ["cache.path=x", "cache.k=400"], "cache.k=400 of 400 pieces"),
+        (lambda f: None, ["cache.path=x", "cache.k=400"], "cache.k=400 with a vocabulary of 400 tokens"),
         (lambda f: shutil.copytree(f / "runs/llama/students/one", f / "runs/llama/students/two"), [], "is a run of 2"),
     ],
 )
@@ -230,7 +233,7 @@ def cached(folder: Path, name: str, *overrides: str) -> Config:
 def test_a_cache_stands_in_for_the_teachers(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(teacher_cache, "CHUNKS_A_PART", 50)
+    monkeypatch.setattr(teacher_cache, "CHUNKS_PER_PART", 50)
     train(distilled(folder, "live"))
     train(cached(folder, "first", "cache.k=399"))
     assert ", 100% of their mass" in capsys.readouterr().out
@@ -283,7 +286,7 @@ def test_a_record_comes_back_within_its_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(7, 3, generator=generator), 9 * torch.randn(70_000 // 7, 3, generator=generator)
     k = 5
-    wanted = teacher_cache.top_of(Projected(hidden, weight), k, 2.0)
+    wanted = teacher_cache.top_k(Projected(hidden, weight), k, 2.0)
     log_prob_NV = (hidden @ weight.T / 2).log_softmax(-1)
     torch.testing.assert_close(wanted.log_prob, log_prob_NV.topk(k).values)
     torch.testing.assert_close(wanted.log_prob.exp().sum(-1) + wanted.tail, torch.ones(7))
