@@ -1,4 +1,4 @@
-"""What a run shows while it trains: its last step, and what each student was last worth."""
+"""What a run shows in the terminal while it trains: its last step and each student's last evaluation."""
 
 import math
 import time
@@ -14,15 +14,21 @@ from engine.system.formatting import format_seconds
 
 
 class Progress:
-    """Shows a run's records as they come: a live display on a terminal, else one line every `interval` seconds.
+    """Shows a run's records as they come, on rank 0; it is a context manager.
 
-    A context manager. Does nothing on ranks other than 0. Skipped steps and events are always printed, at once.
-    `start` is the number of steps already finished when the run was resumed.
+    On a terminal the display is live. Elsewhere it prints a line when at least `interval` seconds have passed, and at
+    once for skipped steps and events.
     """
 
     def __init__(
         self, total: int, *, start: int = 0, rank: int = 0, console: Console | None = None, interval: float = 10.0
     ) -> None:
+        """
+        Args:
+            total: the number of the run's steps.
+            start: the number of steps that were finished when the run was resumed.
+            interval: seconds.
+        """
         self._total, self._start, self._interval = total, start, interval
         self._rank = rank
         self._console = console or Console()
@@ -35,7 +41,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._began = time.monotonic()
-        # Not `console.is_terminal`: FORCE_COLOR, which CI services set, would make that animate a log file.
+        # `console.is_terminal` is true under FORCE_COLOR, which CI services set: it would animate a log file.
         if self._rank == 0 and self._console.file.isatty() and not self._console.is_dumb_terminal:
             self._live = Live(console=self._console, get_renderable=self._display, refresh_per_second=4)
             self._live.start()
@@ -48,6 +54,7 @@ class Progress:
             self._print_step(self._step)
 
     def show(self, record: Record) -> None:
+        """Takes one record, and prints what is due."""
         if self._rank != 0:
             return
         match record["kind"]:
@@ -76,9 +83,9 @@ class Progress:
     def _heading(self, record: StepRecord | None) -> str:
         elapsed = time.monotonic() - self._began
         done = record["step"] if record else self._start
-        left = elapsed / (done - self._start) * (self._total - done) if done > self._start else None
         parts = [f"step {done:,}/{self._total:,}", f"{format_seconds(elapsed)} elapsed"]
-        if left is not None:
+        if done > self._start:
+            left = elapsed / (done - self._start) * (self._total - done)
             parts.append(f"{format_seconds(left)} left")
         if record:
             parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
@@ -86,12 +93,13 @@ class Progress:
         return ", ".join(parts)
 
     def _cells(self, record: StepRecord, name: str) -> dict[str, str]:
+        """Returns what is shown of a student, by title."""
         student = record["students"][name]
         cells = {"CE": f"{student['ce']:.3f}"}
         row = list(record["students"]).index(name)
-        others = [kl for column, kl in enumerate(record["kl"][row]) if column != row] if record["kl"] else []
-        if others:
-            cells["KL"] = f"{sum(others) / len(others):.3f}"
+        divergences = [kl for column, kl in enumerate(record["kl"][row]) if column != row] if record["kl"] else []
+        if divergences:
+            cells["KL"] = f"{sum(divergences) / len(divergences):.3f}"
         cells["lr"] = f"{student['lr']:.1e}"
         if name in self._evaluation:
             evaluation = self._evaluation[name]

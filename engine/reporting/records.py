@@ -1,12 +1,12 @@
-"""What a run records while it trains.
+"""The records of a run: the lines of `metrics.jsonl`, and `summary.json`.
 
-`metrics.jsonl` holds one JSON object a line, in the order in which things happened. Every record has a `kind` and the
-`step` it belongs to: the number of steps finished when it was written, so the first step's record says 1. The kinds
-are the TypedDicts below: `streams` (once, first), `step`, `outer`, `evaluation`, `skipped`, `event`. All losses and
-divergences are in nats per token. A number that is not finite is written as `null`, because JSON has no NaN; a
-`skipped` record tells what was wrong. `summary.json`, written when a run ends, is one `Summary`.
+`metrics.jsonl` has one JSON object per line, in the order in which things happened. Every record has a `kind` and a
+`step`, the number of steps that were finished when it was written; so the first step's record says 1. The kinds are the
+TypedDicts below: `streams` (once, first), `step`, `outer`, `evaluation`, `skipped`, `event`. All losses and divergences
+are in nats per token. A number that is not finite is written as `null`, because JSON has no NaN; a `skipped` record
+says what was wrong. `summary.json`, written when a run ends, is one `Summary`.
 
-Legend: S students, K teachers, R = S + K streams, students first.
+S students, K teachers, R = S + K streams, students first.
 """
 
 import json
@@ -18,7 +18,7 @@ from engine.system.errors import UserError
 
 
 class StreamsRecord(TypedDict):
-    """The names behind the rows and columns of every `kl` that follows."""
+    """The names of the rows and columns of every `kl` that follows."""
 
     kind: Literal["streams"]
     step: int
@@ -31,8 +31,8 @@ class StudentStep(TypedDict):
     ce: float  # nats per token, temperature 1
     grad_norm: float  # before clipping
     lr: float
-    tokens_per_second: float  # over the time of its own forward, backward and update; the joint loss is not its own
-    model_flops_per_second: float  # the model's own arithmetic, recomputation not counted
+    tokens_per_second: float  # over the time of its forward and backward pass and its update, without the joint loss
+    model_flops_per_second: float  # over the same time; recomputation does not count
     clipped: bool
 
 
@@ -41,13 +41,13 @@ class StepRecord(TypedDict):
     step: int
     epoch: float
     tokens: int  # seen since the run began, over all ranks
-    words: NotRequired[int]  # begun by them (engine.data.batches.WordStarts)
+    words: NotRequired[int]  # that begin in these tokens (engine.data.batches.WordStarts)
     seconds: float  # of this step
     tokens_per_second: float  # over all ranks, all students trained
     model_flops: NotRequired[int]  # since the run began: students, teachers and outer loop (engine.compute.flops)
     hardware_flops: NotRequired[int]
-    mfu: NotRequired[float]  # model FLOPs since the record before, over what all devices could have done (0 to 1)
-    hfu: NotRequired[float]  # hardware FLOPs, likewise; neither where the peak is unknown
+    mfu: NotRequired[float]  # model FLOPs since the record before, divided by what all devices could have done (0 to 1)
+    hfu: NotRequired[float]  # the same of hardware FLOPs; both are absent where the devices' peak is unknown
     joules: NotRequired[float]  # since the run began, of all devices; absent where they do not report it
     students: dict[str, StudentStep]  # S, in the order of the streams
     kl: list[list[float]]  # S × R, row i the learner, column j the stream it learns from; [] where there is no KL
@@ -58,9 +58,9 @@ class OuterRecord(TypedDict):
 
     kind: Literal["outer"]
     step: int
-    omega: dict[str, float]  # S, after it
-    held_out_loss: float  # of the weighted ensemble, before it; nats per token
-    shares: dict[str, float]  # of the hypergradient's terms direct, own and peers in what moved ω
+    omega: dict[str, float]  # S, after the update
+    held_out_loss: float  # of the weighted ensemble, before the update; nats per token
+    shares: dict[str, float]  # the shares of the hypergradient's terms direct, own and peers in what moved ω
     step_size: float
     seconds: float
 
@@ -68,7 +68,7 @@ class OuterRecord(TypedDict):
 class StudentEvaluation(TypedDict):
     validation_loss: float  # nats per token
     pairs_accuracy: float | None  # 0 to 1; None where the data has no minimal pairs
-    scores: NotRequired[dict[str, float]]  # of evaluation.tasks, by name
+    scores: NotRequired[dict[str, float]]  # on evaluation.tasks, by name
 
 
 class EvaluationRecord(TypedDict):
@@ -83,7 +83,7 @@ class SkippedRecord(TypedDict):
 
     kind: Literal["skipped"]
     step: int
-    students: list[str]  # those whose loss or gradient was not finite
+    students: list[str]  # whose loss or gradient was not finite
     reason: str
 
 
@@ -111,7 +111,7 @@ class StudentSummary(TypedDict):
     validation_loss_per_word: float  # nats per word
     pairs_accuracy: float | None  # 0 to 1
     pairs_by_phenomenon: dict[str, float]  # 0 to 1
-    tokens_per_second: float  # over the time of its own work, as in StudentStep
+    tokens_per_second: float  # as in StudentStep
     folder: str
     best_step: int
     samples: list[str]
@@ -130,34 +130,36 @@ class Summary(TypedDict):
     data: DataSummary
     students: list[StudentSummary]
     usage: NotRequired[dict[str, Any]]  # engine.compute.usage
-    inherited_flops: NotRequired[dict[str, int]]  # model and hardware FLOPs of the teachers' own training
+    inherited_flops: NotRequired[dict[str, int]]  # model and hardware FLOPs of the teachers' training
     peak_flops_per_second: NotRequired[float]  # of all ranks' devices
     omega: NotRequired[list[float]]  # S, of the best checkpoint, where they are weighted
     report: NotRequired[str]
 
 
 def read_metrics(path: Path) -> Iterator[Record]:
-    """The records of a `metrics.jsonl`, one by one.
+    """Yields the records of a `metrics.jsonl`.
 
-    The last line may be cut short, as a killed run leaves it; it is then left out. Raises ValueError for any other line
-    that is not a JSON object.
+    The last line may be incomplete, as a killed run leaves it, and is then left out. Raises UserError for any other
+    line that is not a JSON object.
     """
-    broken = 0
+    broken = 0  # the number of a line that is no JSON, which only the last line may be
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if broken:
-                raise UserError(f"{path}, line {broken}: expected one JSON object a line; restore the file")
+                raise UserError(f"{path}, line {broken}: expected one JSON object per line; restore the file")
             try:
                 record = json.loads(line)
             except ValueError:
                 broken = number
                 continue
             if not isinstance(record, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
+                raise UserError(
+                    f"{path}, line {number}: expected a JSON object, found {type(record).__name__}; restore the file"
+                )
             yield record  # pyright: ignore[reportReturnType]
 
 
 def stream_names(students: Sequence[str], teachers: Sequence[str], streams: int) -> list[str]:
-    """Names of R = `streams` streams, students first; teachers whose names were not recorded are numbered."""
+    """Returns the names of R = `streams` streams, students first. Teachers whose names are unknown get numbers."""
     unnamed = [f"teacher {k + 1}" for k in range(len(teachers), streams - len(students))]
     return [*students, *teachers, *unnamed][:streams]

@@ -1,10 +1,6 @@
-"""`report.html`: a run on one page, drawn from what it recorded. Needs no network and no script.
-
-Legend: S students, K teachers, R = S + K streams, students first.
-"""
+"""`report.html`: one page that shows a run from what it has recorded, without a network or scripts."""
 
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,21 +15,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from engine.reporting.charts import Chart, Curve, curve, format_value
 from engine.reporting.records import EvaluationRecord, OuterRecord, Summary, read_metrics, stream_names
 from engine.system.errors import UserError
+from engine.system.files import write_text
 from engine.system.formatting import format_count, format_seconds
 
-KL_POINTS = 100
-NEGLIGIBLE = 0.01  # share of the hypergradient's terms beside the first
+KL_POINTS = 100  # most points of a divergence's curve
+NEGLIGIBLE = 0.01  # a share of the hypergradient's terms other than the direct one that is not worth their time
 
 
 def write_report(run_dir: Path) -> Path:
     """Writes `<run_dir>/report.html` from `metrics.jsonl`, `config.yaml` and, once the run has ended, `summary.json`.
 
-    A run that was killed or still goes on gets a report of what it has recorded so far. Returns the report's path.
-    Raises ValueError if there is no `metrics.jsonl` or a line of it, other than the last, is not a record.
+    It returns the report's path. A run that was killed or is still going on gets a report of what it has recorded so
+    far. Raises UserError where there is no `metrics.jsonl`, or a line of it other than the last is not a record.
     """
     metrics, summary_path, config_path = (run_dir / name for name in ("metrics.jsonl", "summary.json", "config.yaml"))
     if not metrics.exists():
-        raise UserError(f"{metrics} does not exist: expected the folder of a run that has begun")
+        raise UserError(f"{metrics} does not exist: name the folder of a run that has begun, such as runs/mutual")
     history = read_history(metrics)
     summary: Summary | None = json.loads(summary_path.read_text("utf-8")) if summary_path.exists() else None
     config = config_path.read_text("utf-8") if config_path.exists() else ""
@@ -58,21 +55,19 @@ def write_report(run_dir: Path) -> Path:
         config=config,
     )
     report = run_dir / "report.html"
-    aside = run_dir / "report.html.part"
-    aside.write_text(page, "utf-8")
-    os.replace(aside, report)
+    write_text(report, page)
     return report
 
 
 @dataclass
 class History:
-    """`metrics.jsonl` as columns over the steps that it records. What was not finite is None."""
+    """The columns of `metrics.jsonl`, one value per recorded step. A value that was not finite is None."""
 
     students: list[str] = field(default_factory=list)
     teachers: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     totals: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))  # by measure
-    measures: dict[tuple[str, str], list[Any]] = field(default_factory=lambda: defaultdict(list))  # and student
+    measures: dict[tuple[str, str], list[Any]] = field(default_factory=lambda: defaultdict(list))  # by student, measure
     kl_steps: list[int] = field(default_factory=list)
     kl: dict[tuple[int, int], list[Any]] = field(default_factory=lambda: defaultdict(list))  # by learner and stream
     outer: list[OuterRecord] = field(default_factory=list)
@@ -80,23 +75,25 @@ class History:
     events: list[tuple[int, str, str]] = field(default_factory=list)  # step, "event" or "skipped", text
 
     def ends(self) -> tuple[int, int]:
-        """The first and the last step of which anything is known."""
-        others = (record["step"] for record in [*self.evaluations, *self.outer])
-        steps = [*self.steps[:1], *self.steps[-1:], *others]
+        """Returns the first and the last step of which anything is recorded."""
+        steps = [*self.steps[:1], *self.steps[-1:]]
+        steps += [record["step"] for record in [*self.evaluations, *self.outer]]
         return min(steps), max(steps)
 
     def chart(self, title: str, unit: str, curves: list[Curve], **options: Any) -> Chart:
-        """A chart over the steps, all events marked."""
-        kinds = {"quiet": "event", "alarm": "skipped"}
-        marks = {colour: [step for step, its, _ in self.events if its == kind] for colour, kind in kinds.items()}
+        """Returns a chart over the steps, in which all events are marked."""
+        marks = {
+            colour: [step for step, event_kind, _ in self.events if event_kind == kind]
+            for colour, kind in (("quiet", "event"), ("alarm", "skipped"))
+        }
         return Chart(title, unit, curves, *self.ends(), marks=marks, **options)
 
     def recorded(self, measure: str) -> list[Curve]:
-        """Per student: `measure` over the steps."""
+        """Returns one curve per student: `measure` over the steps."""
         return _curves(self.steps, {name: self.measures[name, measure] for name in self.students})
 
     def evaluated(self, measure: str) -> list[Curve]:
-        """Per student: `measure` over the evaluations; none if none has it."""
+        """Returns one curve per student: `measure` over the evaluations. Where no evaluation has it, there is none."""
         steps = [record["step"] for record in self.evaluations]
         columns = {name: [record["students"][name][measure] for record in self.evaluations] for name in self.students}
         known = any(value is not None for column in columns.values() for value in column)
@@ -104,15 +101,17 @@ class History:
 
 
 def _curves(steps: list[int], columns: Mapping[str, Sequence[float | None]]) -> list[Curve]:
-    """Per student, in their order and colours."""
+    """Returns one curve per student, in their order and colours."""
     return [curve(name, steps, values, colour(i)) for i, (name, values) in enumerate(columns.items())]
 
 
 def colour(stream: int) -> str:
+    """Returns the colour of a stream's curves; it is the same in all charts."""
     return f"c{stream % 8}"
 
 
 def read_history(path: Path) -> History:
+    """Returns what a `metrics.jsonl` records."""
     history = History()
     for record in read_metrics(path):
         match record["kind"]:
@@ -144,6 +143,7 @@ def read_history(path: Path) -> History:
 
 
 def facts(history: History, summary: Summary | None, config: str) -> dict[str, str]:
+    """Returns what stands at the top of the page, by name."""
     if summary:
         data, commit = summary["data"], summary["git_commit"]
         facts = {
@@ -155,8 +155,8 @@ def facts(history: History, summary: Summary | None, config: str) -> dict[str, s
             "data": f"{data['name']}, {format_count(data['train_words'])} words",
         }
     else:
-        found = re.search(r"^# git[_ ]commit: (\S+)", config, re.MULTILINE)
-        commit = found.group(1) if found else None
+        comment = re.search(r"^# git_commit: (\S+)", config, re.MULTILINE)
+        commit = comment.group(1) if comment else None
         facts = {"state": "not finished", "last step": f"{history.steps[-1]:,}" if history.steps else "none yet"}
     if history.steps:
         facts.setdefault("tokens seen", format_count(history.totals["tokens"][-1]))
@@ -167,6 +167,7 @@ def facts(history: History, summary: Summary | None, config: str) -> dict[str, s
 
 
 def loss(history: History, summary: Summary | None) -> list[Chart]:
+    """Returns the chart of the cross-entropy on training batches and held-out text."""
     if not history.steps:
         return []
     training, validation = history.recorded("ce"), history.evaluated("validation_loss")
@@ -178,10 +179,11 @@ def loss(history: History, summary: Summary | None) -> list[Chart]:
     if summary and summary["data"]["entropy_per_word"] is not None:
         rules["best possible"] = summary["data"]["entropy_per_word"] / summary["data"]["tokens_per_word"]
 
-    # The first steps fall from ln V and would press the rest of the curve flat; they are cut off, and the page says so.
-    drawn = [values for curve in curves if (values := curve.y[np.isfinite(curve.y)]).size] or [np.zeros(1)]
-    low, top = min([*rules.values(), *(values.min() for values in drawn)]), max(values.max() for values in drawn)
-    high = max(np.quantile(values, 0.97) for values in drawn)
+    # The losses of the first steps, which fall from ln V, would press the rest of a curve flat. So the chart is cut off
+    # above most of the values, and the note says so.
+    finite = [values for curve in curves if (values := curve.y[np.isfinite(curve.y)]).size] or [np.zeros(1)]
+    low, top = min([*rules.values(), *(values.min() for values in finite)]), max(values.max() for values in finite)
+    high = max(np.quantile(values, 0.97) for values in finite)
     cut = top - low > 1.35 * (high - low)
     if cut:
         peak = np.nanmax([curve.high for curve in training], initial=top)
@@ -191,39 +193,43 @@ def loss(history: History, summary: Summary | None) -> list[Chart]:
 
 
 def pairs(history: History) -> list[Chart]:
+    """Returns the chart of the accuracy on minimal pairs, where there are any."""
     curves = [replace(curve, y=100 * curve.y) for curve in history.evaluated("pairs_accuracy")]
     return [history.chart("Accuracy", "% of pairs", curves, rules={"chance": 50})] if curves else []
 
 
 def divergences(history: History) -> dict[str, Any] | None:
-    """The KL matrix: its last values, each with its share of the greatest, and their courses; None without KL."""
+    """Returns the matrix of KL divergences over the last steps, each value's share of the largest one, and the charts.
+
+    Without divergences it returns None.
+    """
     streams = 1 + max((j for _, j in history.kl), default=0)
     if streams < 2:
         return None
     names = stream_names(history.students, history.teachers, streams)
     learners = range(len(history.students))
-    rows = [
+    curves = [
         [curve(names[j], history.kl_steps, history.kl[i, j], colour(j), KL_POINTS) for j in range(streams) if j != i]
         for i in learners
     ]
-    values = np.concatenate([course.y for row in rows for course in row])
+    values = np.concatenate([curve.y for row in curves for curve in row])
     positive = values[values > 0]
-    span = (positive.min() / 1.15, positive.max() * 1.15) if positive.size else (None, None)
+    span = (positive.min() / 1.15, positive.max() * 1.15) if positive.size else (None, None)  # the same in all charts
     last = np.full((len(history.students), streams), np.nan)
-    last[~np.eye(*last.shape, dtype=bool)] = [course.y[-1] for row in rows for course in row]
+    last[~np.eye(*last.shape, dtype=bool)] = [curve.y[-1] for row in curves for curve in row]
     return {
         "names": names,
         "steps": max(1, len(history.kl_steps) // KL_POINTS),
         "last": last,
         "shares": np.nan_to_num(last / np.nanmax(last, initial=1e-9)),
         "charts": [
-            history.chart(f"{names[i]} learns from", "nats per token", rows[i], span=span, log=True) for i in learners
+            history.chart(f"{names[i]} learns from", "nats per token", curves[i], span=span, log=True) for i in learners
         ],
     }
 
 
 def weights(history: History) -> list[Chart]:
-    """The students' weights ω over the run, and what moved them."""
+    """Returns the chart of the students' weights ω; its note says what moved them."""
     if not history.outer:
         return []
     steps = [record["step"] for record in history.outer]
@@ -238,6 +244,7 @@ def weights(history: History) -> list[Chart]:
 
 
 def optimisation(history: History) -> list[Chart]:
+    """Returns the charts of gradient norms and learning rates."""
     if not history.steps:
         return []
     clipped = (f"{name} {np.mean(history.measures[name, 'clipped']):.0%}" for name in history.students)
@@ -249,13 +256,14 @@ def optimisation(history: History) -> list[Chart]:
 
 
 def throughput(history: History) -> list[Chart]:
+    """Returns the charts of tokens and FLOPs per second, and of the devices' utilisation where it is known."""
     if not history.steps:
         return []
-    each, flops = history.recorded("tokens_per_second"), history.recorded("model_flops_per_second")
+    students, flops = history.recorded("tokens_per_second"), history.recorded("model_flops_per_second")
     total = curve("all", history.steps, history.totals["tokens_per_second"], "ink")
     unit = "total, and each student by the time of its own work"
     charts = [
-        history.chart("Tokens per second", unit, [*each, total], span=(0, None), bands=True),
+        history.chart("Tokens per second", unit, [*students, total], span=(0, None), bands=True),
         history.chart("Model FLOP/s", "recomputation not counted", flops, span=(0, None)),
     ]
     mfu, hfu = (100 * np.array(history.totals[measure], float) for measure in ("mfu", "hfu"))
@@ -268,7 +276,7 @@ def throughput(history: History) -> list[Chart]:
 
 
 def compute(history: History, summary: Summary | None) -> list[Chart]:
-    """The loss against what it took, where every step says so."""
+    """Returns the chart of the loss over the FLOPs that it took, where every step records them."""
     flops = np.array(history.totals["model_flops"], float)
     if not flops.size or not np.isfinite(flops).all():
         return []

@@ -2,9 +2,9 @@ from contextlib import suppress
 from io import StringIO
 
 from rich.console import Console
-from tests.engine.records import RUN
 
 from engine.reporting.progress import Progress
+from tests.engine.reporting.example_records import RUN
 
 
 def progress_output(*, terminal: bool, **options: float) -> str:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.engine.records import RUN, step_record
 
 from engine.reporting.metrics_log import MetricsLog
 from engine.reporting.records import Record, read_metrics
+from engine.system.errors import UserError
+from tests.engine.reporting.example_records import RUN, step_record
 
 
 def write(run_dir: Path, records: list[Record], position: int | None) -> int:
@@ -52,7 +53,7 @@ def test_position_zero_begins_again(tmp_path: Path):
 def test_records_that_do_not_fit_the_checkpoint_are_left_alone(tmp_path: Path, position: int | None, message: str):
     write(tmp_path, RUN[:3], None)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         MetricsLog(tmp_path, position)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -81,7 +82,7 @@ def test_only_the_last_line_may_be_cut_short(tmp_path: Path):
     path.write_bytes(b"".join(lines[:2]) + lines[2][:20])
     assert list(read_metrics(path)) == RUN[:2]
     path.write_bytes(lines[0] + lines[1][:20] + b"\n" + lines[2])
-    with pytest.raises(ValueError, match="line 2"):
+    with pytest.raises(UserError, match="line 2"):
         list(read_metrics(path))
 
 
@@ -89,5 +90,5 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, None) as log:
         log._file.close()
         log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115  (the log closes it)
-        with pytest.raises(ValueError, match=r"/dev/full could not be written .*No space left on device.*: make room"):
+        with pytest.raises(UserError, match=r"/dev/full could not be written .*No space left on device.*: make room"):
             log.write({"kind": "event", "step": 1, "text": "x"})

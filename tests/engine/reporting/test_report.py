@@ -12,6 +12,7 @@ from engine.reporting.charts import BOTTOM, BUCKETS, LEFT, NAME_HEIGHT, NAME_LET
 from engine.reporting.metrics_log import MetricsLog
 from engine.reporting.records import Record, StepRecord, StudentStep, Summary
 from engine.reporting.report import compute, read_history, write_report
+from engine.system.errors import UserError
 
 STUDENTS = {"baby-4x128": 2.45, "baby-6x192": 2.3, "<b>&": 2.2}  # name: the loss it tends to
 TEACHER = "gpt2 <i>705M</i>"
@@ -151,10 +152,10 @@ def synthetic_run(run_dir: Path, steps: int = 5000, *, every: int = 250, skipped
             "outer": {"tokens": 512, "words": 0, "model_flops": 10**13, "hardware_flops": 10**13, "seconds": 1.0},
             "seconds": 130.0,
             "joules": 7.2e6,
-            "trained": [],
-            "untold": ["runs/<unknown>"],
+            "inherited": [],
+            "unknown": ["runs/<unknown>"],
         },
-        "before": {"model": 5 * 10**14, "hardware": 6 * 10**14},
+        "inherited_flops": {"model": 5 * 10**14, "hardware": 6 * 10**14},
         "report": str(run_dir / "report.html"),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary))
@@ -208,8 +209,8 @@ class Page(HTMLParser):
 
     def figure(self, title: str) -> str:
         """What the figure of that title says around its drawing."""
-        (found,) = (text for text in (" ".join(figure.split()) for figure in self.figures) if text.startswith(title))
-        return found
+        (text,) = (text for text in (" ".join(figure.split()) for figure in self.figures) if text.startswith(title))
+        return text
 
 
 def page_of(run_dir: Path) -> Page:
@@ -267,7 +268,7 @@ def test_report_of_a_finished_run(run_dir: Path):
     assert "96.5 <b>& 94.6 baby-6x192 93.7 baby-4x128 50 chance" in page.figure("Accuracy")
     assert re.search(r"0.6\d* gpt2 <i>705M</i> 0.1\d* baby-4x128 0.1\d* baby-6x192$", page.figure("<b>& learns from"))
     assert "Moved by 99.5% the ensemble itself, 0.4% their own cross-entropy, 0.1% what" in page.figure("Weights of")
-    assert "is negligible here: outer.terms=first would do" in page.figure("Weights of")
+    assert "is negligible here: outer.terms=direct would do" in page.figure("Weights of")
     assert "baby-4x128 3%, baby-6x192 3%, <b>& 3%." in page.figure("Gradient norm")
     assert "1.5e-4 <b>& 1.25e-4 baby-6x192 1e-4 baby-4x128" in page.figure("Learning rate")
     assert page.figure("Tokens per second").endswith("5.22k all")
@@ -299,7 +300,7 @@ def test_loss_is_drawn_over_the_teachers_training_too(run_dir: Path):
     history, summary = read_history(run_dir / "metrics.jsonl"), json.loads((run_dir / "summary.json").read_text())
     (chart,) = compute(history, summary)
     assert (chart.first, chart.last) == (501e12, 5.5e15)
-    assert [found.x[0] for found in chart.curves] == [750e12] * 3  # the first evaluation, after 250 steps
+    assert [curve.x[0] for curve in chart.curves] == [750e12] * 3  # the first evaluation, after 250 steps
     (without,) = compute(history, None)
     assert without.last == 5e15
 
@@ -390,17 +391,17 @@ def test_report_of_one_student_or_eight_whatever_they_measure(tmp_path: Path, st
 
 
 def test_report_needs_a_run(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"metrics\.jsonl does not exist"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl does not exist"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_downsampling_keeps_extremes_and_gaps():
     values = [1.0, 3.0, math.nan, None, 5.0, math.inf, 2.0, 100.0]
-    found = curve("", range(8), values, "ink", 4)
-    assert found.x.tolist() == [0.5, 2.5, 4.5, 6.5]
-    assert found.y.tolist() == pytest.approx([2.0, math.nan, 5.0, 51.0], nan_ok=True)
-    assert (found.low[3], found.high[3]) == (2.0, 100.0)
+    short = curve("", range(8), values, "ink", 4)
+    assert short.x.tolist() == [0.5, 2.5, 4.5, 6.5]
+    assert short.y.tolist() == pytest.approx([2.0, math.nan, 5.0, 51.0], nan_ok=True)
+    assert (short.low[3], short.high[3]) == (2.0, 100.0)
     assert len(curve("", range(10_000), range(10_000), "ink").x) == BUCKETS
 
 
