@@ -212,7 +212,7 @@ def widen_vocabulary(folder: Path) -> None:
         (widen_vocabulary, [], "llama: its vocabulary has 408 tokens, the data's tokenizer 400"),
         (lambda f: None, ["data.tokenizer.vocab_size=420"], "is not the data's"),
         (lambda f: None, ["objective.teacher_weight=0"], "nobody would learn from them"),
-        (lambda f: None, ["teachers=[]"], "objective.temperature says how students learn from others"),
+        (lambda f: None, ["teachers=[]"], "objective.temperature=2.0 says how students learn from others"),
         (lambda f: None, ["teachers=[]", "objective.temperature=1", "cache.path=x"], "cache without teachers"),
         (lambda f: None, ["cache.path=x", "train.chunks=random"], "it holds fixed chunks"),
         (lambda f: None, ["cache.path=x", "cache.k=400"], "cache.k=400 with a vocabulary of 400 tokens"),
