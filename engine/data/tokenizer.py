@@ -1,17 +1,17 @@
-"""Text to token ids and back: sentencepiece BPE with byte fallback, or byte-level BPE as in Baby Llama.
+"""Trains and reads tokenizers: sentencepiece BPE with byte fallback, or byte-level BPE as in Baby Llama.
 
 Both kinds are trained into one file, `tokenizer.json`, and read back by one library (Hugging Face's `tokenizers`), so
-what the engine trains on and what an exported folder gives are the same ids by construction.
+the engine and an exported folder give the same ids by construction.
 
-What text becomes before it is cut (`normalize`), with `normalization: nfkc`:
-  sentencepiece  NFKC; runs of spaces are one space and spaces at the ends of a line or field go; U+2581, which stands
-                 for a space inside pieces, becomes one. `none` changes U+2581 alone.
-  byte-bpe       NFKC, and one leading space goes. `none` removes that space alone.
-With `lowercase`, every character becomes small after NFKC, by itself: no final sigma.
+`normalize` changes a text before it is cut into tokens. With `normalization: nfkc`, it does this for
+  sentencepiece  It applies NFKC, makes several spaces one, removes spaces at the ends of a line or field, and replaces
+                 U+2581, which stands for a space inside tokens, by a space. `none` only replaces U+2581.
+  byte-bpe       It applies NFKC and removes one leading space. `none` only removes that space.
+With `lowercase`, each character becomes small by itself after NFKC: there is no final sigma.
 
-A newline and a tab are tokens of their own, never part of a piece, and what follows them is cut as a whole text is: a
-line, or what a speaker says after `*MOT:\\t`, begins with the same pieces as a sentence that is scored alone.
-(byte-bpe, as in the paper, cuts a whole text at once: only its first word gets the leading space.)
+With sentencepiece, a newline and a tab are tokens of their own, and what follows them is cut as a whole text is. A
+line, or what a speaker says after `*MOT:\\t`, therefore begins with the same tokens as a sentence that is scored alone.
+byte-bpe, as in the paper, cuts a whole text at once: only its first word gets the leading space.
 """
 
 import hashlib
@@ -31,63 +31,65 @@ from engine.config.settings import TokenizerConfig
 from engine.system.errors import UserError
 
 PAD, BOUNDARY, UNKNOWN, END, MASK = "<pad>", "<s>", "<unk>", "</s>", "<mask>"
-SPACE = "\u2581"  # sentencepiece's mark for a space, in front of every word
+SPACE = "\u2581"  # sentencepiece's mark for a space, in front of every word.
 FIELD_ENDS = ("\n", "\t")
-CHARACTER_COVERAGE = 0.9999  # characters rarer than all but this share of the text become bytes
+CHARACTER_COVERAGE = 0.9999  # The commonest characters, up to this share of the text, are tokens; others become bytes.
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Tokenizer:
-    """A trained tokenizer: `size` pieces, the ids of its tokens for the `boundary` of texts, their `end` and the `mask`
-    (None: it has none), all `special` ids, a `hash` over its definition.
+    """A trained tokenizer.
 
-    Special tokens are never read out of text: the four characters of "<s>" are ordinary characters.
+    `boundary`, `end` and `mask` are the ids of the tokens that stand between texts, at the end of one and for a hidden
+    token, or None where it has no such token. `special` holds the ids of all special tokens, `hash` is the SHA-256 of
+    the definition. Special tokens are never read out of text: "<s>" in a text is three ordinary characters.
     """
 
     def __init__(self, definition: str, settings: str) -> None:
-        """From the contents of `tokenizer.json` and `tokenizer_config.json`."""
+        """Takes the contents of `tokenizer.json` and `tokenizer_config.json`."""
         self._files = dict(zip(FILES, (definition, settings), strict=True))
         self._backend = tokenizers.Tokenizer.from_str(definition)
         self._backend.encode_special_tokens = True
         self.vocab_size = self._backend.get_vocab_size()
         self.hash = hashlib.sha256(definition.encode()).hexdigest()
         self.special = frozenset(i for i, t in self._backend.get_added_tokens_decoder().items() if t.special)
-        found = (json.loads(settings).get(f"{name}_token") for name in ("bos", "eos", "mask"))
-        tokens = [x["content"] if isinstance(x, dict) else x for x in found]  # a dictionary as transformers 4 wrote it
-        self.boundary, self.end, self.mask = (None if x is None else self._backend.token_to_id(x) for x in tokens)
+        self.boundary, self.end, self.mask = (self._id_of(json.loads(settings), x) for x in ("bos", "eos", "mask"))
+
+    def _id_of(self, settings: dict[str, Any], role: str) -> int | None:
+        token = settings.get(f"{role}_token")
+        content = token["content"] if isinstance(token, dict) else token  # transformers 4 writes a dictionary.
+        return None if content is None else self._backend.token_to_id(content)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without a boundary token."""
+        """Returns the ids of a text, without a boundary token."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without boundary tokens; uses all cores."""
+        """Returns the ids of each text, without boundary tokens; uses all cores."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out: `decode(encode(text)) == normalize(text, config)`."""
+        """Returns the text of ids without special tokens: `decode(encode(text)) == normalize(text, config)`."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def surfaces(self) -> list[str]:
-        """What each piece adds to a text behind other text: "" for special tokens, spaces as spaces."""
+        """Returns what each token adds to a text that it follows: "" for special tokens, spaces as spaces."""
         anchor = next(i for i in map(self._backend.token_to_id, ("a", "<0x61>")) if i is not None)
-        texts = self._backend.decode_batch(
-            [[anchor, piece] for piece in range(self.vocab_size)], skip_special_tokens=True
-        )
+        texts = self._backend.decode_batch([[anchor, i] for i in range(self.vocab_size)], skip_special_tokens=True)
         return [text[1:] for text in texts]
 
     def export(self, folder: Path) -> None:
-        """Write the files from which `transformers.AutoTokenizer` makes a fast tokenizer with the same ids.
+        """Writes the files from which `transformers.AutoTokenizer` makes a fast tokenizer with the same ids.
 
-        That one puts the boundary token, where there is one, in front of a sentence and between those of a pair. The
-        boundary is its `bos_token` and its `eos_token`: it is the one token trained to stand at either end of a text.
+        The fast tokenizer puts the boundary token, where there is one, in front of a sentence and between those of a
+        pair. The boundary is both its `bos_token` and its `eos_token`, since it is trained to stand at either end.
         """
         for name, content in self._files.items():
             (folder / name).write_text(content, encoding="utf-8")
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer that `train` or `Tokenizer.export` wrote; ValueError where it is missing."""
+    """Returns the tokenizer that `train` or `Tokenizer.export` wrote; UserError where it is missing."""
     for name in FILES:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; name a folder that recipes/prepare.py or an export wrote")
@@ -96,11 +98,12 @@ def load(folder: Path) -> Tokenizer:
 
 
 def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder: Path, *, boundary: bool) -> Tokenizer:
-    """Train on `texts` (documents, lines separated by newlines) to exactly `pieces` tokens; files go into `folder`.
+    """Returns a tokenizer of exactly `vocab_size` tokens, trained on `texts`, whose files it writes into `folder`.
 
-    The same texts give the same tokenizer. Beside the files of `Tokenizer.export`, `sentencepiece.model` is kept: it
-    cuts each normalised line or field into the same ids, and knows nothing of newlines.
-    Raises ValueError where the text does not allow so many pieces (or so few), naming the bound.
+    A text is a document, with its lines separated by newlines. The same texts give the same tokenizer. For
+    sentencepiece, `sentencepiece.model` is kept beside the files of `Tokenizer.export`: it cuts each normalized line or
+    field into the same ids, and knows nothing of newlines. Raises UserError where the text does not allow so many
+    tokens, or so few, and names the bound.
     """
     if config.kind == "sentencepiece":
         model = _train_sentencepiece(_fields(texts, config), vocab_size, boundary, mask=config.mask)
@@ -122,7 +125,7 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder
         "eos_token": BOUNDARY if boundary else None,
         "pad_token": PAD,
         **({"mask_token": MASK} if config.mask else {}),
-        "split_special_tokens": True,  # as in Tokenizer: "<s>" in a text is not the boundary
+        "split_special_tokens": True,  # As in Tokenizer, "<s>" in a text is not the boundary.
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
@@ -132,7 +135,7 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder
 
 
 def normalize(text: str, config: TokenizerConfig) -> str:
-    """What the tokenizer sees, and what decoding gives back; see the top of this file."""
+    """Returns the text that the tokenizer cuts and that decoding gives back; the top of this file explains it."""
     if config.normalization == "nfkc":
         text = unicodedata.normalize("NFKC", text)
     if config.lowercase:
@@ -146,13 +149,17 @@ def normalize(text: str, config: TokenizerConfig) -> str:
 
 
 def _fields(texts: Iterable[str], config: TokenizerConfig) -> Iterator[str]:
-    """The lines and fields that sentencepiece learns from."""
+    """Yields the lines and fields that sentencepiece learns from."""
     for text in texts:
         yield from (field for field in re.split(r"[\n\t]", normalize(text, config)) if field)
 
 
 def _train_sentencepiece(fields: Iterator[str], vocab_size: int, boundary: bool, *, mask: bool) -> bytes:
-    pad, bos, unk = (1, 0, 2) if mask and boundary else (1, -1, 0) if mask else (0, 1, 2) if boundary else (0, -1, 1)
+    """Returns the trained model's file. With a mask, the padding token has id 1, as in RoBERTa."""
+    if mask:
+        bos, pad, unk = (0, 1, 2) if boundary else (-1, 1, 0)
+    else:
+        pad, bos, unk = (0, 1, 2) if boundary else (0, -1, 1)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -162,14 +169,14 @@ def _train_sentencepiece(fields: Iterator[str], vocab_size: int, boundary: bool,
             vocab_size=vocab_size,
             byte_fallback=True,
             character_coverage=CHARACTER_COVERAGE,
-            normalization_rule_name="identity",  # `normalize` has done it
+            normalization_rule_name="identity",  # `normalize` has done it.
             remove_extra_whitespaces=False,
-            max_sentence_length=1 << 30,  # bytes; longer ones would be left out without a word
+            max_sentence_length=1 << 30,  # In bytes: longer lines would be left out silently.
             user_defined_symbols=list(FIELD_ENDS),
             control_symbols=[MASK] if mask else [],
             pad_id=pad,
             bos_id=bos,
-            unk_id=unk,  # sentencepiece wants one; with byte fallback it never occurs
+            unk_id=unk,  # sentencepiece requires one; with byte fallback it never occurs.
             eos_id=-1,
             minloglevel=2,
         )
@@ -183,16 +190,16 @@ def _train_sentencepiece(fields: Iterator[str], vocab_size: int, boundary: bool,
 
 
 def _from_sentencepiece(model: bytes, config: TokenizerConfig) -> tokenizers.Tokenizer:
-    """The same segmentation as a `tokenizers` pipeline.
+    """Returns a `tokenizers` pipeline that cuts text as the sentencepiece model does.
 
-    sentencepiece joins the neighbours whose concatenation is the best-ranked piece. A BPE with a list of merges does
-    the same when every piece is reached from each of its splits into two pieces, better-ranked pieces first.
+    sentencepiece joins the neighbours whose concatenation is the best-ranked token. A BPE with a list of merges does
+    the same if the list has every split of every token into two tokens, those of better-ranked tokens first.
     """
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocabulary = {processor.IdToPiece(i): i for i in range(processor.GetPieceSize())}
     merges = []
-    for piece in sorted(vocabulary, key=lambda p: -processor.GetScore(vocabulary[p])):
-        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+    for token in sorted(vocabulary, key=lambda t: -processor.GetScore(vocabulary[t])):
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
         merges += sorted(
             ((left, right) for left, right in splits if left in vocabulary and right in vocabulary),
             key=lambda split: (vocabulary[split[0]], vocabulary[split[1]]),
@@ -200,11 +207,11 @@ def _from_sentencepiece(model: bytes, config: TokenizerConfig) -> tokenizers.Tok
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token=UNKNOWN, fuse_unk=False)
     )
-    spaces = [*_characters(config), normalizers.Replace(SPACE, " ")]
+    steps = [*_characters(config), normalizers.Replace(SPACE, " ")]
     if config.normalization == "nfkc":
-        spaces += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
+        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
     backend.normalizer = normalizers.Sequence(
-        [*spaces, normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]  # pyright: ignore[reportArgumentType]
+        [*steps, normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]  # pyright: ignore[reportArgumentType]
     )
     backend.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
     backend.decoder = decoders.Sequence(
@@ -222,12 +229,16 @@ def _from_sentencepiece(model: bytes, config: TokenizerConfig) -> tokenizers.Tok
 
 
 def _characters(config: TokenizerConfig) -> list[normalizers.Normalizer]:
+    """Returns the normalizers that work on characters, for both kinds of tokenizer."""
     nfkc = [normalizers.NFKC()] if config.normalization == "nfkc" else []
     return [*nfkc, *([normalizers.Lowercase()] if config.lowercase else [])]
 
 
 def _train_byte_bpe(texts: Iterable[str], config: TokenizerConfig, vocab_size: int) -> tokenizers.Tokenizer:
-    """Baby Llama's tokenizer (its notebook), but with all 256 bytes in the alphabet: there, unseen ones were lost."""
+    """Returns the tokenizer of Baby Llama's notebook, but with all 256 bytes in its alphabet.
+
+    The notebook's alphabet holds only the bytes of its training text, and other bytes are lost.
+    """
     specials = [BOUNDARY, PAD, END, MASK] if config.mask else [PAD, BOUNDARY, END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(specials) + len(alphabet):

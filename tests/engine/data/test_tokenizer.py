@@ -11,8 +11,9 @@ from engine.config.settings import TokenizerConfig
 from engine.data import tokenizer as tokenization
 from engine.data.grammar import generator as grammar
 from engine.data.tokenizer import Tokenizer, load, normalize, train
+from engine.system.errors import UserError
 
-LINES, PIECES = 10_200, 700
+LINES, VOCAB_SIZE = 10_200, 700
 ODD = [
     "", " ", "a", " a", "a ", "  two  spaces  ", "a\nb", "\na", "a\n", "\n\n", "\t", "a\tb", "a \n b", "a\n\n b",
     "A: How are you?\nB: I'm fine.", "*MOT:\tyou  see\n*CHI:\txxx .", "ﬁne ﬀ ½ ① ﷺ", "Å e\u0301 e\u0301\u0323 각",
@@ -24,7 +25,7 @@ KINDS = [TokenizerConfig(kind, None, norm) for kind in ("sentencepiece", "byte-b
 
 @pytest.fixture(scope="module")
 def lines(request: pytest.FixtureRequest) -> list[str]:
-    """Lines of every file of the corpus, each file's evenly spread; of the grammar where there is no corpus."""
+    """Returns lines of every file of the corpus, spread evenly over it; of the grammar where there is no corpus."""
     try:
         files = [f.read_text(encoding="utf-8").split("\n") for f in request.getfixturevalue("corpus").glob("*.txt")]
     except pytest.skip.Exception:
@@ -36,7 +37,7 @@ def lines(request: pytest.FixtureRequest) -> list[str]:
 @pytest.fixture(scope="module", params=KINDS, ids=lambda c: f"{c.kind}-{c.normalization}")
 def trained(request: pytest.FixtureRequest, lines: list[str], tmp_path_factory) -> tuple[TokenizerConfig, Path]:
     folder = tmp_path_factory.mktemp("tokenizer")
-    train(["\n".join(lines[::5])], request.param, PIECES, folder, boundary=True)
+    train(["\n".join(lines[::5])], request.param, VOCAB_SIZE, folder, boundary=True)
     return request.param, folder
 
 
@@ -77,11 +78,11 @@ def test_the_exported_tokenizer_gives_the_same_ids(trained, lines: list[str], tm
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     exported = AutoTokenizer.from_pretrained(tmp_path)
     assert exported.is_fast
-    assert len(exported) == tokenizer.vocab_size == PIECES
+    assert len(exported) == tokenizer.vocab_size == VOCAB_SIZE
     assert exported.bos_token_id == exported.eos_token_id == tokenizer.boundary == 1
     assert len(lines) >= 10_000
-    some = lines if config.normalization == "nfkc" else lines[::5]
-    texts = some + ODD + ["\n".join(lines[i : i + 3]) for i in range(0, 300, 3)]
+    checked = lines if config.normalization == "nfkc" else lines[::5]
+    texts = checked + ODD + ["\n".join(lines[i : i + 3]) for i in range(0, 300, 3)]
     ids = tokenizer.encode_batch(texts)
     assert exported(texts, add_special_tokens=False)["input_ids"] == ids
     assert exported(texts[-200:])["input_ids"] == [[1, *sentence] for sentence in ids[-200:]]
@@ -106,17 +107,16 @@ def test_offsets_point_at_the_text_of_each_token(trained, lines: list[str]):
     for text in [x for x in lines[::50] if x.isascii()] + ["A: How are you?\nB:\tI am fine."]:
         encoded = exported(text, return_offsets_mapping=True, add_special_tokens=False)
         spans = [text[start:end].strip(" ") for start, end in encoded["offset_mapping"]]
-        vocab_size = [exported.decode([i]).strip(" ") for i in encoded["input_ids"]]
+        surfaces = [exported.decode([i]).strip(" ") for i in encoded["input_ids"]]
         # The space put in front has no place in the text; where it is a token, its offsets are its neighbour's.
-        assert [s for s, piece in zip(spans, vocab_size, strict=True) if piece] == [
-            piece for piece in vocab_size if piece
-        ]
+        pairs = [(span, surface) for span, surface in zip(spans, surfaces, strict=True) if surface]
+        assert [span for span, _ in pairs] == [surface for _, surface in pairs]
 
 
 @pytest.mark.parametrize("normalization", ["nfkc", "none"])
 def test_lines_are_cut_as_sentencepiece_cuts_them(normalization: str, lines: list[str], tmp_path: Path):
     config = TokenizerConfig(normalization=normalization)  # pyright: ignore[reportArgumentType]
-    tokenizer = train(["\n".join(lines[::5])], config, PIECES, tmp_path, boundary=True)
+    tokenizer = train(["\n".join(lines[::5])], config, VOCAB_SIZE, tmp_path, boundary=True)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sentencepiece.model"))
     texts = (lines if normalization == "nfkc" else lines[::5]) + ODD
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
@@ -164,16 +164,18 @@ def test_the_same_text_gives_the_same_tokenizer(kind: str, tmp_path: Path):
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte-bpe"])
 def test_a_vocabulary_the_text_does_not_allow_names_the_bound(kind: str, tmp_path: Path):
     config, text = TokenizerConfig(kind), ["the dog sees the cat", "the cat sees it"]  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"pieces=5000: the training text allows \d+ at most") as error:
+    with pytest.raises(
+        UserError, match=r"data\.tokenizer\.vocab_size=5000: the training text allows \d+ at most"
+    ) as error:
         train(text, config, 5000, tmp_path, boundary=True)
     most = int(re.findall(r"\d+", str(error.value))[1])
-    assert train(text, config, most, tmp_path, boundary=True).size == most
-    with pytest.raises(ValueError, match=r"pieces=100: .* need \d+") as error:
+    assert train(text, config, most, tmp_path, boundary=True).vocab_size == most
+    with pytest.raises(UserError, match=r"data\.tokenizer\.vocab_size=100: .* need \d+") as error:
         train(text, config, 100, tmp_path, boundary=True)
     least = int(re.findall(r"\d+", str(error.value))[1])
-    assert train(text, config, least, tmp_path, boundary=True).size == least
+    assert train(text, config, least, tmp_path, boundary=True).vocab_size == least
 
 
 def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json; name a folder"):
         tokenization.load(tmp_path)
