@@ -1,19 +1,9 @@
-"""The text normalisation of When Babies Teach Babies (Iyer 2024), by the name of the corpus.
+"""The text normalisation of When Babies Teach Babies (Iyer 2024), one normaliser per corpus of BabyLM.
 
-By its description that of ELC-BERT (Charpentier & Samuel 2023, `preprocess/` of its repository): characters repaired as
-by ftfy, punctuation as by Moses, what people say in quotes, a line that repeats the one before gone. In our own lines:
-
-  aochildes, bnc_spoken   spacing, contractions, quotes and punctuation; each line an utterance: "Like this."; speakers'
-                          labels (*MOT:, A:) go, here and in switchboard, as in its own preprocess.py
-  cbt                     the same, brackets and quotes restored from the Penn Treebank's; no utterances
-  open_subtitles, qed, switchboard   repaired; each line an utterance, but for speakers' names and what is in brackets;
-                          in qed lines with -> (times) go
-  gutenberg               repaired; a wrapped paragraph is one line, two blank lines between chapters are one
-  simple_wikipedia        repaired; [12] goes, and so do one-line articles about places; headings are their text
-  wikipedia               repaired; so are headings and links here, and [12] goes; articles begin behind a blank line
-  children_stories        repaired
-
-Not theirs: initials (U.S.) stay together, a file's last paragraph is kept, and lines do not begin with [TAB].
+The paper describes it as that of ELC-BERT (Charpentier & Samuel 2023, `preprocess/` of its repository): characters are
+repaired as ftfy does, punctuation is spaced as Moses does, what people say stands in quotes, and a line that repeats
+the one before goes. The code here is our own. It differs on purpose in three points: initials (U.S.) stay together, a
+file's last paragraph is kept, and lines do not begin with [TAB].
 """
 
 import html
@@ -21,12 +11,12 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
-WRAPPED = 100  # characters: paragraphs with no longer line are taken for wrapped
+WRAPPED = 100  # In characters: a paragraph without a longer line is taken for wrapped.
 _STRAIGHT = str.maketrans("‘’‚‛“”„‟", "''''\"\"\"\"")
 _CONTROL = {code: None for code in (*range(9), 11, *range(14, 32), 127, 0xFEFF)}
 _MOSES = str.maketrans({"–": "-", "—": " - ", "…": "...", "´": "'", "`": "'", "«": '"', "»": '"', "\u00a0": " "})
 _OPENING = r"(\[{"
-_SPACES = [  # what stands for what, in turn
+_SPACES = [  # Patterns and their replacements, applied in this order.
     (rf"(?<=[a-z0-9])\.(?=[A-Z{_OPENING}])", ". "),
     (rf"([?!])(?=[^\W_]|[{_OPENING}])", r"\1 "),
     (r"\.\.\.(?=[^\s.?!,;:)\]}\"'])", "... "),
@@ -39,26 +29,32 @@ _SPACES = [  # what stands for what, in turn
     (r"(?i) (n't|'(?:ll|re|ve|m|s|d))(?=[ ,.])", r"\1"),
 ]
 _LABEL = re.compile(r"^\*?[A-Z0-9]{1,4}:\t", re.MULTILINE)
-_LOOSE = re.compile(r" (?:n't|[^\w\s([{\"])|[^\w\s'\"]\S|[([{$£€] ", re.IGNORECASE)  # where some of them may apply
+_LOOSE = re.compile(
+    r" (?:n't|[^\w\s([{\"])|[^\w\s'\"]\S|[([{$£€] ", re.IGNORECASE
+)  # Lines to which some pattern of _SPACES may apply.
 _PLACES = re.compile(r"is a (?:commune\. It is|commune found|city in|village in|municipality in|town in)")
 _PENN = {"-LRB-": "(", "-LCB-": "{", "-LSB-": "[", "-RRB-": ")", "-RCB-": "}", "-RSB-": "]"}
 _PENN |= {"`` ": '"', "``": '"', " ''": '"', "''": '"'}
 
 
 def normalize(text: str, name: str) -> str:
-    """`text`, a whole file, as the corpus called `name` (one of engine.data.cleaning.baby_llama.CLEANERS) is normalised."""
+    """Returns `text`, a whole file, normalised as the corpus called `name` is."""
     return "\n".join(NORMALIZERS[name](text))
 
 
 def repaired(line: str) -> str:
-    """Text read in the wrong encoding is read again, HTML's entities are characters, quotes straight, spaces single."""
+    """Returns a line with its characters repaired.
+
+    UTF-8 that was read in another encoding is read again, HTML entities become characters, quotes become straight,
+    control characters go, and white space becomes single spaces.
+    """
     line = line if "<" in line else html.unescape(line)
     line = re.sub(r"[^\x00-\x7f]{2,}", _read_again, line)
     return " ".join(unicodedata.normalize("NFC", line.translate(_STRAIGHT).translate(_CONTROL)).split())
 
 
 def tidied(line: str) -> str:
-    """`repaired`; spaces stand where they should around punctuation, in contractions and in quotes."""
+    """Returns a repaired line with the right spaces around punctuation, in contractions and around quotes."""
     line = " ".join(repaired(line).translate(_MOSES).split())
     if _LOOSE.search(line):
         for pattern, replacement in _SPACES:
@@ -67,7 +63,8 @@ def tidied(line: str) -> str:
 
 
 def _read_again(match: re.Match[str]) -> str:
-    """UTF-8 that was read as Windows-1252 (or, where that has no character, Latin-1); anything else stays."""
+    """Returns the characters of UTF-8 that was read as Windows-1252, or as Latin-1 where that has no character; others
+    stay as they are."""
     try:
         return b"".join(c.encode("latin-1" if ord(c) < 256 else "cp1252") for c in match[0]).decode()
     except UnicodeError:
@@ -75,7 +72,10 @@ def _read_again(match: re.Match[str]) -> str:
 
 
 def _quotes(line: str) -> str:
-    """Where quotes come in pairs: a space before the first and behind the second, none inside."""
+    """Returns a line with a space before each opening quote and behind each closing one, and none inside the quotes.
+
+    The line stays as it is where its quotes do not come in pairs.
+    """
     parts = line.split('"')
     if len(parts) % 2 == 0 or '""' in line:
         return line
@@ -89,7 +89,7 @@ def _quotes(line: str) -> str:
 
 
 def _once(lines: Iterable[str]) -> Iterator[str]:
-    """Without those that repeat the one before."""
+    """Yields the lines without those that repeat the one before."""
     before = None
     for line in lines:
         if line != before:
@@ -98,11 +98,15 @@ def _once(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _talk(text: str) -> Iterator[str]:
+    """Conversations: speakers' labels (*MOT:, A:) go, as in ELC-BERT's code, lines are tidied, and each line becomes an
+    utterance with a capital, in quotes."""
     lines = (tidied(line) for line in _LABEL.sub("", text).split("\n"))
     return _once(f'"{line[0].upper()}{line[1:]}"' if line else "" for line in lines if line not in (".", "!", "?"))
 
 
 def _subtitles(text: str) -> Iterator[str]:
+    """Subtitles and telephone calls: labels and leading dashes go, lines are repaired, and each line becomes an
+    utterance in quotes, except speakers' names and what stands in brackets or quotes already."""
     lines = (repaired(re.sub(r"^\s*- ?", "", line)) for line in _LABEL.sub("", text).split("\n"))
     return _once(line if _no_utterance(line) else f'"{line}"' for line in lines)
 
@@ -113,39 +117,47 @@ def _no_utterance(line: str) -> bool:
 
 
 def _qed(text: str) -> Iterator[str]:
+    """Subtitles of lectures: lines with -> go, since they hold times; the rest is treated as subtitles are."""
     return _subtitles("\n".join(line for line in text.split("\n") if "->" not in html.unescape(line)))
 
 
 def _cbt(text: str) -> Iterator[str]:
+    """Children's books: the Penn Treebank's brackets and quotes become ordinary ones, and lines are tidied."""
     for penn, character in _PENN.items():
         text = text.replace(penn, character)
     return (tidied(line) for line in text.split("\n"))
 
 
 def _gutenberg(text: str) -> Iterator[str]:
+    """Books: lines are repaired, a wrapped paragraph becomes one line, and the two or more blank lines between chapters
+    become one."""
     for chapter in re.split(r"\n(?:[ \t]*\n){2,}", text.strip("\n")):
         lines: list[str] = []
         for paragraph in re.split(r"\n[ \t]*\n", chapter):
             lines = paragraph.split("\n")
             wrapped = max(map(len, lines)) <= WRAPPED
             yield from map(repaired, [paragraph] if wrapped else lines)
-        if len(lines) > 1:  # a heading stays with what follows it
+        if len(lines) > 1:  # A heading stays with what follows it.
             yield ""
 
 
 def _simple_wikipedia(text: str) -> Iterator[str]:
+    """Simple Wikipedia: lines are repaired, references such as [12] go, headings become their text, and articles about
+    places that consist of one line go with their titles."""
     kept: list[str] = []
     for line in text.split("\n"):
         line = _heading(repaired(re.sub(r"\[\d+\]", "", line)))
         if len(line) < 128 and _PLACES.search(line):
             if kept and kept[-1]:
-                kept.pop()  # the article's title
+                kept.pop()  # The article's title goes.
         elif line or (kept and kept[-1]):
             kept.append(line)
     return iter(kept)
 
 
 def _wikipedia(text: str) -> Iterator[str]:
+    """Wikipedia: lines are repaired, references, categories and file links go, other links and headings become their
+    text, and a blank line stands before each article."""
     for line in text.split("\n"):
         line = repaired(line)
         if not line or line.startswith(("[[Category:", "[[File:")):
@@ -160,6 +172,7 @@ def _heading(line: str) -> str:
 
 
 def _lines(text: str) -> Iterator[str]:
+    """Children's stories: lines are repaired."""
     return (repaired(line) for line in text.split("\n"))
 
 
