@@ -78,7 +78,7 @@ struct Problem {
   std::array<Matrix, MAX_STREAMS> logits{}, gradients{};
   const int64_t* targets = nullptr;  // [N]
   const bool *ce_rows = nullptr, *kl_rows = nullptr;  // [N]. Null: all rows count.
-  std::vector<Tensor> owned{};  // Keeps the memory of targets, ce_rows and kl_rows.
+  std::vector<Tensor> owned{};  // Keeps the memory that the pointers to inputs point at.
   double *ce = nullptr, *kl = nullptr;
   // d loss_i = ce_weight[i]·d CE_i + Σ_j kl_weight[i][j]·d KL_ij
   std::array<Weight, MAX_STREAMS> ce_weight{};
@@ -457,10 +457,10 @@ Problem make_problem(at::TensorList streams, int64_t students, double temperatur
 // Sets the problem's targets, and the rows in which each loss counts.
 void set_rows(Problem& problem, const Tensor& targets, const Tensor& ce_rows, const Tensor& kl_rows) {
   problem.with_ce = true;
-  problem.owned = {targets.contiguous(), ce_rows.contiguous(), kl_rows.contiguous()};
-  problem.targets = problem.owned[0].const_data_ptr<int64_t>();
-  problem.ce_rows = problem.owned[1].const_data_ptr<bool>();
-  problem.kl_rows = problem.owned[2].const_data_ptr<bool>();
+  const auto keep = [&](const Tensor& x) { return problem.owned.emplace_back(x.contiguous()); };
+  problem.targets = keep(targets).const_data_ptr<int64_t>();
+  problem.ce_rows = keep(ce_rows).const_data_ptr<bool>();
+  problem.kl_rows = keep(kl_rows).const_data_ptr<bool>();
 }
 
 Problem make_problem(at::TensorList streams, const Options& options) {
@@ -471,6 +471,21 @@ Problem make_problem(at::TensorList streams, const Options& options) {
     set_rows(problem, *options.targets, rows, rows);
   }
   return problem;
+}
+
+// Sets the losses' weights: ce [S, N] and kl [S, R, N], or ce [S] and kl [S, R] for all rows. kl may be undefined.
+void set_weights(Problem& problem, const Tensor& ce, const Tensor& kl) {
+  const int64_t stride = ce.dim() - 1, rows = stride == 1 ? problem.tokens : 1;
+  const auto keep = [&](const Tensor& x) {
+    return problem.owned.emplace_back(x.to(at::kDouble).contiguous()).const_data_ptr<double>();
+  };
+  const double *ce_at = keep(ce), *kl_at = kl.defined() ? keep(kl) : nullptr;
+  for (int i = 0; i < problem.students; ++i) {
+    problem.ce_weight[i] = {ce_at + i * rows, stride};
+    for (int j = 0; kl_at != nullptr && j < problem.streams; ++j) {
+      problem.kl_weight[i][j] = {kl_at + (i * problem.streams + j) * rows, stride};
+    }
+  }
 }
 
 at::ScalarType arithmetic_of(at::TensorList streams) {
@@ -515,15 +530,9 @@ std::vector<Tensor> backward(
     const Options& options,
     std::array<bool, MAX_STREAMS> wanted) {
   Problem problem = make_problem(streams, options);
-  const Tensor ce_weight = d_ce.to(at::kDouble).contiguous();
-  const Tensor kl_weight = d_kl.to(at::kDouble).div(options.temperature).contiguous();
+  set_weights(problem, d_ce, d_kl.to(at::kDouble).div(options.temperature));
   std::vector<Tensor> gradients(problem.students);
   for (int i = 0; i < problem.students; ++i) {
-    problem.ce_weight[i] = {ce_weight.const_data_ptr<double>() + i * problem.tokens, 1};
-    for (int j = 0; j < problem.streams; ++j) {
-      const double* at = kl_weight.const_data_ptr<double>() + (i * problem.streams + j) * problem.tokens;
-      problem.kl_weight[i][j] = {at, 1};
-    }
     if (!wanted[i]) continue;
     gradients[i] = make(streams[i].sizes(), streams[i].options());
     problem.gradients[i] = Matrix(gradients[i]);
@@ -549,14 +558,9 @@ std::tuple<Tensor, Tensor> loss_and_grad_(
   problem.with_kl = kl_weight.has_value();
   set_rows(problem, targets, ce_rows, kl_rows);
   const auto [ce, kl] = make_losses(problem);
-  const Tensor ce_factor = ce_weight.to(at::kDouble).contiguous();
-  const Tensor kl_factor = problem.with_kl ? kl_weight->to(at::kDouble).mul(temperature).contiguous() : Tensor();
+  set_weights(problem, ce_weight, problem.with_kl ? kl_weight->to(at::kDouble).mul(temperature) : Tensor());
   if (!problem.with_kl) problem.kl = nullptr;
   for (int i = 0; i < problem.students; ++i) {
-    problem.ce_weight[i] = {ce_factor.const_data_ptr<double>() + i, 0};
-    for (int j = 0; problem.with_kl && j < problem.streams; ++j) {
-      problem.kl_weight[i][j] = {kl_factor.const_data_ptr<double>() + i * problem.streams + j, 0};
-    }
     const std::optional<Tensor> gradient = gradients.get(i);
     if (gradient.has_value()) problem.gradients[i] = Matrix(*gradient);
   }

@@ -157,36 +157,25 @@ struct RMSNorm : torch::autograd::Function<RMSNorm> {
   }
 };
 
-Tensor plain(const Tensor& x, const Tensor& weight, double eps) { return forward(x, weight, eps, std::nullopt).y; }
-
-Tensor plain_differentiable(const Tensor& x, const Tensor& weight, double eps) {
-  return RMSNorm::apply(x, weight, eps, std::optional<Tensor>())[0];
-}
-
-std::tuple<Tensor, Tensor> added(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+// Returns {y}, or {y, x + residual}.
+std::vector<Tensor> plain(
+    const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& residual) {
   const Normed normed = forward(x, weight, eps, residual);
-  return {normed.y, normed.total};
+  if (residual.has_value()) return {normed.y, normed.total};
+  return {normed.y};
 }
 
-std::tuple<Tensor, Tensor> added_differentiable(
-    const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
-  const auto pair = RMSNorm::apply(x, weight, eps, std::optional(residual));
-  return {pair[0], pair[1]};
+std::vector<Tensor> differentiable(
+    const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& residual) {
+  return RMSNorm::apply(x, weight, eps, residual);
 }
 
 TORCH_LIBRARY_FRAGMENT(creche_native, library) {
-  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  library.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
+  library.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(creche_native, CPU, library) {
-  library.impl("rms_norm", plain);
-  library.impl("add_rms_norm", added);
-}
+TORCH_LIBRARY_IMPL(creche_native, CPU, library) { library.impl("rms_norm", plain); }
 
-TORCH_LIBRARY_IMPL(creche_native, Autograd, library) {
-  library.impl("rms_norm", plain_differentiable);
-  library.impl("add_rms_norm", added_differentiable);
-}
+TORCH_LIBRARY_IMPL(creche_native, Autograd, library) { library.impl("rms_norm", differentiable); }
 
 }  // namespace creche::rms_norm
