@@ -3,9 +3,10 @@
     python recipes/sweep.py
     python recipes/sweep.py --config my_sweep.yaml trials=40
 
-Optuna proposes (TPE, seeded), Hyperband prunes by the validation loss. A sweep that was killed goes on: finished trials
-stand in <folder>/<name>/journal.log, and the one that was cut off is taken up again. At the end, and after every trial,
-<folder>/<name>/ holds trials.csv, best first, and slice.svg, the loss against every parameter. Needs extra `search`.
+Optuna proposes (TPE, seeded), and Hyperband prunes by the validation loss. A sweep that was killed goes on where it
+stopped: <folder>/<name>/journal.log holds the finished trials, and the interrupted one is run again. After every trial
+<folder>/<name>/ holds trials.csv, best first, and slice.svg, the loss over every parameter. It needs the optional
+dependencies `search`.
 
 Settings: recipes/sweep.yaml; `--settings` prints every one, with its default and meaning.
 """
@@ -32,62 +33,63 @@ RECIPES = Path(__file__).parent
 
 def main() -> None:
     config = load(SweepConfig, sys.argv[1:], description=__doc__, default=RECIPES / "sweep.yaml")
-    whole(config, {key: next(iter(vary.choices or (vary.low,))) for key, vary in config.parameters.items()})
+    # An unknown parameter is a mistake that is shown before anything is written.
+    settings_of_run(config, {key: next(iter(vary.choices or (vary.low,))) for key, vary in config.parameters.items()})
     folder = Path(config.folder) / config.name
-    base = {f"base.{key}": value for key, value in as_dict(whole(config, {})).items() if key != "run"}
+    base = {f"base.{key}": value for key, value in as_dict(settings_of_run(config, {})).items() if key != "run"}
     settings = {**base, "parameters": as_dict(config)["parameters"], "seed": config.seed}
-    pruner = require_library("optuna").pruners.HyperbandPruner(
-        reduction_factor=2
-    )  # the first run shows how long they are
+    # Without max_resource the pruner learns from the first run how many evaluations there are.
+    pruner = require_library("optuna").pruners.HyperbandPruner(reduction_factor=2)
     study = open_study(folder / "journal.log", settings, pruner)
 
     def objective(trial: Any) -> float:
-        chosen = {
+        values = {
             key: trial.suggest_categorical(key, list(vary.choices))
             if vary.choices
             else trial.suggest_float(key, vary.low, vary.high, log=vary.log)
             for key, vary in config.parameters.items()
         }
-        return one_trial(config, folder, chosen, trial)
+        return best_loss(config, folder, values, trial)
 
     while len(ended(study)) < config.trials:
         run_trial(study, objective, config.seed)
-        write(folder, study, config.parameters)
+        write_results(folder, study, config.parameters)
 
 
-def whole(config: SweepConfig, chosen: dict[str, Any]) -> Config:
-    """The run of a trial; ValueError where it is none."""
-    overrides = [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
+def settings_of_run(config: SweepConfig, values: dict[str, Any]) -> Config:
+    """Returns the settings of a trial's run; UserError where they do not fit."""
+    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return build(Config, read_yaml(Path(config.base)), [*config.overrides, *overrides])
 
 
-def one_trial(config: SweepConfig, folder: Path, chosen: dict[str, Any], trial: Any) -> float:
-    """The best validation loss of a run with the chosen values. A run is named after them, and so goes on."""
-    name = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
-    place = {"run.name": name, "run.folder": str(folder / "runs")}
-    settings = [f"{key}={json.dumps(value)}" for key, value in (chosen | place).items()]
-    arguments = [RECIPES / "pretrain.py", "--config", config.base, *config.overrides, *settings]
+def best_loss(config: SweepConfig, folder: Path, values: dict[str, Any], trial: Any) -> float:
+    """Returns the best validation loss of a run with these values. The run is named after them, and so goes on."""
+    name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    run = {"run.name": name, "run.folder": str(folder / "runs")}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in (values | run).items()]
+    arguments = [RECIPES / "pretrain.py", "--config", config.base, *config.overrides, *overrides]
     try:
         return min(watch_run(trial, arguments, folder / "runs" / name))
-    except ValueError as error:
-        raise UserError(f"trial {trial.number} ({chosen}): {error}") from None
+    except UserError as error:
+        raise UserError(f"trial {trial.number} ({values}): {error}") from None
 
 
-def write(folder: Path, study: Any, parameters: Iterable[str]) -> None:
-    """The table and the plot."""
-    reached = {trial.number: min(trial.intermediate_values.values(), default=math.inf) for trial in ended(study)}
-    trials = sorted(ended(study), key=lambda trial: (trial.state.name, reached[trial.number]))  # complete, then pruned
+def write_results(folder: Path, study: Any, parameters: Iterable[str]) -> None:
+    """Writes the table and the plot, and prints the table."""
+    losses = {trial.number: min(trial.intermediate_values.values(), default=math.inf) for trial in ended(study)}
+    # Complete trials come before pruned ones.
+    trials = sorted(ended(study), key=lambda trial: (trial.state.name, losses[trial.number]))
     with (folder / "trials.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["trial", "state", "validation_loss", "evaluations", *parameters])
-        for t in trials:
-            values = [t.number, t.state.name.lower(), reached[t.number], len(t.intermediate_values)]
-            writer.writerow([*values, *(t.params[key] for key in parameters)])
+        for trial in trials:
+            result = [trial.number, trial.state.name.lower(), losses[trial.number], len(trial.intermediate_values)]
+            writer.writerow([*result, *(trial.params[key] for key in parameters)])
     print((folder / "trials.csv").read_text(), flush=True)
     if trials[0].state.name == "COMPLETE":
         from matplotlib import pyplot
 
-        with warnings.catch_warnings(action="ignore"):  # it calls its plots experimental
+        with warnings.catch_warnings(action="ignore"):  # Optuna warns that its plots are experimental.
             axes = require_library("optuna").visualization.matplotlib.plot_slice(study)
         figure = (axes.flat[0] if hasattr(axes, "flat") else axes).get_figure()
         figure.savefig(folder / "slice.svg")
@@ -95,6 +97,7 @@ def write(folder: Path, study: Any, parameters: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and not without ending the trial's run
+    # By default SIGTERM would end this process without ending the trial's run.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with report_errors():
         main()

@@ -1,7 +1,7 @@
-"""Finding the students that learn together, by their size alone, as When Babies Teach Babies does (Iyer 2024).
+"""A search for the students that learn together, by their size alone, as in When Babies Teach Babies (Iyer 2024).
 
-Student i (from 1) is the shape whose number of parameters is nearest N/(i+1), where N parameters has the model that the
-students replace. All shapes of the space are tried, as it is small, or Bayesian optimisation proposes them, as in the
+Student i (from 1) is the shape whose number of parameters is nearest to N/(i+1), where N is that of the model which the
+students replace. The space is small, so all its shapes are tried; or Bayesian optimisation proposes them, as in the
 paper.
 """
 
@@ -36,7 +36,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The shape that a search ends with, and every evaluation's score in turn: minus the distance from the target."""
+    """The best shape, and the scores of all evaluations in turn: minus the distance from the target size."""
 
     student: Candidate
     scores: list[float]
@@ -46,26 +46,26 @@ class Space:
     """All shapes that a search may propose."""
 
     def __init__(self, config: SearchConfig) -> None:
-        """Raises UserError where no number of heads divides some width."""
+        """Raises UserError for a width that no number of heads divides."""
         self.config = config
         for hidden in config.hidden:
             if all(hidden % heads for heads in config.heads):
                 raise UserError(f"hidden={hidden} is divisible by none of heads={list(config.heads)}: add a divisor")
 
     def candidates(self) -> Iterator[Candidate]:
+        """Yields every shape whose heads divide its width."""
         axes = product(self.config.layers, self.config.hidden, self.config.heads)
         return (Candidate(*shape) for shape in axes if shape[1] % shape[2] == 0)
 
     def settings(self, candidate: Candidate, number: int) -> dict[str, Any]:
         """Returns the settings of a run's student `number`, from 1."""
-        config = self.config
-        common = {"family": config.family, "ffn": config.ffn, "max_length": config.max_length}
-        learning_rate = StudentConfig.learning_rate
         return {
             "name": f"student-{number}",
             **vars(candidate),
-            **common,
-            "learning_rate": learning_rate,
+            "family": self.config.family,
+            "ffn": self.config.ffn,
+            "max_length": self.config.max_length,
+            "learning_rate": StudentConfig.learning_rate,
             "seed": number,
         }
 
@@ -74,9 +74,9 @@ class Space:
 
     @cache  # noqa: B019
     def size(self, candidate: Candidate) -> int:
-        """Returns the number of parameters. All blocks have equally many, so models of one and two blocks tell."""
-        one, two = (parameter_count(self.shape(replace(candidate, layers=layers))) for layers in (1, 2))
-        return one + (candidate.layers - 1) * (two - one)
+        """Returns the number of parameters, from models of one and two blocks, as all blocks have equally many."""
+        one_block, two_blocks = (parameter_count(self.shape(replace(candidate, layers=n))) for n in (1, 2))
+        return one_block + (candidate.layers - 1) * (two_blocks - one_block)
 
     def score(self, candidate: Candidate, number: int) -> float:
         """Returns minus the distance of a shape from the size that student `number` should have."""
@@ -89,21 +89,23 @@ def target(config: SearchConfig, number: int) -> float:
 
 
 def exhaustive(space: Space, number: int) -> SearchResult:
-    """Tries every shape. Of shapes equally near the target it takes the first in the order of the settings."""
+    """Tries every shape. Among shapes equally near to the target it takes the first in the order of the settings."""
     candidates = list(space.candidates())
     scores = [space.score(candidate, number) for candidate in candidates]
     return SearchResult(candidates[int(np.argmax(scores))], scores)
 
 
 def bayesian(space: Space, number: int) -> SearchResult:
-    """Searches as the paper does, but gives every option the same width: its rounded-down indices left the last one a
-    single point."""
+    """Searches as the paper does, by Bayesian optimisation of the index of each option.
+
+    Here every option has the same width. The paper's indices are rounded down, so that its last option is one point.
+    """
     config = space.config
     axes = {name: getattr(config, name) for name in ("layers", "hidden", "heads")}
     tried: list[tuple[float, Candidate]] = []
 
-    def score(**places: float) -> float:
-        options = {name: values[min(int(places[name]), len(values) - 1)] for name, values in axes.items()}
+    def score(**indices: float) -> float:
+        options = {name: values[min(int(indices[name]), len(values) - 1)] for name, values in axes.items()}
         candidate = Candidate(**options)
         valid = candidate.hidden % candidate.heads == 0
         tried.append((space.score(candidate, number) if valid else INVALID, candidate))
@@ -125,7 +127,7 @@ METHODS = {"exhaustive": exhaustive, "bayesian": bayesian}
 
 
 def search(config: SearchConfig) -> list[Candidate]:
-    """Returns the students found. It writes them to `config.output`, with a plot beside it."""
+    """Returns the best students, and writes them to `config.output`, with a plot beside it."""
     space, output = Space(config), Path(config.output)
     results = [METHODS[config.method](space, number) for number in range(1, config.students + 1)]
     students = [result.student for result in results]
@@ -140,7 +142,7 @@ def search(config: SearchConfig) -> list[Candidate]:
 
 
 def plot(results: Sequence[SearchResult], path: Path) -> None:
-    """Draws every evaluation's distance from the target size, and the best so far, student by student."""
+    """Draws the distance from the target size, of every evaluation and of the best so far, for each student."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -150,9 +152,9 @@ def plot(results: Sequence[SearchResult], path: Path) -> None:
     for number, result in enumerate(results, start=1):
         scores = np.array(result.scores)
         distances = np.where(scores > INVALID, -scores, np.nan) / 1e6
-        turns, colour = np.arange(1, len(distances) + 1), f"C{number - 1}"
-        axes.plot(turns, distances, ".", color=colour, alpha=0.3)
-        axes.plot(turns, np.fmin.accumulate(distances), color=colour, label=f"student {number}")
+        evaluations, colour = np.arange(1, len(distances) + 1), f"C{number - 1}"
+        axes.plot(evaluations, distances, ".", color=colour, alpha=0.3)
+        axes.plot(evaluations, np.fmin.accumulate(distances), color=colour, label=f"student {number}")
     axes.set(xlabel="evaluation", ylabel="parameters off target, millions", yscale="log")
     axes.legend()
     figure.savefig(path)

@@ -1,4 +1,4 @@
-"""The trials of a search, each a run of a recipe: Optuna proposes and prunes, and a journal keeps what has ended."""
+"""The trials of a sweep are runs of a recipe. Optuna proposes and prunes them, and a journal keeps the results."""
 
 import importlib
 import json
@@ -11,24 +11,24 @@ from typing import Any
 
 from engine.system.errors import UserError
 
-SECONDS_BETWEEN_LOOKS = 0.5
+POLL_SECONDS = 0.5
 
 
 def require_library(name: str) -> Any:
-    """Returns a module of the extra `search`, which not everyone needs; UserError where it is not installed."""
+    """Returns a module of the optional dependencies `search`; UserError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"no {name} here: install it with `pip install 'creche[search]'`") from None
+        raise UserError(f"{name} is not installed: run `pip install 'creche[search]'`") from None
 
 
 def open_study(journal: Path, settings: Mapping[str, Any], pruner: Any) -> Any:
-    """The study that `journal` holds, begun where there is none. A trial that was cut off is the next to be tried.
+    """Returns the study in the file `journal`, a new one where there is none. A trial that was interrupted comes next.
 
     Args:
-        settings: all that decides what is proposed and how it is scored, equal to what JSON reads back.
+        settings: everything that affects what is proposed and how it is scored, as JSON reads it back.
 
-    Raises ValueError where the journal was made with others.
+    Raises UserError where the journal was made with other settings.
     """
     optuna = require_library("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -38,10 +38,11 @@ def open_study(journal: Path, settings: Mapping[str, Any], pruner: Any) -> Any:
     )
     study = optuna.create_study(study_name="trials", storage=storage, pruner=pruner, load_if_exists=True)
     before = study.user_attrs.get("settings", settings)
-    if differing := sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key)):
+    differing = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
+    if differing:
         raise UserError(
-            f"{journal}: made with other settings ({', '.join(differing)}); choose another folder, or delete "
-            f"{journal.parent}"
+            f"{journal} was made with other settings of {', '.join(differing)}: restore them, choose another folder, "
+            f"or delete {journal.parent}"
         )
     study.set_user_attr("settings", settings)
     states = optuna.trial.TrialState
@@ -52,13 +53,13 @@ def open_study(journal: Path, settings: Mapping[str, Any], pruner: Any) -> Any:
 
 
 def ended(study: Any) -> list[Any]:
-    """The trials that are complete or pruned."""
+    """Returns the trials that are complete or pruned."""
     states = require_library("optuna").trial.TrialState
     return study.get_trials(states=(states.COMPLETE, states.PRUNED))
 
 
 def run_trial(study: Any, objective: Callable[[Any], float], seed: int) -> None:
-    """One trial more. What it draws depends on the seed and the trials that have ended."""
+    """Runs one more trial. What is proposed depends on the seed and on the trials that have ended."""
     optuna = require_library("optuna")
     study.sampler = optuna.samplers.TPESampler(seed=seed * 100_003 + len(ended(study)), n_startup_trials=8)
     trial = study.ask()
@@ -69,14 +70,15 @@ def run_trial(study: Any, objective: Callable[[Any], float], seed: int) -> None:
 
 
 def watch_run(trial: Any, arguments: Sequence[str | Path], folder: Path) -> list[float]:
-    """The held-out loss, nats per token, at every evaluation of a run, reported to `trial` as they come.
+    """Runs a recipe and returns its held-out losses in nats per token, which it reports to `trial` as they come.
 
-    It is that of the ensemble or, of one student alone, its own. The run ends with the trial, however that ends.
+    The loss is the ensemble's or, of a single student, the student's. The run is ended in any case.
 
     Args:
-        arguments: a recipe and its command line, by which it trains in `folder`; what it prints goes to output.txt.
+        arguments: the recipe and its command line.
+        folder: where the recipe trains. What it prints goes to output.txt in it.
 
-    Raises TrialPruned where the trial should be, or has diverged; ValueError where the run fails.
+    Raises TrialPruned where the trial should be pruned or has diverged, UserError where the run fails.
     """
     pruned = require_library("optuna").TrialPruned
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,17 +87,16 @@ def watch_run(trial: Any, arguments: Sequence[str | Path], folder: Path) -> list
         process = subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT)
     try:
         while True:
-            over = process.poll() is not None
-            found = _losses(folder / "metrics.jsonl")
-            for number, loss in enumerate(found[len(losses) :], start=len(losses) + 1):
+            has_ended = process.poll() is not None
+            reported, losses = len(losses), _losses(folder / "metrics.jsonl")
+            for number, loss in enumerate(losses[reported:], start=reported + 1):
                 if loss is not None:
                     trial.report(loss, number)
-                if loss is None or (not over and trial.should_prune()):
+                if loss is None or (not has_ended and trial.should_prune()):
                     raise pruned
-            losses = found
-            if over:
+            if has_ended:
                 break
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(POLL_SECONDS)
     finally:
         process.terminate()
         process.wait()
@@ -103,13 +104,13 @@ def watch_run(trial: Any, arguments: Sequence[str | Path], folder: Path) -> list
         lines = (folder / "output.txt").read_text(errors="replace").splitlines()
         error = ([line for line in lines if line.startswith("error: ")] or lines or ["it prints nothing"])[-1]
         if "not finite" in error:
-            raise pruned  # nothing is wrong with the search
+            raise pruned
         raise UserError(f"{folder / 'output.txt'}: the run failed, exit code {process.returncode}: {error}")
     return [loss for loss in losses if loss is not None]
 
 
 def _losses(metrics: Path) -> list[float | None]:
-    """Of every evaluation whose line is whole; None: not finite."""
-    lines = metrics.read_text().split("\n")[:-1] if metrics.is_file() else []
-    evaluations = [record for record in map(json.loads, lines) if record["kind"] == "evaluation"]
-    return [(e.get("ensemble") or next(iter(e["students"].values())))["validation_loss"] for e in evaluations]
+    """Returns the held-out loss of every evaluation so far; None for one that is not finite."""
+    lines = metrics.read_text().split("\n")[:-1] if metrics.is_file() else []  # The last line may be half written.
+    records = [record for record in map(json.loads, lines) if record["kind"] == "evaluation"]
+    return [(r.get("ensemble") or next(iter(r["students"].values())))["validation_loss"] for r in records]

@@ -12,9 +12,11 @@ from typing import Any
 import optuna
 import pytest
 
+from engine.system.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 BASE = """
-students: [{name: one, layers: 1, hidden: 16, heads: 2, ffn: 32, positions: 32}]
+students: [{name: one, layers: 1, hidden: 16, heads: 2, ffn: 32, max_length: 32}]
 data: {words: 3000, tokenizer: {vocab_size: 400}}
 optimizer: {warmup: 1}
 train: {steps: 6, batch: 4, length: 32}
@@ -104,7 +106,7 @@ def test_a_table_by_the_names_of_parameters(swept: Sweep) -> None:
 def test_a_sweep_of_something_else_is_refused(swept: Sweep, tmp_path: Path, base: str, yaml: str, named: str) -> None:
     swept(SWEEP, "trials=1")
     (tmp_path / "base.yaml").write_text(base)
-    with pytest.raises(ValueError, match=rf"tiny/journal.log: made with other settings \({named}\)"):
+    with pytest.raises(UserError, match=rf"tiny/journal.log was made with other settings of {named}:"):
         swept(yaml)
 
 
@@ -132,7 +134,7 @@ def test_hyperband_learns_how_long_runs_are(swept: Sweep, tmp_path: Path, monkey
 
 def test_a_failed_trial_is_named_by_its_values(swept: Sweep, tmp_path: Path) -> None:
     (tmp_path / "pretrain.py").write_text('import sys\nsys.exit("error: disk full")')
-    with pytest.raises(ValueError, match=r"trial 0 \(.*schedule.*\): .*output.txt: the run failed, .*error: disk full"):
+    with pytest.raises(UserError, match=r"trial 0 \(.*schedule.*\): .*output.txt: the run failed, .*error: disk full"):
         swept()
 
 

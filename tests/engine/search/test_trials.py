@@ -9,6 +9,7 @@ import optuna
 import pytest
 
 from engine.search.trials import ended, open_study, run_trial, watch_run
+from engine.system.errors import UserError
 
 BEGIN = """
 import json, pathlib, sys, time
@@ -97,7 +98,7 @@ def test_a_run_that_diverges_is_pruned(tmp_path: Path, recipe: str) -> None:
     ],
 )
 def test_a_run_that_fails_says_why(tmp_path: Path, recipe: str, why: str) -> None:
-    with pytest.raises(ValueError, match=f"run/output.txt: the run failed, exit code {why}$"):
+    with pytest.raises(UserError, match=f"run/output.txt: the run failed, exit code {why}$"):
         run(tmp_path, recipe, Watched())
 
 
@@ -115,5 +116,7 @@ def test_a_trial_that_was_cut_off_is_the_next(study: Any, tmp_path: Path) -> Non
 
 
 def test_a_study_of_other_settings_is_refused(study: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"journal: made with other settings \(new, seed\); choose another folder, or"):
+    with pytest.raises(
+        UserError, match=r"journal was made with other settings of new, seed: restore them, choose another folder, or"
+    ):
         open_study(tmp_path / "journal", {"seed": 2, "new": [1]}, optuna.pruners.NopPruner())
