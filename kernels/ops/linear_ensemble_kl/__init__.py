@@ -170,9 +170,9 @@ def _check_top_k(name: str, top: TopK, tokens: int, device: torch.device) -> Non
         raise ValueError(f"{name} has {shapes}: expected N = {tokens}, as student 0 has; pass the same tokens")
     dtypes_fit = top.log_prob.is_floating_point() and top.tail.is_floating_point() and not top.index.is_floating_point()
     if not dtypes_fit or any(x.device != device for x in top):
-        found = ", ".join(f"{x.dtype} on {x.device}" for x in top)
+        dtypes = ", ".join(f"{x.dtype} on {x.device}" for x in top)
         raise ValueError(
-            f"{name} has {found}: expected floating point log_prob, integers in index, floating point tail, all on"
+            f"{name} has {dtypes}: expected floating point log_prob, integers in index, floating point tail, all on"
             f" {device}; cast or move them"
         )
 
