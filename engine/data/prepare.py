@@ -15,16 +15,12 @@ Words are white-space tokens of the cleaned text (`words_in_source`: of the text
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from engine.config.loading import as_dict, build, flatten
 from engine.config.settings import DataConfig
@@ -81,9 +77,9 @@ class Prepared:
 def prepare(config: DataConfig, *, log: Log = print) -> Prepared:
     """Returns the prepared folder for `config`, and makes it first where there is none.
 
-    `log` is called with a line about each stage and the seconds it took. Raises UserError, with nothing written, for
-    text that is missing, empty, not UTF-8 or too short to hold any out, for a vocabulary size that the text does not
-    allow, and for a prepared folder whose files have changed.
+    `log` is called with a line about each stage as it begins. Raises UserError, with nothing written, for text that is
+    missing, empty, not UTF-8 or too short to hold any out, for a vocabulary size that the text does not allow, and for
+    a prepared folder whose files have changed.
     """
     if (Path(config.path) / MANIFEST).is_file() and (Path(config.path) / "tokenizer").is_dir():
         return _open_named(config)
@@ -104,10 +100,10 @@ def prepare(config: DataConfig, *, log: Log = print) -> Prepared:
         log(f"{folder}: prepared already, from the same text with the same settings")
         return prepared
 
-    with _stage(f"reading {len(source.files)} file(s)", len(source.files), log) as advance:
-        texts, files = _read(source, config, advance, log)
-        limit = None if config.path == "grammar" else config.words
-        splits = split(texts, validation=config.validation, seed=config.seed, words=limit)
+    log(f"{folder}: reading {len(source.files)} file(s)")
+    texts, files = _read(source, config, log)
+    limit = None if config.path == "grammar" else config.words
+    splits = split(texts, validation=config.validation, seed=config.seed, words=limit)
     with written_aside(folder, keep_existing=True) as aside:
         manifest = {
             "format": FORMAT,
@@ -159,9 +155,7 @@ def _identity(config: DataConfig, source: Source) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read(
-    source: Source, config: DataConfig, advance: Callable[[int], None], log: Log
-) -> tuple[dict[str, str], list[dict[str, Any]]]:
+def _read(source: Source, config: DataConfig, log: Log) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Returns the cleaned text of each file, by name, and its entry in the manifest, without counts yet."""
     texts, files, unmatched = {}, [], []
     for file in source.files:
@@ -177,7 +171,6 @@ def _read(
                 text = clean(text, cleaner, quirks=config.quirks)
         texts[file.name] = text
         files.append(entry)
-        advance(1)
     if unmatched:
         message = f"there is no cleaner for {', '.join(unmatched)} (cleaners: {', '.join(CLEANERS)})"
         if len(unmatched) == len(files):
@@ -188,12 +181,17 @@ def _read(
 
 def _write(folder: Path, splits: Splits, files: list[dict[str, Any]], config: DataConfig, log: Log) -> dict[str, Any]:
     """Writes tokenizer, token files and minimal pairs; returns the manifest's entries about them."""
-    tokenizer = _train_tokenizer(splits.train, config, folder / "tokenizer", log)
+    vocab_size, words = config.tokenizer.vocab_size, sum(document.words for document in splits.train)
+    assert vocab_size is not None
+    log(f"training a tokenizer of {vocab_size:,} tokens on {words:,} words")
+    (folder / "tokenizer").mkdir(parents=True)
+    texts = (document.text for document in splits.train)
+    tokenizer = tokenization.train(texts, config.tokenizer, vocab_size, folder / "tokenizer", boundary=config.boundary)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= SIXTEEN_BITS else "<u4")
-    counts = {
-        name: _encode(documents, len(files), tokenizer, dtype, folder / f"{name}.bin", log)
-        for name, documents in splits._asdict().items()
-    }
+    counts = {}
+    for name, documents in splits._asdict().items():
+        log(f"encoding {len(documents):,} documents for {name}")
+        counts[name] = _encode(documents, len(files), tokenizer, dtype, folder / f"{name}.bin")
     _write_pairs(splits.train, config.seed, folder / "minimal_pairs.jsonl")
     return {
         "dtype": dtype.name,
@@ -206,43 +204,26 @@ def _write(folder: Path, splits: Splits, files: list[dict[str, Any]], config: Da
 
 
 def _named(counts: np.ndarray) -> dict[str, int]:
+    """Returns a row of counts by name."""
     return dict(zip(COUNTS, counts.tolist(), strict=True))
 
 
-def _train_tokenizer(documents: list[Document], config: DataConfig, folder: Path, log: Log) -> Tokenizer:
-    vocab_size, words = config.tokenizer.vocab_size, sum(document.words for document in documents)
-    assert vocab_size is not None
-    folder.mkdir(parents=True)
-    with _stage(f"training a tokenizer of {vocab_size:,} tokens on {words:,} words", words, log) as advance:
-
-        def texts() -> Iterator[str]:
-            for document in documents:
-                yield document.text
-                advance(document.words)
-
-        return tokenization.train(texts(), config.tokenizer, vocab_size, folder, boundary=config.boundary)
-
-
-def _encode(
-    documents: list[Document], files: int, tokenizer: Tokenizer, dtype: np.dtype, path: Path, log: Log
-) -> np.ndarray:
+def _encode(documents: list[Document], files: int, tokenizer: Tokenizer, dtype: np.dtype, path: Path) -> np.ndarray:
     """Writes a split's token file and returns its counts, int64 [files, COUNTS]."""
     before, after = ([], "\n\n") if tokenizer.boundary is None else ([tokenizer.boundary], "")
     counts = np.zeros((files, len(COUNTS)), np.int64)
-    characters = sum(len(document.text) for document in documents)
-    title = f"encoding {len(documents):,} documents for {path.stem}"
-    with _stage(title, characters, log) as advance, path.open("wb") as stream:
+    with path.open("wb") as stream:
         for batch in _batches(documents):
             for document, ids in zip(batch, tokenizer.encode_batch([d.text + after for d in batch]), strict=True):
                 tokens = np.array(before + ids, dtype)
                 stream.write(tokens.tobytes())
                 lines = document.text.count("\n") + 1
                 counts[document.file] += (1, lines, document.words, len(document.text), len(tokens))
-            advance(sum(len(document.text) for document in batch))
     return counts
 
 
 def _batches(documents: list[Document]) -> Iterator[list[Document]]:
+    """Yields the documents in groups of about BATCH_CHARACTERS characters."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -256,19 +237,9 @@ def _batches(documents: list[Document]) -> Iterator[list[Document]]:
 
 
 def _write_pairs(documents: list[Document], seed: int, path: Path) -> None:
+    """Writes minimal pairs of which no line is in the documents."""
     training_lines = {line.strip() for document in documents for line in document.text.split("\n")}
     with path.open("w", encoding="utf-8") as file:
         for pair in grammar.minimal_pairs(seed, PAIRS_PER_PHENOMENON, training_lines):
             record = {"sentence_good": pair.good, "sentence_bad": pair.bad, "phenomenon": pair.phenomenon}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def _stage(title: str, total: int, log: Log) -> Iterator[Callable[[int], None]]:
-    """Shows a progress bar where stderr is a terminal, and logs how many seconds the block took."""
-    console = Console(stderr=True)
-    started = time.perf_counter()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda amount: progress.advance(task, amount)
-    log(f"{title}: {time.perf_counter() - started:.1f} s")
