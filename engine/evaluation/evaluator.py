@@ -1,4 +1,4 @@
-"""What a run is watched by while it trains: held-out text, zero-shot tasks, and samples of what its students write.
+"""What a run measures while it trains: held-out loss, zero-shot tasks, and texts that its students write.
 
 S students.
 """
@@ -19,12 +19,12 @@ from engine.reporting.records import StudentEvaluation
 from engine.students.cohort import Cohort
 from engine.system.distributed import Runtime
 
-PAIRS = "evaluation.pairs"  # the task of the minimal pairs that every run is watched by
+PAIRS = "evaluation.pairs"  # the name of the task of minimal pairs in every run's evaluation
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Each method is a collective call."""
+    """Evaluates a run's students. Each method is a collective call."""
 
     config: EvaluationConfig
     held_out: HeldOutData
@@ -35,34 +35,41 @@ class Evaluator:
     def evaluate(
         self, cohort: Cohort, omega: Sequence[float]
     ) -> tuple[list[StudentEvaluation], list[dict[str, float]]]:
-        """Of each student and, where there are several, last their ensemble weighted by ω [S] (empty: alike): how it
-        does, and its accuracy by the phenomenon of the pairs."""
+        """Returns each student's evaluation, and each one's accuracy on the minimal pairs by their phenomenon.
+
+        Where there are several students, the last of both is their ensemble's, weighted by ω [S] (empty: equally).
+        """
         losses = validation_losses(cohort, self.held_out, self.runtime, omega)
         scores: list[list[TaskScore]] = [[] for _ in losses]
         if self.questions.tasks:
             with cohort.evaluating():
                 scores = self.questions.scores(cohort_log_probabilities(cohort, omega))
-        found: list[StudentEvaluation] = [
-            {
-                "validation_loss": loss,
-                "pairs_accuracy": next((_half_ties(pooled("", t.sets)) for t in own if t.task == PAIRS), None),
-                "scores": {task.task: task.mean.score for task in own if task.task != PAIRS},
-            }
-            for loss, own in zip(losses, scores, strict=True)
-        ]
-        return found, [{s.name: _half_ties(s) for t in own if t.task == PAIRS for s in t.sets} for own in scores]
+        evaluations: list[StudentEvaluation] = []
+        phenomena: list[dict[str, float]] = []
+        for loss, tasks in zip(losses, scores, strict=True):
+            pairs = [set_score for task in tasks if task.task == PAIRS for set_score in task.sets]
+            evaluations.append(
+                {
+                    "validation_loss": loss,
+                    "pairs_accuracy": _accuracy(pooled(PAIRS, pairs)) if pairs else None,
+                    "scores": {task.task: task.mean.score for task in tasks if task.task != PAIRS},
+                }
+            )
+            phenomena.append({set_score.name: _accuracy(set_score) for set_score in pairs})
+        return evaluations, phenomena
 
     def describe(
-        self, cohort: Cohort, found: Sequence[StudentEvaluation], phenomena: Sequence[dict[str, float]]
+        self, cohort: Cohort, evaluations: Sequence[StudentEvaluation], phenomena: Sequence[dict[str, float]]
     ) -> tuple[dict[str, Any], ...]:
-        """Per student what `evaluate` found, and texts it writes; none where it sees both sides."""
+        """Returns per student what `evaluate` returned, and texts that it writes; masked students write none."""
         count = 0 if self.questions.masked else self.config.samples
         texts = samples(cohort, self.tokenizer, count, self.config.sample_tokens)
         return tuple(
-            {**one, "pairs_by_phenomenon": accuracies, "samples": own}
-            for one, accuracies, own in zip(found, phenomena, texts, strict=False)
+            {**evaluation, "pairs_by_phenomenon": accuracies, "samples": written}
+            for evaluation, accuracies, written in zip(evaluations, phenomena, texts, strict=False)
         )
 
 
-def _half_ties(one: SetScore) -> float:
-    return (one.score + one.strict) / 2
+def _accuracy(pairs: SetScore) -> float:
+    """Returns the accuracy in which a tie counts as half right."""
+    return (pairs.score + pairs.strict_score) / 2

@@ -1,15 +1,22 @@
-"""Log-probabilities of texts: every token once, in batches that waste nothing.
+"""Log-probabilities of texts, where every prefix that texts share is computed once.
 
-Texts that begin alike are computed alike, and once: a *strand*, one row of a batch, is a tree of texts in depth-first
-order, in which a token sees those on its way from the root. Nor is anything predicted where it changes no decision,
-which is where all answers to a question are still the same.
+Many texts differ in a few words only. They are packed into trees: a tree is one sequence that holds every shared prefix
+once, in depth-first order, and in it a token attends to itself and to the tokens on its path from the root. The texts
+"the dog sleeps .", "the dog barks ." and "the cat ." make one tree:
 
-B strands, L positions, U hidden states, N tokens to score, D hidden, V vocabulary, H heads, I texts; S models, and
-where there are several, their ensemble.
+    index         0    1    2       3      4
+    token         the  dog  sleeps  barks  cat       the last token of a text is predicted but never read
+    position_id   0    1    2       2      1         the token's position in its own text
+    subtree_end   5    4    3       4      5         token j attends to token i where i <= j < subtree_end of i
+
+Only those tokens are predicted that can change a decision: those after the prefix that all answers to a question share.
+
+B trees, L tokens of the longest, U hidden states, N tokens to predict (u and n of one chunk), D hidden, V vocabulary,
+I texts, S models and, where there are several, their ensemble.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
@@ -23,228 +30,265 @@ from engine.system.errors import UserError
 from kernels import Projected
 
 TOKENS_PER_BATCH = 4096
-TOKENS_PER_TREE = 64  # longer ones share more and attend to more
-LONGEST = 512  # of strands whose texts have most in common
-MAX_LOGITS = 2**23  # elements: more rows feed the matrix product better, fewer stay in the cache
+TOKENS_PER_TREE = 64  # A larger tree shares more, but each of its tokens is compared to more others.
+LONGEST_TREE = 512  # tokens; the bound where a text shares half of its tokens or more with the one before it
+MAX_LOGITS = 2**23  # elements of a chunk: more make the matrix product faster, fewer stay in the cache
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenTree:
-    tokens: list[int]
-    max_length: list[int]  # of each token in its own text
-    ends: list[int]  # behind the last token that has this one on its way from the root, and so sees it
-    rows: list[int]  # places in `tokens` that predict something
-    sources: list[int]  # per target: the place in `rows` that predicts it
-    targets: list[int]
-    owners: list[int]  # per target: the text it belongs to
+    """One or more texts in one sequence, and what is to be predicted in it."""
+
+    tokens: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)  # per token: its position in its own text
+    subtree_ends: list[int] = field(
+        default_factory=list
+    )  # per token: the index behind the last token that attends to it
+    rows: list[int] = field(default_factory=list)  # indices of the tokens whose hidden states predict something
+    targets: list[int] = field(default_factory=list)  # the tokens to predict
+    state_ids: list[int] = field(
+        default_factory=list
+    )  # per target: the index into `rows` of the state that predicts it
+    text_ids: list[int] = field(default_factory=list)  # per target: the text that it belongs to
 
 
 @dataclass(frozen=True)
 class TreeBatch:
+    """Trees as tensors, padded at their ends."""
+
     tokens_BL: Tensor
-    positions_BL: Tensor
-    ends_BL: Tensor
-    branched: bool  # False: plain causal texts
-    rows_U: Tensor  # places in the flattened tokens
-    sources_N: Tensor  # places in rows_U
+    position_ids_BL: Tensor
+    subtree_ends_BL: Tensor
+    branched: bool  # False where every tree is a single text, which a plain forward pass can read
+    rows_U: Tensor  # indices into the flattened tokens
     targets_N: Tensor
-    owners_N: Tensor
+    state_ids_N: Tensor  # indices into rows_U
+    text_ids_N: Tensor
 
 
 LogProbabilities = Callable[[TreeBatch], Tensor]  # [S, N] fp32, nats, of a batch's targets
 
 
-def causal_trees(texts: Sequence[list[int]], firsts: Sequence[int], *, share: bool) -> list[TokenTree]:
-    """The strands of texts for a model that reads from left to right.
+def causal_trees(texts: Sequence[list[int]], scored_from: Sequence[int], *, share: bool) -> list[TokenTree]:
+    """Returns the trees of texts for models that read from left to right.
 
     Args:
         texts: token ids.
-        firsts: the place in each text where its scored part begins; nothing predicts the very first token.
-        share: compute what texts begin with once (`hidden_states`); else each text is a strand of its own.
+        scored_from: per text the index of the first token to predict; the very first token is never predicted.
+        share: False makes each text a tree of its own, for models that cannot read trees.
     """
     trees: list[TokenTree] = []
-    whole = [i for i, (ids, first) in enumerate(zip(texts, firsts, strict=True)) if len(ids) > max(first, 1)]
-    path: list[int] = []  # places in the strand of the last text's tokens
-    last: list[int] = []
-    for i in sorted(whole, key=lambda i: texts[i]) if share else whole:
+    path: list[int] = []  # the indices in the tree of the last text's tokens
+    last_inputs: list[int] = []
+    scored = [i for i, text in enumerate(texts) if len(text) > max(scored_from[i], 1)]
+    for i in sorted(scored, key=lambda i: texts[i]) if share else scored:
         inputs = texts[i][:-1]
-        common = in_common((last, inputs))
+        common = common_prefix_length((last_inputs, inputs))
         size = len(inputs) - common + (len(trees[-1].tokens) if trees else 0)
-        if not share or not trees or (size > TOKENS_PER_TREE and (2 * common < len(inputs) or size > LONGEST)):
-            trees.append(TokenTree([], [], [], [], [], [], []))
+        full = size > TOKENS_PER_TREE and (2 * common < len(inputs) or size > LONGEST_TREE)
+        if full or not share or not trees:
+            trees.append(TokenTree())
             path, common = [], 0
         tree = trees[-1]
-        del path[common:]
-        path += range(len(tree.tokens), len(tree.tokens) + len(inputs) - common)
+        path = [*path[:common], *range(len(tree.tokens), len(tree.tokens) + len(inputs) - common)]
         tree.tokens.extend(inputs[common:])
-        tree.max_length.extend(range(common, len(inputs)))
-        tree.ends.extend([0] * (len(inputs) - common))
-        for place in path:
-            tree.ends[place] = len(tree.tokens)
-        known = {row: number for number, row in enumerate(tree.rows)}
-        for at in range(max(firsts[i], 1), len(texts[i])):
-            row = path[at - 1]
-            tree.sources.append(known.setdefault(row, len(known)))
-            if len(known) > len(tree.rows):
-                tree.rows.append(row)
-        tree.targets.extend(texts[i][max(firsts[i], 1) :])
-        tree.owners.extend([i] * (len(texts[i]) - max(firsts[i], 1)))
-        last = inputs
+        tree.position_ids.extend(range(common, len(inputs)))
+        tree.subtree_ends.extend([0] * (len(inputs) - common))
+        for index in path:
+            tree.subtree_ends[index] = len(tree.tokens)
+        _add_targets(tree, i, texts[i], path, max(scored_from[i], 1))
+        last_inputs = inputs
     return trees
 
 
-def in_common(texts: Sequence[list[int]]) -> int:
-    """How many tokens all of them begin with."""
-    first, last = min(texts), max(texts)  # what these two share, those between share too
+def _add_targets(tree: TokenTree, text_id: int, text: list[int], path: list[int], first: int) -> None:
+    """Adds the tokens of a text from index `first` on as targets; the token before each of them predicts it."""
+    state_ids = {row: state_id for state_id, row in enumerate(tree.rows)}
+    for row in path[first - 1 :]:
+        if row not in state_ids:
+            state_ids[row] = len(tree.rows)
+            tree.rows.append(row)
+        tree.state_ids.append(state_ids[row])
+    tree.targets.extend(text[first:])
+    tree.text_ids.extend([text_id] * (len(text) - first))
+
+
+def common_prefix_length(texts: Sequence[list[int]]) -> int:
+    """Returns the number of tokens that all texts begin with."""
+    first, last = min(texts), max(texts)  # What these two share, all texts between them in order share too.
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def masked_copies(ids: list[int], scored: Sequence[int], mask: int, owner: int) -> list[TokenTree]:
-    """The copies of a text whose log-probabilities make its pseudo-log-likelihood: in each, one token is masked
-    (Salazar et al. 2020, eq. 1). `ids` with whatever the model wants around a text, `scored` the places of the text."""
-    places, ends = list(range(len(ids))), [len(ids)] * len(ids)
-    return [TokenTree([*ids[:at], mask, *ids[at + 1 :]], places, ends, [at], [0], [ids[at]], [owner]) for at in scored]
+def single_text(ids: list[int], row: int, target: int, text_id: int) -> TokenTree:
+    """Returns a tree of one text in which the state of one token, `row`, predicts one target."""
+    ends = [len(ids)] * len(ids)
+    return TokenTree(ids, list(range(len(ids))), ends, rows=[row], targets=[target], state_ids=[0], text_ids=[text_id])
 
 
-def plan(trees: Sequence[TokenTree], world_size: int, *, padding: bool) -> list[list[int]]:
-    """Strands by length, in rounds of bounded size, the same on every rank; without `padding` all of equal length."""
-    order = sorted(range(len(trees)), key=lambda i: len(trees[i].tokens))
-    rounds: list[list[int]] = []
-    for i in order:
+def masked_copies(ids: list[int], scored: Sequence[int], mask: int, text_id: int) -> list[TokenTree]:
+    """Returns the copies of a text whose log-probabilities add up to its pseudo-log-likelihood.
+
+    In each copy one token is masked and predicted (Salazar et al. 2020, eq. 1).
+
+    Args:
+        ids: the text's tokens, with those that the model wants before and behind a text.
+        scored: the indices of the tokens to predict.
+        mask: the mask token.
+    """
+    return [single_text([*ids[:i], mask, *ids[i + 1 :]], i, ids[i], text_id) for i in scored]
+
+
+def plan_batches(trees: Sequence[TokenTree], world_size: int, *, padding: bool) -> list[list[int]]:
+    """Returns the trees' indices, sorted by length, in batches of bounded size for all ranks together.
+
+    Without `padding` all trees of a batch have one length, as masked models need it: they would see the padding.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(trees)), key=lambda i: len(trees[i].tokens)):
         length = len(trees[i].tokens)
-        full = not rounds or (len(rounds[-1]) + 1) * length > TOKENS_PER_BATCH * world_size
-        if full or (not padding and len(trees[rounds[-1][-1]].tokens) != length):
-            rounds.append([])
-        rounds[-1].append(i)
-    return rounds
+        full = not batches or (len(batches[-1]) + 1) * length > TOKENS_PER_BATCH * world_size
+        if full or (not padding and len(trees[batches[-1][-1]].tokens) != length):
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
-def score(
+def score_texts(
     trees: Sequence[TokenTree], texts: int, log_probabilities: LogProbabilities, runtime: Runtime, *, padding: bool
 ) -> Tensor:
-    """[S, I] float64 on the CPU: each text's summed log-probability, 0 where it has nothing to predict; collective.
+    """Returns each text's summed log-probability in nats, [S, I] float64 on the CPU; a collective call.
 
-    Every rank takes every world-th strand of a round, and meets the others in every round, as sharded models need it.
-    Raises ValueError where a score is not finite or not whole.
+    It is 0 where a text has nothing to predict. The ranks share out each batch, and every rank takes part in every
+    batch, because models that ZeRO shards need all of them. Raises UserError where a score is not finite.
     """
     sums: Tensor | None = None
-    for indices in plan(trees, runtime.world_size, padding=padding):
+    for indices in plan_batches(trees, runtime.world_size, padding=padding):
         mine = indices[runtime.rank :: runtime.world_size]
         batch = collate([trees[i] for i in mine or indices[:1]], runtime.device)
-        found_SN = log_probabilities(batch).double()
-        if sums is None:  # the last row counts what was added
-            sums = torch.zeros(len(found_SN) + 1, texts, dtype=torch.float64, device=runtime.device)
+        log_prob_SN = log_probabilities(batch).double()
+        if sums is None:  # The last row counts the targets that were added.
+            sums = torch.zeros(len(log_prob_SN) + 1, texts, dtype=torch.float64, device=runtime.device)
         if mine:
-            sums.index_add_(1, batch.owners_N, torch.cat([found_SN, torch.ones_like(found_SN[:1])]))
+            sums.index_add_(1, batch.text_ids_N, torch.cat([log_prob_SN, torch.ones_like(log_prob_SN[:1])]))
     if sums is None:
-        raise UserError("nothing to score: every text is empty, or equal to its alternatives")
+        raise UserError(
+            "the tasks have nothing to score: every text is empty or equals its alternatives; fetch them again"
+        )
     if runtime.world_size > 1:
         torch.distributed.all_reduce(sums)
     scores_SI, counted_I = sums[:-1].cpu(), sums[-1].cpu()
-    expected_I = torch.bincount(torch.tensor([owner for s in trees for owner in s.owners]), minlength=texts)
-    if not torch.equal(counted_I.long(), expected_I):
-        raise UserError("some tokens were not scored on any rank: no score of a part is given out as the whole")
+    text_ids = torch.tensor(list(chain.from_iterable(tree.text_ids for tree in trees)))
+    if not torch.equal(counted_I.long(), torch.bincount(text_ids, minlength=texts)):
+        raise ValueError("some tokens were scored by no rank or by several")
     if not scores_SI.isfinite().all():
-        raise UserError("a score is not finite: the model has diverged, or its weights are damaged")
+        raise UserError("a score is not finite: the model has diverged, or its weights are damaged; take another")
     return scores_SI
 
 
-def collate(trees: list[TokenTree], device: torch.device) -> TreeBatch:
-    """The strands one below the other. Padding stands behind, and takes no part in anything."""
-    length = max(len(s.tokens) for s in trees)
+def collate(trees: Sequence[TokenTree], device: torch.device) -> TreeBatch:
+    """Returns trees as one batch. No token attends to padding, and nothing is predicted from it."""
+    length = max(len(tree.tokens) for tree in trees)
 
     def padded(lists: list[list[int]], fill: int) -> Tensor:
-        return torch.tensor([x + [fill] * (length - len(x)) for x in lists], device=device)
+        return torch.tensor([values + [fill] * (length - len(values)) for values in lists], device=device)
 
-    def joined(lists: Sequence[Sequence[int]], step: Sequence[int]) -> Tensor:
-        return torch.tensor([x + shift for xs, shift in zip(lists, step, strict=True) for x in xs], device=device)
+    def joined(lists: list[list[int]]) -> Tensor:
+        return torch.tensor(list(chain.from_iterable(lists)), device=device)
 
-    before = [0]  # hidden states of the strands above
-    for tree in trees:
-        before.append(before[-1] + len(tree.rows))
+    rows, state_ids = [], []
+    for b, tree in enumerate(trees):
+        state_ids.append([len(rows) + state_id for state_id in tree.state_ids])
+        rows += [b * length + row for row in tree.rows]
     return TreeBatch(
-        tokens_BL=padded([s.tokens for s in trees], 0),
-        positions_BL=padded([s.max_length for s in trees], 0),
-        ends_BL=padded([s.ends for s in trees], length),  # padding sees itself: a row that sees nothing would be NaN
-        branched=any(min(s.ends) < len(s.tokens) for s in trees),
-        rows_U=joined([s.rows for s in trees], [b * length for b in range(len(trees))]),
-        sources_N=joined([s.sources for s in trees], before[:-1]),
-        targets_N=torch.tensor(list(chain.from_iterable(s.targets for s in trees)), device=device),
-        owners_N=torch.tensor(list(chain.from_iterable(s.owners for s in trees)), device=device),
+        tokens_BL=padded([tree.tokens for tree in trees], 0),
+        position_ids_BL=padded([tree.position_ids for tree in trees], 0),
+        # Padding attends to itself, because the softmax over nothing would be NaN.
+        subtree_ends_BL=padded([tree.subtree_ends for tree in trees], length),
+        branched=any(min(tree.subtree_ends) < len(tree.tokens) for tree in trees),
+        rows_U=torch.tensor(rows, device=device),
+        targets_N=joined([tree.targets for tree in trees]),
+        state_ids_N=joined(state_ids),
+        text_ids_N=joined([tree.text_ids for tree in trees]),
     )
 
 
 def model_log_probabilities(models: Sequence[LanguageModel], omega: Sequence[float] | None = None) -> LogProbabilities:
-    """Scores by models of one vocabulary and, where there are several, their ensemble, weighted by ω (None: alike)."""
+    """Returns a function that scores batches by models of one vocabulary and, where there are several, their ensemble.
+
+    `omega` [S] weights the ensemble; None weights all models alike.
+    """
 
     def log_probabilities(batch: TreeBatch) -> Tensor:
-        hidden = [hidden_states(model, batch) for model in models]
-        streams = [model.project(hidden_UD) for model, hidden_UD in zip(models, hidden, strict=True)]
-        return project(streams, batch.sources_N, batch.targets_N, omega)
+        streams = []
+        for model in models:
+            if batch.branched:
+                tree = batch.tokens_BL, batch.position_ids_BL, batch.subtree_ends_BL, batch.rows_U
+                streams.append(model.project(model.tree_states(*tree)))
+            else:
+                streams.append(model.project(model(batch.tokens_BL, batch.rows_U)))
+        return target_log_probabilities(streams, batch.state_ids_N, batch.targets_N, omega)
 
     return log_probabilities
 
 
 def cohort_log_probabilities(cohort: Cohort, omega: Sequence[float] | None = None) -> LogProbabilities:
-    """The same by the students of a run, wherever ZeRO keeps them; their strands must not share (`causal_strands`).
+    """Returns what `model_log_probabilities` does for the students of a run, however ZeRO shards them.
 
-    Call it under `cohort.evaluating()`.
+    The trees must not share prefixes. Call the function under `cohort.evaluating()`.
     """
 
     def log_probabilities(batch: TreeBatch) -> Tensor:
-        hidden = [student.body(Batch(batch.tokens_BL, batch.targets_N, batch.rows_U)) for student in cohort]
-        with cohort.gathered_heads():
-            streams = [student.project(hidden_UD) for student, hidden_UD in zip(cohort, hidden, strict=True)]
-            return project(streams, batch.sources_N, batch.targets_N, omega)
+        inputs = Batch(batch.tokens_BL, batch.targets_N, batch.rows_U)
+        return cohort_target_log_probabilities(cohort, inputs, batch.state_ids_N, batch.targets_N, omega)
 
     return log_probabilities
 
 
-def project(
-    streams: Sequence[Projected],
-    sources_N: Tensor,
-    targets_N: Tensor,
-    omega: Sequence[float] | None = None,
+def cohort_target_log_probabilities(
+    cohort: Cohort, batch: Batch, state_ids_N: Tensor, targets_N: Tensor, omega: Sequence[float] | None
 ) -> Tensor:
-    """[S, N] log-probabilities of the targets, each predicted by row `source` of every model's hidden states [U, D]
-    through its head [V, D], with its bias [V] where it has one; logits in fp32.
+    """Returns `target_log_probabilities` of the hidden states that the students compute from a batch."""
+    hidden = [student.body(batch) for student in cohort]
+    with cohort.gathered_heads():
+        streams = [student.project(hidden_UD) for student, hidden_UD in zip(cohort, hidden, strict=True)]
+        return target_log_probabilities(streams, state_ids_N, targets_N, omega)
 
-    With several models the last row is the ensemble's: the softmax of their logits' mean, weighted by ω [S], sum 1.
+
+def target_log_probabilities(
+    streams: Sequence[Projected], state_ids_N: Tensor, targets_N: Tensor, omega: Sequence[float] | None = None
+) -> Tensor:
+    """Returns the log-probabilities of the targets in nats, [S, N] fp32, from logits in fp32.
+
+    Each target is predicted by one of every model's hidden states [U, D]. With several models the last row is the
+    ensemble's: the log-softmax of the mean of their logits, weighted by ω [S], whose sum is 1 (None: equal weights).
     """
     heads = [(weight.float(), None if bias is None else bias.float()) for _, weight, bias in streams]
-    scored = len(streams) + (len(streams) > 1)
+    several = len(streams) > 1
     omega = omega or [1 / len(streams)] * len(streams)
     chunk = max(1, MAX_LOGITS // len(streams[0].weight))
-    found_SN = torch.empty(scored, len(targets_N), device=targets_N.device)
+    log_prob_SN = torch.empty(len(streams) + several, len(targets_N), device=targets_N.device)
     for start in range(0, len(streams[0].hidden), chunk):
-        chosen_n = ((sources_N >= start) & (sources_N < start + chunk)).nonzero().squeeze(1)
-        at = sources_N[chosen_n] - start, targets_N[chosen_n]
+        in_chunk_n = ((state_ids_N >= start) & (state_ids_N < start + chunk)).nonzero().squeeze(1)
+        state_ids_n, targets_n = state_ids_N[in_chunk_n] - start, targets_N[in_chunk_n]
         mean_uV: Tensor | None = None
         for i, (stream, (weight_VD, bias_V)) in enumerate(zip(streams, heads, strict=True)):
             logits_uV = stream.hidden[start : start + chunk].float() @ weight_VD.T
             if bias_V is not None:
                 logits_uV += bias_V
-            if scored > 1:
+            if several:
                 mean_uV = omega[i] * logits_uV if mean_uV is None else mean_uV.add_(logits_uV, alpha=omega[i])
-            found_SN[i, chosen_n] = _log_softmax_at(logits_uV, *at)
+            log_prob_SN[i, in_chunk_n] = _log_softmax_at(logits_uV, state_ids_n, targets_n)
         if mean_uV is not None:
-            found_SN[-1, chosen_n] = _log_softmax_at(mean_uV, *at)
-    return found_SN
+            log_prob_SN[-1, in_chunk_n] = _log_softmax_at(mean_uV, state_ids_n, targets_n)
+    return log_prob_SN
 
 
-def _log_softmax_at(logits_uV: Tensor, source_n: Tensor, target_n: Tensor) -> Tensor:
-    """log softmax(logits)[source, target], in three passes over the logits instead of log_softmax's several.
+def _log_softmax_at(logits_uV: Tensor, rows_n: Tensor, columns_n: Tensor) -> Tensor:
+    """Returns log_softmax(logits)[rows, columns], with fewer passes over the logits than log_softmax makes.
 
-    Nothing is subtracted before the exponential; where that overflows, or a whole row vanishes, the usual way is taken.
+    It subtracts no maximum before the exponential. Where that overflows, or a row's sum vanishes, it takes log_softmax.
     """
     total_u = logits_uV.exp().sum(-1)
     if not ((total_u > 1e-30) & (total_u < torch.inf)).all():
-        return logits_uV.log_softmax(-1)[source_n, target_n]
-    return logits_uV[source_n, target_n] - total_u.log()[source_n]
-
-
-def hidden_states(model: LanguageModel, batch: TreeBatch) -> Tensor:
-    """Returns the hidden states [U, D] of the batch's rows."""
-    if not batch.branched:
-        return model(batch.tokens_BL, batch.rows_U)
-    return model.tree_states(batch.tokens_BL, batch.positions_BL, batch.ends_BL, batch.rows_U)
+        return logits_uV.log_softmax(-1)[rows_n, columns_n]
+    return logits_uV[rows_n, columns_n] - total_u.log()[rows_n]

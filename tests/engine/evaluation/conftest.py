@@ -13,49 +13,50 @@ from engine.data.grammar.generator import generate
 from engine.data.tokenizer import Tokenizer
 from engine.models.huggingface import export_model
 from engine.students.cohort import Cohort
-from engine.students.student import Student, new_model
-from engine.system import distributed as runtime
+from engine.students.student import Student, student_model
+from engine.system.distributed import Runtime, init_distributed
 
 ROOT = Path(__file__).parents[3]
-PIECES = 360
-POSITIONS = 48
+VOCAB_SIZE = 360
+MAX_LENGTH = 48
 
 
 @pytest.fixture(scope="session")
-def place() -> Iterator[runtime.Runtime]:
-    """A process group of one; environment and threads are left as they were found."""
+def runtime() -> Iterator[Runtime]:
+    """Joins a process group of one; environment and threads are left as they were."""
     environment, threads = dict(os.environ), torch.get_num_threads()
-    place = runtime.start()
+    runtime = init_distributed()
     torch.set_num_threads(1)
-    yield place
+    yield runtime
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
-def cohort(place: runtime.Runtime) -> Cohort:
+def cohort(runtime: Runtime) -> Cohort:
     """Two students of different shapes, under ZeRO 0 and 1, whose weights are large enough to have opinions."""
     configs = [
-        (TrainConfig(zero_stage=0), StudentConfig("a", 2, 32, 4, 48, kv_heads=2, seed=1, max_length=POSITIONS)),
-        (TrainConfig(zero_stage=1), StudentConfig("b", 1, 16, 2, 40, tied=False, seed=2, max_length=POSITIONS)),
+        (TrainConfig(zero_stage=0), StudentConfig("a", 2, 32, 4, 48, kv_heads=2, seed=1, max_length=MAX_LENGTH)),
+        (TrainConfig(zero_stage=1), StudentConfig("b", 1, 16, 2, 40, tied=False, seed=2, max_length=MAX_LENGTH)),
     ]
     students = [
-        Student(config, new_model(config, PIECES), train, OptimizerConfig(), place) for train, config in configs
+        Student(config, student_model(config, VOCAB_SIZE), train, OptimizerConfig(), runtime)
+        for train, config in configs
     ]
     with torch.no_grad():
         for student in students:
             for parameter in student.model.parameters():
                 if parameter.ndim == 2:
                     parameter.mul_(10)
-    return Cohort(students, place)
+    return Cohort(students, runtime)
 
 
 @pytest.fixture(scope="session")
 def train_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tokenizer]:
     def train(*, boundary: bool) -> Tokenizer:
         folder: Path = tmp_path_factory.mktemp("tokenizer")
-        return tokenization.train(generate(0, 3000), TokenizerConfig(), PIECES, folder, boundary=boundary)
+        return tokenization.train(generate(0, 3000), TokenizerConfig(), VOCAB_SIZE, folder, boundary=boundary)
 
     return train
 

@@ -40,12 +40,12 @@ def sibling(name: str):
 
 
 @pytest.fixture(scope="module", params=FILES)
-def scored(request: pytest.FixtureRequest, place: Runtime, evaluation_data: Path) -> tuple[Task, list[list[float]]]:
+def scored(request: pytest.FixtureRequest, runtime: Runtime, evaluation_data: Path) -> tuple[Task, list[list[float]]]:
     """A task, and every answer's log-probability by ours."""
     [task] = read_tasks([request.param], evaluation_data)
     model, tokenizer = load_model(STUDENT)
     with torch.inference_mode():
-        zero_shot = ZeroShot([task], tokenizer, place, max_length=model.shape.max_length, share=True)
+        zero_shot = ZeroShot([task], tokenizer, runtime, max_length=model.shape.max_length, share=True)
         [answers] = zero_shot.answers(model_log_probabilities([model]))
     return task, answers
 

@@ -7,18 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config.settings import FinetuneConfig, OptimizerConfig
+from engine.config.settings import FinetuneConfig
 from engine.data.batches import IGNORED
 from engine.data.tokenizer import Tokenizer
 from engine.evaluation import finetune as module
-from engine.evaluation.finetune import Classification, Examples, finetune, read_classification
+from engine.evaluation.finetune import Dataset, Examples, finetune, read_datasets
 from engine.evaluation.results import TaskScore
 from engine.evaluation.scoring import TokenTree, TreeBatch
-from engine.models.families import Model, new_model
+from engine.models.base import LanguageModel
+from engine.models.families import new_model
 from engine.models.llama import Llama
 from engine.models.roberta import RobertaShape
 from engine.students.cohort import Cohort
 from engine.system.distributed import Runtime
+from engine.system.errors import UserError
 
 QUICK = FinetuneConfig(seeds=(1,), learning_rate=3e-3, batch=8, epochs=3)
 
@@ -36,18 +38,22 @@ def questions(count: int, begin: int) -> Examples:
     return Examples(list(texts), [label for *_, label in chosen])
 
 
-SET = Classification("rte", "rte", questions(40, 0), questions(18, 40))
+SET = Dataset("rte", "rte", questions(40, 0), questions(18, 40))
 
 
-def run(model: Model, tokenizer: Tokenizer, place: Runtime, folder: Path, config: FinetuneConfig = QUICK) -> TaskScore:
-    return finetune([SET], model, tokenizer, config, folder, place, say=lambda _: None)
+def run(
+    model: LanguageModel, tokenizer: Tokenizer, runtime: Runtime, folder: Path, config: FinetuneConfig = QUICK
+) -> TaskScore:
+    return finetune([SET], model, tokenizer, config, folder, runtime, say=lambda _: None)
 
 
-def test_a_model_learns_and_stays_as_it_was(model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path) -> None:
+def test_a_model_learns_and_stays_as_it_was(
+    model: Llama, tokenizer: Tokenizer, runtime: Runtime, tmp_path: Path
+) -> None:
     before = [p.detach().clone() for p in model.parameters()]
     config = replace(QUICK, epochs=8, seeds=(1, 2))
     state = torch.get_rng_state()
-    score = run(model, tokenizer, place, tmp_path, config)
+    score = run(model, tokenizer, runtime, tmp_path, config)
     assert [s.name for s in score.sets] == ["rte, seed 1", "rte, seed 2"]
     assert all(s.score >= 0.9 for s in score.sets)
     assert (score.mean.chance, score.mean.baseline) == (0.5, 0.5)
@@ -56,7 +62,7 @@ def test_a_model_learns_and_stays_as_it_was(model: Llama, tokenizer: Tokenizer, 
 
 
 def test_a_masked_model_learns_too_and_sees_no_padding(
-    tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -72,7 +78,7 @@ def test_a_masked_model_learns_too_and_sees_no_padding(
         assert {tree.rows[0] for tree in trees} == {0}, "the first token's state, which has seen both texts"
         return collate(trees, device)
 
-    monkeypatch.setattr(module, "batch_of", watched)
+    monkeypatch.setattr(module, "collate", watched)
     dogs = [
         Examples(
             [(f"look at the {a} " + "now " * (i % 4), "a bird") for i in range(n) for a in ("dog", "cat")], [1, 0] * n
@@ -80,16 +86,16 @@ def test_a_masked_model_learns_too_and_sees_no_padding(
         for n in (20, 9)
     ]
     config = replace(QUICK, epochs=12)
-    score = finetune([Classification("rte", "rte", *dogs)], model, tokenizer, config, tmp_path, place, lambda _: None)
+    score = finetune([Dataset("rte", "rte", *dogs)], model, tokenizer, config, tmp_path, runtime, lambda _: None)
     assert score.mean.score >= 0.9
-    assert {len(found) for found in lengths} == {1}
+    assert {len(lengths_of_batch) for lengths_of_batch in lengths} == {1}
     assert len(set.union(*lengths)) > 1
 
 
 def test_a_stopped_job_ends_where_it_would_have_ended(
-    model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Llama, tokenizer: Tokenizer, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(model, tokenizer, place, tmp_path / "whole")
+    run(model, tokenizer, runtime, tmp_path / "whole")
     [whole] = (tmp_path / "whole").glob("*.json")
 
     epochs: list[int] = []
@@ -108,95 +114,93 @@ def test_a_stopped_job_ends_where_it_would_have_ended(
 
     monkeypatch.setattr(module._Job, "_epoch", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
-        finetune([SET], model, tokenizer, QUICK, tmp_path / "parts", place, say_into("parts"))
-    finetune([SET], model, tokenizer, QUICK, tmp_path / "parts", place, say_into("parts"))
+        finetune([SET], model, tokenizer, QUICK, tmp_path / "parts", runtime, say_into("parts"))
+    finetune([SET], model, tokenizer, QUICK, tmp_path / "parts", runtime, say_into("parts"))
     assert epochs == [0, 1, 1, 2]
     monkeypatch.undo()
-    finetune([SET], model, tokenizer, QUICK, tmp_path / "again", place, say_into("again"))
+    finetune([SET], model, tokenizer, QUICK, tmp_path / "again", runtime, say_into("again"))
     assert losses["parts"] == losses["again"], "the same losses, epoch by epoch"
     [parts] = (tmp_path / "parts").iterdir()
     assert (parts.name, parts.read_text()) == (whole.name, whole.read_text()), "and nothing else is left behind"
 
 
 def test_a_job_killed_as_its_result_is_written_is_not_done_again(
-    model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Llama, tokenizer: Tokenizer, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = module._replace
+    def killed(file: Path, text: str) -> None:
+        raise KeyboardInterrupt
 
-    def die_at_the_result(file: Path, content: Callable[[Path], object]) -> None:
-        if file.suffix == ".json":
-            raise KeyboardInterrupt
-        write(file, content)
-
-    monkeypatch.setattr(module, "_replace", die_at_the_result)
+    monkeypatch.setattr(module, "write_text", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(model, tokenizer, place, tmp_path)
+        run(model, tokenizer, runtime, tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(module._Job, "_epoch", lambda *_: pytest.fail("done before"))
-    score = run(model, tokenizer, place, tmp_path)
+    score = run(model, tokenizer, runtime, tmp_path)
     [result] = tmp_path.iterdir()
     result.with_suffix(".pt").touch()  # as a kill after the result leaves it
-    assert run(model, tokenizer, place, tmp_path) == score
+    assert run(model, tokenizer, runtime, tmp_path) == score
     assert list(tmp_path.iterdir()) == [result]
 
 
 def test_results_are_kept_for_the_same_job_alone(
-    model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Llama, tokenizer: Tokenizer, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run(model, tokenizer, place, tmp_path)
+    first = run(model, tokenizer, runtime, tmp_path)
     monkeypatch.setattr(module._Job, "run", lambda self, state: pytest.fail("done before"))
-    assert run(model, tokenizer, place, tmp_path) == first
+    assert run(model, tokenizer, runtime, tmp_path) == first
     with pytest.raises(pytest.fail.Exception):
-        run(model, tokenizer, place, tmp_path, replace(QUICK, learning_rate=1e-3))
+        run(model, tokenizer, runtime, tmp_path, replace(QUICK, learning_rate=1e-3))
 
 
-@pytest.mark.parametrize("world", [1, 2, 8])
-def test_ranks_share_out_a_batch(world_size: int, tokenizer: Tokenizer, model: Llama, place: Runtime) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_ranks_share_out_a_batch(world_size: int, tokenizer: Tokenizer, model: Llama, runtime: Runtime) -> None:
     """And one for whom nothing is left takes part with an example that does not count."""
-    found: list[int] = []
+    recipe = module.RECIPES["babylm-2025"]
+    counted_samples: list[int] = []
     for rank in range(world_size):
-        at = replace(place, rank=rank, world_size=world_size)
-        job = module._Job(SET, module.Settings(batch=5), OptimizerConfig(), model, tokenizer, at, print)
+        at = replace(runtime, rank=rank, world_size=world_size)
+        job = module._Job(SET, module.Settings(batch=5), recipe, model, tokenizer, at, print)
         batches = job._batches(job.train[:5], epoch=2)
         counted = torch.cat([batch.targets_N for batch in batches]) != IGNORED
         assert counted.all() if rank < 5 else not counted.any()
         samples = torch.cat([batch.samples_B for batch in batches if batch.samples_B is not None])
-        found += samples[counted].tolist()
-    assert sorted(found) == [2 * len(SET.train.labels) + i for i in range(5)]
+        counted_samples += samples[counted].tolist()
+    assert sorted(counted_samples) == [2 * len(SET.train.labels) + i for i in range(5)]
 
 
 def test_the_best_epoch_is_reported_beside_the_last() -> None:
-    labels = SET.valid.labels
+    labels = SET.validation.labels
     wrong = [1 - label for label in labels]
-    one = module._judge(SET, module.Settings(seed=5), [wrong, labels, wrong])
-    assert (one.score, one.strict, one.error, one.name) == (1.0, 0.0, 0.0, "rte, seed 5")
+    score = module._score(SET, 5, [wrong, labels, wrong])
+    assert (score.score, score.strict_score, score.standard_error, score.name) == (1.0, 0.0, 0.0, "rte, seed 5")
     msgs = replace(SET, task="msgs", name="main_verb_control")
-    judged = module._judge(msgs, module.Settings(), [wrong])
-    assert judged.score == pytest.approx(-1.0), "Matthews' correlation"
+    assert module._score(msgs, 5, [wrong]).score == pytest.approx(-1.0), "Matthews' correlation"
 
 
-def test_a_loss_that_is_not_finite_stops_it(model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="loss not finite in epoch"):
-        run(model, tokenizer, place, tmp_path, replace(QUICK, learning_rate=1e30))
+def test_a_loss_that_is_not_finite_stops_it(
+    model: Llama, tokenizer: Tokenizer, runtime: Runtime, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="loss not finite in epoch"):
+        run(model, tokenizer, runtime, tmp_path, replace(QUICK, learning_rate=1e30))
 
 
 def test_predictions_that_are_not_finite_are_no_result(
-    model: Llama, tokenizer: Tokenizer, place: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Llama, tokenizer: Tokenizer, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ends_in_nan(self: Any, cohort: Cohort, number: int) -> float:
         cohort[0].model.out.bias.data.fill_(torch.nan)
         return 0.0
 
     monkeypatch.setattr(module._Job, "_epoch", ends_in_nan)
-    with pytest.raises(ValueError, match="predictions are not finite"):
-        run(model, tokenizer, place, tmp_path)
+    with pytest.raises(UserError, match="predictions are not finite"):
+        run(model, tokenizer, runtime, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_long_examples_are_cut_and_it_is_said(tokenizer: Tokenizer) -> None:
     said: list[str] = []
     part = Examples([("look " * 40, "the dog"), ("look", "the dog")], [0, 1])
-    long, short = module._trees(part, tokenizer, 20, said.append, "rte")
+    long, short = module._trees(part, tokenizer, 20, said.append, "rte", at_first=False)
     assert (len(long.tokens), long.tokens.count(tokenizer.boundary or 0)) == (20, 2)
     assert long.tokens[-len(tokenizer.encode("the dog")) :] == tokenizer.encode("the dog"), "the longer text is cut"
     assert short.tokens == [
@@ -214,31 +218,31 @@ def test_what_is_missing_or_malformed_is_named(tmp_path: Path) -> None:
     folder.mkdir()
     good = json.dumps({"sentence1": "a", "sentence2": "b", "label": 1}) + "\n"
     (folder / "rte.valid.jsonl").write_text(good)
-    with pytest.raises(ValueError, match=r"rte: no .*rte\.train\.jsonl"):
-        read_classification("rte", tmp_path)
+    with pytest.raises(UserError, match=r"rte: no .*rte\.train\.jsonl"):
+        read_datasets("rte", tmp_path)
     for bad, expected in (
         ('{"sentence1": "a", "label": 1}', "expected sentence2"),
         ('{"sentence1": "a", "sentence2": "b", "label": "1"}', r"expected label \(int\)"),
         ('{"sentence1": "a", "sentence2": "b", "label": -1}', "expected 0 or more"),
     ):
         (folder / "rte.train.jsonl").write_text(good + bad + "\n")
-        with pytest.raises(ValueError, match=rf"rte\.train\.jsonl:2: .*{expected}"):
-            read_classification("rte", tmp_path)
+        with pytest.raises(UserError, match=rf"rte\.train\.jsonl:2: .*{expected}"):
+            read_datasets("rte", tmp_path)
     msgs = tmp_path / "msgs_filtered"
     msgs.mkdir()
     for name in module.MSGS:
         for part in ("train", "validation"):
             (msgs / f"{name}.{part}.json").write_text(json.dumps({"sentence": "a", "label": 0}) + "\n")
-    assert [one.name for one in read_classification("msgs", tmp_path)] == list(module.MSGS)
+    assert [dataset.name for dataset in read_datasets("msgs", tmp_path)] == list(module.MSGS)
     (msgs / "control_raising_control.validation.json").unlink()
-    with pytest.raises(ValueError, match=r"msgs: no .*control_raising_control\.validation\.json"):
-        read_classification("msgs", tmp_path)
+    with pytest.raises(UserError, match=r"msgs: no .*control_raising_control\.validation\.json"):
+        read_datasets("msgs", tmp_path)
 
 
 def test_the_published_sets_are_read_whole(evaluation_data: Path) -> None:
     sizes = {"mnli": (10_000, 4_908, 3), "mrpc": (3_668, 204, 2), "rte": (2_490, 139, 2), "wsc": (554, 52, 2)}
     for task, expected in sizes.items():
-        [one] = read_classification(task, evaluation_data)
-        assert (len(one.train.labels), len(one.valid.labels), one.classes) == expected
-    with pytest.raises(ValueError, match=r"boolq: no .*boolq\.train\.jsonl"):
-        read_classification("boolq", evaluation_data)
+        [dataset] = read_datasets(task, evaluation_data)
+        assert (len(dataset.train.labels), len(dataset.validation.labels), dataset.classes) == expected
+    with pytest.raises(UserError, match=r"boolq: no .*boolq\.train\.jsonl"):
+        read_datasets("boolq", evaluation_data)

@@ -15,7 +15,7 @@ import torch
 
 from engine.data.grammar.generator import minimal_pairs
 from engine.evaluation.scoring import model_log_probabilities
-from engine.evaluation.tasks import Question, Task, _accuracies
+from engine.evaluation.tasks import Question, Task, accuracies
 from engine.evaluation.zero_shot import ZeroShot
 from engine.models.huggingface import load_model
 from engine.system.distributed import Runtime
@@ -23,7 +23,7 @@ from engine.system.distributed import Runtime
 TEMPLATES = Path(__file__).parent / "lm_eval"
 INTERPRETER = os.environ.get("CRECHE_LM_EVAL", sys.executable)
 SAMPLE = 40  # of each set
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")  # this process's, in its group
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")  # this process's, in its group
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +57,7 @@ def lm_eval(student: Path, tasks: list[tuple[str, Path]], folder: Path) -> dict[
     names = ",".join(file.stem for _, file in tasks)
     command = [INTERPRETER, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={student},dtype=float32"]
     command += ["--tasks", names, "--include_path", str(folder), "--device", "cpu", "--batch_size", "16"]
-    alone = {key: value for key, value in os.environ.items() if key not in PLACE}
+    alone = {key: value for key, value in os.environ.items() if key not in GROUP}
     environment = alone | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     done = subprocess.run(
         [*command, "--log_samples", "--output_path", str(folder / "out")],
@@ -73,7 +73,7 @@ def lm_eval(student: Path, tasks: list[tuple[str, Path]], folder: Path) -> dict[
 
 @pytest.mark.slow
 def test_the_accuracies_of_lm_eval_are_ours(
-    exported: Path, place: Runtime, tmp_path: Path, request: pytest.FixtureRequest
+    exported: Path, runtime: Runtime, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     try:
         data = request.getfixturevalue("evaluation_data")
@@ -88,8 +88,8 @@ def test_the_accuracies_of_lm_eval_are_ours(
     finally:
         (exported / "config.json").write_text(json.dumps(config))
     for template, file in tasks:
-        task = Task(file.stem, list(questions_of(template, file)), _accuracies)
-        zero_shot = ZeroShot([task], tokenizer, place, max_length=700, share=True)
+        task = Task(file.stem, list(questions_of(template, file)), accuracies)
+        zero_shot = ZeroShot([task], tokenizer, runtime, max_length=700, share=True)
         with torch.inference_mode():
             [answers] = zero_shot.answers(model_log_probabilities([model]))
         assert sum(item[0] == max(item) for item in answers) / len(answers) == pytest.approx(theirs[file.stem])

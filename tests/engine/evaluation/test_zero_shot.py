@@ -12,18 +12,19 @@ from engine.data import tokenizer as tokenization
 from engine.data.grammar.generator import generate, minimal_pairs
 from engine.data.tokenizer import Tokenizer
 from engine.evaluation.scoring import model_log_probabilities
-from engine.evaluation.tasks import Question, Task, _accuracies, read_tasks
+from engine.evaluation.tasks import Question, Task, accuracies, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
 from engine.models.huggingface import export_model, load_model
 from engine.models.roberta import Roberta, RobertaShape
 from engine.students.cohort import Cohort
 from engine.system.distributed import Runtime
+from engine.system.errors import UserError
 
-POSITIONS = 48
+MAX_LENGTH = 48
 
 
 def task(*questions: Question) -> Task:
-    return Task("test", list(questions), _accuracies)
+    return Task("test", list(questions), accuracies)
 
 
 @torch.no_grad()
@@ -52,12 +53,12 @@ def assert_equal_decisions(found: list[list[float]], expected: list[list[float]]
     assert len(set(decisions[0])) > 1
 
 
-def test_an_exported_student_decides_item_by_item_as_transformers_does(exported: Path, place: Runtime) -> None:
+def test_an_exported_student_decides_item_by_item_as_transformers_does(exported: Path, runtime: Runtime) -> None:
     questions = [Question(p.phenomenon, (p.good, p.bad)) for p in minimal_pairs(5, 3)]
     texts = ["the dog sees a cat.\nthe cat sleeps.", "the dog sees a cat.\nthe dog sleeps.", "the dog sees.\n"]
     questions += [Question("three", tuple(texts)), Question("same", (texts[0], texts[0]))]
     model, tokenizer = load_model(exported)
-    zero_shot = ZeroShot([task(*questions)], tokenizer, place, max_length=POSITIONS, share=True)
+    zero_shot = ZeroShot([task(*questions)], tokenizer, runtime, max_length=MAX_LENGTH, share=True)
     with torch.inference_mode():
         [found] = zero_shot.answers(model_log_probabilities([model]))
     assert found[-1] == [0.0, 0.0]
@@ -65,7 +66,7 @@ def test_an_exported_student_decides_item_by_item_as_transformers_does(exported:
 
 
 def test_and_so_it_does_on_every_set_of_the_evaluation_data(
-    cohort: Cohort, exported: Path, place: Runtime, evaluation_data: Path
+    cohort: Cohort, exported: Path, runtime: Runtime, evaluation_data: Path
 ) -> None:
     """A sample; the tiny tokenizer makes long texts, so positions are taken from a copy of the student with more."""
     tasks = read_tasks(("blimp", "blimp_supplement", "wug_adj_nominalization"), evaluation_data)
@@ -74,7 +75,7 @@ def test_and_so_it_does_on_every_set_of_the_evaluation_data(
     (exported / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 300}))
     try:
         model, tokenizer = load_model(exported)
-        zero_shot = ZeroShot([task(*picked)], tokenizer, place, max_length=300, share=True)
+        zero_shot = ZeroShot([task(*picked)], tokenizer, runtime, max_length=300, share=True)
         with torch.inference_mode():
             [found] = zero_shot.answers(model_log_probabilities([model]))
         assert_equal_decisions(found, plain(exported, picked))
@@ -83,23 +84,23 @@ def test_and_so_it_does_on_every_set_of_the_evaluation_data(
 
 
 def test_every_student_and_the_ensemble_get_a_score_of_each_task(
-    cohort: Cohort, place: Runtime, tokenizer: Tokenizer
+    cohort: Cohort, runtime: Runtime, tokenizer: Tokenizer
 ) -> None:
     one = task(Question("a", ("look!", "look look!")), Question("b", ("the dog.", "dog the.", "the the.")))
     two = task(Question("c", ("where is she?", "where is she?")))
-    zero_shot = ZeroShot([one, two], tokenizer, place, max_length=POSITIONS, share=True)
+    zero_shot = ZeroShot([one, two], tokenizer, runtime, max_length=MAX_LENGTH, share=True)
     with torch.no_grad():
         found = zero_shot.scores(model_log_probabilities([student.model for student in cohort]))
     assert len(found) == 3
     for first, second in found:
         assert [s.name for s in first.sets] == ["a", "b"]
         assert [s.chance for s in first.sets] == [1 / 2, 1 / 3]
-        assert (second.mean.score, second.mean.strict) == (1.0, 0.0), "the tie policies differ where all is a tie"
+        assert (second.mean.score, second.mean.strict_score) == (1.0, 0.0), "the tie policies differ where all is a tie"
 
 
-def test_a_context_is_not_scored(cohort: Cohort, place: Runtime, tokenizer: Tokenizer) -> None:
+def test_a_context_is_not_scored(cohort: Cohort, runtime: Runtime, tokenizer: Tokenizer) -> None:
     context, word = "the dog", "sleeps."
-    questions = ZeroShot([task(Question("", (word,), context))], tokenizer, place, max_length=POSITIONS, share=True)
+    questions = ZeroShot([task(Question("", (word,), context))], tokenizer, runtime, max_length=MAX_LENGTH, share=True)
     model = cohort[0].model
     with torch.no_grad():
         [[[found]]] = questions.answers(model_log_probabilities([model]))
@@ -111,26 +112,26 @@ def test_a_context_is_not_scored(cohort: Cohort, place: Runtime, tokenizer: Toke
 
 @pytest.mark.parametrize("boundary", [True, False])
 def test_a_text_may_fill_the_positions_and_no_more(
-    cohort: Cohort, place: Runtime, train_tokenizer: Callable[..., Tokenizer], boundary: bool
+    cohort: Cohort, runtime: Runtime, train_tokenizer: Callable[..., Tokenizer], boundary: bool
 ) -> None:
     tokenizer = train_tokenizer(boundary=boundary)
     inputs = len(tokenizer.encode("the dog sleeps.")) - (not boundary)  # all but the last token
     question = task(Question("x", ("the dog sleeps.", "the dog.")))
-    zero_shot = ZeroShot([question], tokenizer, place, max_length=inputs, share=True)
+    zero_shot = ZeroShot([question], tokenizer, runtime, max_length=inputs, share=True)
     with torch.no_grad():
         zero_shot.answers(model_log_probabilities([cohort[0].model]))
-    with pytest.raises(ValueError, match=rf"^test: 'the dog sleeps\.': .* {inputs - 1} positions"):
-        ZeroShot([question], tokenizer, place, max_length=inputs - 1, share=True)
+    with pytest.raises(UserError, match=rf"^test: 'the dog sleeps\.': .* max_length={inputs - 1}:"):
+        ZeroShot([question], tokenizer, runtime, max_length=inputs - 1, share=True)
 
 
 @torch.no_grad()
-def test_masked_models_are_scored_by_pseudo_log_likelihood(tmp_path: Path, place: Runtime) -> None:
+def test_masked_models_are_scored_by_pseudo_log_likelihood(tmp_path: Path, runtime: Runtime) -> None:
     """Against one forward pass by transformers for every token, with it alone masked (Salazar et al. 2020)."""
     tokenizer = tokenization.train(generate(0, 3000), TokenizerConfig(mask=True), 360, tmp_path, boundary=True)
     boundary, mask = tokenizer.boundary, tokenizer.mask
     assert boundary is not None
     assert mask is not None
-    shape = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocab_size=360, max_length=POSITIONS)
+    shape = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocab_size=360, max_length=MAX_LENGTH)
     model = Roberta(shape)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -151,17 +152,17 @@ def test_masked_models_are_scored_by_pseudo_log_likelihood(tmp_path: Path, place
         return total
 
     loaded, found_tokenizer = load_model(tmp_path / "student")
-    asked = {"max_length": POSITIONS, "share": False, "masked": True}
-    zero_shot = ZeroShot([task(*pairs, after)], found_tokenizer, place, **asked)
+    asked = {"max_length": MAX_LENGTH, "share": False, "masked": True}
+    zero_shot = ZeroShot([task(*pairs, after)], found_tokenizer, runtime, **asked)
     [found] = zero_shot.answers(model_log_probabilities([loaded]))
     wanted = [[expected(answer) for answer in pair.answers] for pair in pairs]
     wanted.append([expected(answer, after.context) for answer in after.answers])
     for ours, naive in zip(found, wanted, strict=True):
         assert ours == pytest.approx(naive, rel=1e-5)
-    with pytest.raises(ValueError, match="positions"):
-        ZeroShot([task(*pairs)], found_tokenizer, place, **{**asked, "max_length": 5})
+    with pytest.raises(UserError, match="max_length=5"):
+        ZeroShot([task(*pairs)], found_tokenizer, runtime, **{**asked, "max_length": 5})
 
 
-def test_masked_models_need_a_mask_token(tokenizer: Tokenizer, place: Runtime) -> None:
-    with pytest.raises(ValueError, match="no mask token"):
-        ZeroShot([task(Question("a", ("a", "b")))], tokenizer, place, max_length=9, share=False, masked=True)
+def test_masked_models_need_a_mask_token(tokenizer: Tokenizer, runtime: Runtime) -> None:
+    with pytest.raises(UserError, match="no mask token"):
+        ZeroShot([task(Question("a", ("a", "b")))], tokenizer, runtime, max_length=9, share=False, masked=True)
