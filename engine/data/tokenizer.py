@@ -106,7 +106,8 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder
     tokens, or so few, and names the bound.
     """
     if config.kind == "sentencepiece":
-        model = _train_sentencepiece(_fields(texts, config), vocab_size, boundary, mask=config.mask)
+        fields = (field for text in texts for field in re.split(r"[\n\t]", normalize(text, config)) if field)
+        model = _train_sentencepiece(fields, vocab_size, boundary, mask=config.mask)
         backend = _from_sentencepiece(model, config)
         (folder / "sentencepiece.model").write_bytes(model)
     else:
@@ -146,12 +147,6 @@ def normalize(text: str, config: TokenizerConfig) -> str:
     if config.normalization == "nfkc":
         text = re.sub(r" *([\n\t]) *", r"\1", re.sub(r" {2,}", " ", text)).strip(" ")
     return text
-
-
-def _fields(texts: Iterable[str], config: TokenizerConfig) -> Iterator[str]:
-    """Yields the lines and fields that sentencepiece learns from."""
-    for text in texts:
-        yield from (field for field in re.split(r"[\n\t]", normalize(text, config)) if field)
 
 
 def _train_sentencepiece(fields: Iterator[str], vocab_size: int, boundary: bool, *, mask: bool) -> bytes:

@@ -10,6 +10,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 
 WRAPPED = 100  # In characters: a paragraph without a longer line is taken for wrapped.
 _STRAIGHT = str.maketrans("‘’‚‛“”„‟", "''''\"\"\"\"")
@@ -29,9 +30,8 @@ _SPACES = [  # Patterns and their replacements, applied in this order.
     (r"(?i) (n't|'(?:ll|re|ve|m|s|d))(?=[ ,.])", r"\1"),
 ]
 _LABEL = re.compile(r"^\*?[A-Z0-9]{1,4}:\t", re.MULTILINE)
-_LOOSE = re.compile(
-    r" (?:n't|[^\w\s([{\"])|[^\w\s'\"]\S|[([{$£€] ", re.IGNORECASE
-)  # Lines to which some pattern of _SPACES may apply.
+# Only to such lines some pattern of _SPACES may apply.
+_LOOSE = re.compile(r" (?:n't|[^\w\s([{\"])|[^\w\s'\"]\S|[([{$£€] ", re.IGNORECASE)
 _PLACES = re.compile(r"is a (?:commune\. It is|commune found|city in|village in|municipality in|town in)")
 _PENN = {"-LRB-": "(", "-LCB-": "{", "-LSB-": "[", "-RRB-": ")", "-RCB-": "}", "-RSB-": "]"}
 _PENN |= {"`` ": '"', "``": '"', " ''": '"', "''": '"'}
@@ -88,27 +88,25 @@ def _quotes(line: str) -> str:
     return '"'.join(parts)
 
 
-def _once(lines: Iterable[str]) -> Iterator[str]:
+def _without_repeats(lines: Iterable[str]) -> Iterator[str]:
     """Yields the lines without those that repeat the one before."""
-    before = None
-    for line in lines:
-        if line != before:
-            yield line
-        before = line
+    return (line for line, _ in groupby(lines))
 
 
 def _talk(text: str) -> Iterator[str]:
     """Conversations: speakers' labels (*MOT:, A:) go, as in ELC-BERT's code, lines are tidied, and each line becomes an
     utterance with a capital, in quotes."""
     lines = (tidied(line) for line in _LABEL.sub("", text).split("\n"))
-    return _once(f'"{line[0].upper()}{line[1:]}"' if line else "" for line in lines if line not in (".", "!", "?"))
+    return _without_repeats(
+        f'"{line[0].upper()}{line[1:]}"' if line else "" for line in lines if line not in (".", "!", "?")
+    )
 
 
 def _subtitles(text: str) -> Iterator[str]:
     """Subtitles and telephone calls: labels and leading dashes go, lines are repaired, and each line becomes an
     utterance in quotes, except speakers' names and what stands in brackets or quotes already."""
     lines = (repaired(re.sub(r"^\s*- ?", "", line)) for line in _LABEL.sub("", text).split("\n"))
-    return _once(line if _no_utterance(line) else f'"{line}"' for line in lines)
+    return _without_repeats(line if _no_utterance(line) else f'"{line}"' for line in lines)
 
 
 def _no_utterance(line: str) -> bool:

@@ -95,9 +95,9 @@ def _words(topic: str) -> Rules:
     table["Not.am"], table["Not.can"] = {"am not": 1}, {"cannot": 1, "can't": 3}
     table["Sound"] = {}
     for animal, sound in lexicon.SOUNDS.items():
-        weight, one, many = nouns["animal"][animal], noun(animal).sg, noun(animal).pl
-        table["Sound"][f"what does the {one} say Ask / the {one} says {sound} !"] = 3 * weight
-        table["Sound"][f"what do the {many} say Ask / the {many} say {sound} !"] = weight
+        weight, singular, plural = nouns["animal"][animal], noun(animal).sg, noun(animal).pl
+        table["Sound"][f"what does the {singular} say Ask / the {singular} says {sound} !"] = 3 * weight
+        table["Sound"][f"what do the {plural} say Ask / the {plural} say {sound} !"] = weight
     counted = [(noun(entry), w) for entry, w in nouns["animal"].items()]
     table["Count"] = {f"one {x.sg} , two {x.pl} , three {x.pl} !": w for x, w in counted}
     return table
@@ -149,9 +149,9 @@ def _noun_phrases() -> Rules:
 
     table |= RULES["noun_phrases"]
     for c, adjective in (("solid", "Adj.food"), ("drink", "Adj.drink")):
-        some = {"the": 35, "some": 30, "Poss": 25, "this": 5, "more": 5}
-        table[f"Mass.{c}"] = {f"{determiner} N.{c}": 4 * w for determiner, w in some.items()}
-        table[f"Mass.{c}"] |= {f"{determiner} {adjective} N.{c}": w for determiner, w in some.items()}
+        determiners = {"the": 35, "some": 30, "Poss": 25, "this": 5, "more": 5}
+        table[f"Mass.{c}"] = {f"{determiner} N.{c}": 4 * w for determiner, w in determiners.items()}
+        table[f"Mass.{c}"] |= {f"{determiner} {adjective} N.{c}": w for determiner, w in determiners.items()}
     return table
 
 
