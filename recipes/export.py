@@ -1,10 +1,11 @@
-"""Write the students of a run as Hugging Face folders, which transformers and the evaluation harnesses load.
+"""Exports a run's students as Hugging Face folders, which transformers and evaluation harnesses load.
 
     python recipes/export.py runs/mutual
     python recipes/export.py runs/mutual --checkpoint last --to exported
     python recipes/export.py runs/mutual --student best --to champion
 
-A run exports its best checkpoint by itself when it ends; this is for the others, and for runs that were stopped.
+A run exports the students of its best checkpoint when it ends. This recipe exports those of other checkpoints, and
+those of a run that was stopped.
 """
 
 import argparse
@@ -15,41 +16,61 @@ from engine.config.settings import Config
 from engine.data.prepare import prepare
 from engine.run.checkpoint import latest, read_state
 from engine.run.export import export_run
+from engine.run.state import RunState
 from engine.system.errors import UserError, report_errors
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--checkpoint", default="best", help="best (by validation loss), last, or a step's number")
-    parser.add_argument("--student", help="one of them by name, or best: by validation loss (default: every one)")
-    parser.add_argument("--to", type=Path, help="where the folders go (default: RUN/students)")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument(
+        "--checkpoint", default="best", help="best (lowest mean validation loss), last, or a step's number"
+    )
+    parser.add_argument(
+        "--student", help="a student's name, or best (lowest validation loss); without it, every student"
+    )
+    parser.add_argument("--to", type=Path, help="folder for the students' folders (default: RUN/students)")
     arguments = parser.parse_args()
 
-    if not (arguments.run / "config.yaml").is_file():
-        raise UserError(f"{arguments.run}: no config.yaml; expected a run's folder, such as runs/mutual")
-    config = build(Config, read_yaml(arguments.run / "config.yaml"))
-    newest = latest(arguments.run / "checkpoints")
-    state = None if newest is None else read_state(newest)
-    if "best" in (arguments.checkpoint, arguments.student) and state is not None and state.best_step is None:
-        raise UserError(f"{arguments.run} has not been evaluated yet, so none is best: take --checkpoint last")
-    step = None
-    if arguments.checkpoint == "best":
-        step = None if state is None else state.best_step
-    elif arguments.checkpoint.isdecimal():
-        step = int(arguments.checkpoint)
-    elif arguments.checkpoint != "last":
-        raise UserError(f"--checkpoint {arguments.checkpoint}: expected best, last, or a step's number")
-    names = [student.name for student in config.students]
-    if arguments.student == "best" and state is not None:
-        losses = [one["validation_loss"] for one in state.best]
-        names = [names[losses.index(min(losses))]]
-    elif arguments.student is not None:
-        if arguments.student not in names:
-            raise UserError(f"--student {arguments.student}: expected best, or one of {', '.join(names)}")
-        names = [arguments.student]
-    for folder in export_run(arguments.run, config, prepare(config.data), step, arguments.to, names):
+    run: Path = arguments.run
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: no config.yaml; expected a run's folder, such as runs/mutual")
+    config = build(Config, read_yaml(run / "config.yaml"))
+    newest = latest(run / "checkpoints")
+    if newest is None:
+        raise UserError(f"{run} has no checkpoint yet: let it train until checkpoint.every")
+    state = read_state(newest)
+    if "best" in (arguments.checkpoint, arguments.student) and state.best_step is None:
+        raise UserError(
+            f"{run} has not been evaluated yet, so no checkpoint or student is best: take --checkpoint last"
+        )
+    step = chosen_step(arguments.checkpoint, state)
+    names = chosen_students(arguments.student, [student.name for student in config.students], state)
+    for folder in export_run(run, config, prepare(config.data), step, arguments.to, names):
         print(folder)
+
+
+def chosen_step(checkpoint: str, state: RunState) -> int | None:
+    """Returns the step of the checkpoint that the user asks for; None stands for the last."""
+    if checkpoint == "last":
+        return None
+    if checkpoint == "best":
+        return state.best_step
+    if not checkpoint.isdecimal():
+        raise UserError(f"--checkpoint {checkpoint}: expected best, last, or a step's number")
+    return int(checkpoint)
+
+
+def chosen_students(student: str | None, names: list[str], state: RunState) -> list[str]:
+    """Returns the names of the students that the user asks for."""
+    if student is None:
+        return names
+    if student == "best":
+        losses = [evaluation["validation_loss"] for evaluation in state.best]
+        return [names[losses.index(min(losses))]]
+    if student not in names:
+        raise UserError(f"--student {student}: expected best, or one of {', '.join(names)}")
+    return [student]
 
 
 if __name__ == "__main__":

@@ -32,6 +32,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "two"
 
 
+def test_a_run_without_a_checkpoint_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    with pytest.raises(SystemExit) as ended:
+        export(monkeypatch, tmp_path)
+    assert ended.value.code == 2
+    assert f"{tmp_path} has no checkpoint yet" in capsys.readouterr().err
+
+
 def export(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", [RECIPE, *map(str, arguments)])
     runpy.run_path(RECIPE, run_name="__main__")

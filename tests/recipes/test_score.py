@@ -19,11 +19,13 @@ from engine.config.settings import StudentConfig, TokenizerConfig
 from engine.data import tokenizer as tokenization
 from engine.data.grammar.generator import generate, minimal_pairs
 from engine.evaluation.scores import score_model
+from engine.models.base import initial_weights
 from engine.models.huggingface import export_model
-from engine.models.llama import Llama, LlamaShape, initialise
+from engine.models.llama import Llama, LlamaShape
+from engine.system.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-PIECES = 360
+VOCAB_SIZE = 360
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")  # others' tests may be in one
 
 specification = importlib.util.spec_from_file_location("score", ROOT / "recipes" / "score.py")
@@ -48,11 +50,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like a run's, with two exported students."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     (folder / "tokenizer").mkdir(parents=True)
-    tokenizer = tokenization.train(generate(0, 3000), TokenizerConfig(), PIECES, folder / "tokenizer", boundary=True)
+    tokenizer = tokenization.train(
+        generate(0, 3000), TokenizerConfig(), VOCAB_SIZE, folder / "tokenizer", boundary=True
+    )
     for seed, name in enumerate(("one", "two")):
-        shape = LlamaShape.of(StudentConfig(name, 1, 16, 2, 24, max_length=64), PIECES)
+        shape = LlamaShape.from_settings(StudentConfig(name, 1, 16, 2, 24, max_length=64), VOCAB_SIZE)
         model = Llama(shape)
-        initialise(model, seed)
+        initial_weights(model, shape.layers, seed)
         export_model(folder / "students" / name, shape, dict(model.named_parameters()), tokenizer)
     return folder
 
@@ -88,7 +92,7 @@ def test_a_run_is_scored_with_its_ensemble(
     assert [task["task"] for task in written["tiny-one"]["tasks"]] == ["blimp_supplement", "rte"]
     assert [task["task"] for task in written["tiny-ensemble"]["tasks"]] == ["blimp_supplement"]
     for name in written:
-        assert f"\n{name} " in printed
+        assert f"\n{name}\n" in printed
         assert {"scores.csv", "scores.svg"} <= {path.name for path in (tmp_path / "scores" / name).iterdir()}
 
 
@@ -104,7 +108,7 @@ def test_the_ensemble_of_a_weighted_run_has_its_weights(run: Path, data: Path, t
     assert found["ensemble"] == found["two"] != found["one"]
     (weighted / "students" / "omega.json").unlink()
     (weighted / "config.yaml").write_text("objective: {weighted: true}")
-    with pytest.raises(ValueError, match=r"omega.json is missing: recipes/export.py writes it"):
+    with pytest.raises(UserError, match=r"omega.json is missing: recipes/export.py writes it"):
         score("--model", weighted, "--tasks", "blimp_supplement", "--data", data, f"folder={tmp_path / 'scores'}")
 
 
@@ -143,7 +147,7 @@ def test_mistakes_are_answered_by_one_line_and_nothing_is_written(run: Path, dat
         (("--model", not_llama, *supplement), "model_type='mamba': expected "),
         (("--model", not_finite, *supplement), "norm.weight is not finite"),
     ):
-        with pytest.raises(ValueError, match=re.escape(expected)) as caught:
+        with pytest.raises(UserError, match=re.escape(expected)) as caught:
             score(*arguments, f"folder={tmp_path / 'scores'}")
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "scores").exists()
@@ -160,9 +164,9 @@ def test_two_ranks_fine_tune_as_one_does(run: Path, data: Path, tmp_path: Path) 
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", 2, "--master_port", port]
     losses = []
     for start in ([sys.executable], launcher):
-        place = tmp_path / str(len(start))
+        folder = tmp_path / str(len(start))
         done = subprocess.run(
-            [*map(str, [*start, *command]), f"folder={place}"],
+            [*map(str, [*start, *command]), f"folder={folder}"],
             env={key: value for key, value in os.environ.items() if key not in GROUP} | {"OMP_NUM_THREADS": "1"},
             cwd=tmp_path,
             capture_output=True,
@@ -170,6 +174,6 @@ def test_two_ranks_fine_tune_as_one_does(run: Path, data: Path, tmp_path: Path) 
             check=True,
         )
         losses.append([float(x) for x in re.findall(r"epoch \d of 4: loss ([\d.]+)", done.stdout)])
-        assert [path.suffix for path in (place / "one").glob("rte-*")] == [".json"]
+        assert [path.suffix for path in (folder / "one").glob("rte-*")] == [".json"]
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], abs=1.1e-4), "of numbers with four digits"
