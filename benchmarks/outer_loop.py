@@ -1,11 +1,12 @@
-"""What an update of the outer loop costs, in training steps: by Jacobian-vector products, backward passes, differences.
+"""What an update of the outer loop costs, in training steps: the whole hypergradient, and its direct term alone.
 
     python benchmarks/outer_loop.py [--students 2 4 8] [--rounds 5] [--threads 2] [--csv FILE]
 
 A training step here is the S forward passes, the joint loss, the S backward passes and AdamW, without DeepSpeed. An
-update reads as many held-out tokens as a step reads training tokens. Ways: `forward` takes one gradient and a
-Jacobian-vector product a student, O(S); `backward` the S gradients of each of S students, O(S²); `central` 2S more
-forward passes; `first` is ∂L2/∂ω alone.
+update reads as many held-out tokens as a step reads training tokens. With terms `all` it takes one gradient and a
+Jacobian-vector product per student; with `direct`, ∂L2/∂ω alone.
+
+S students.
 """
 
 import argparse
@@ -13,23 +14,23 @@ import csv
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks import timing
 from engine.config.settings import ObjectiveConfig
 from engine.data.batches import Batch, Step
-from engine.models.llama import Llama, LlamaShape, initialise
-from engine.students.coefficients import LossCoefficients, coefficients
-from engine.students.hypergradient import Stream, hypergradient
+from engine.models.base import initial_weights
+from engine.models.llama import Llama, LlamaShape
+from engine.students.coefficients import LossWeighting
+from engine.students.hypergradient import FunctionalStudent, hypergradient
 from engine.system.distributed import keep_freed_memory
 from engine.system.provenance import device_name, git_commit
 from kernels import Projected, linear_ensemble_kl
 
-SHAPE = LlamaShape(layers=4, hidden=128, heads=4, kv_heads=4, ffn=384, vocab_size=4096, max_length=128, tied=True)
+SHAPE = LlamaShape(layers=4, hidden=128, heads=4, kv_heads=4, ffn=384, vocab_size=4096, max_length=128)
 SEQUENCES = 8
-WAYS = ("forward", "backward", "central", "first")
+TERMS = ("all", "direct")
 EVERY = (5, 20)  # steps between updates
-COLUMNS = ("students", "way", "steps", "low", "high", *(f"share_every_{m}" for m in EVERY), "void")
+COLUMNS = ("students", "terms", "steps", "low", "high", *(f"share_every_{m}" for m in EVERY), "void")
 CPU = torch.device("cpu")
 
 
@@ -42,65 +43,70 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    rows = [row for students in arguments.students for row in measured(students, arguments.rounds)]
-    print("| S | way | an update, in steps (20%, 80%) | share of the time, M = 5 | M = 20 |")
+    rows = [row for students in arguments.students for row in measure(students, arguments.rounds)]
+    print("| S | terms | an update, in steps (20%, 80%) | share of the time, M = 5 | M = 20 |")
     print("|---|---|---|---|---|")
-    for students, way, steps, low, high, *shares, _ in rows:
-        print(f"| {students} | {way} | {steps:.2f} ({low:.2f}, {high:.2f}) | {shares[0]:.0%} | {shares[1]:.0%} |")
+    for students, terms, steps, low, high, *shares, _ in rows:
+        print(f"| {students} | {terms} | {steps:.2f} ({low:.2f}, {high:.2f}) | {shares[0]:.0%} | {shares[1]:.0%} |")
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:
             file.write(f"# {device_name(CPU)}, {git_commit()}\n")
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
 
-def measured(students: int, rounds: int) -> list[tuple]:
+def measure(students: int, rounds: int) -> list[tuple]:
+    """Returns a row of COLUMNS for each choice of terms."""
     models = [Llama(SHAPE) for _ in range(students)]
     for seed, model in enumerate(models):
-        initialise(model, seed)
+        initial_weights(model, SHAPE.layers, seed)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) for model in models]
     generator = torch.Generator().manual_seed(0)
-    train, held_out = text(generator), text(generator)
+    train, held_out = random_step(generator), random_step(generator)
     omega_S = torch.full((students,), 1 / students, dtype=torch.float64)
-    objective = ObjectiveConfig(ce_weight=0.5, peer_weight=0.5, weighted=True)
-
-    def weigh(omega_S: Tensor) -> LossCoefficients:
-        return coefficients(objective, students, CPU, omega=omega_S)
+    weighting = LossWeighting(ObjectiveConfig(ce_weight=0.5, peer_weight=0.5, weighted=True), students, CPU)
 
     def step(_: None) -> None:
+        coefficients = weighting.coefficients(omega_S)
         for batch in train.micro_batches:
-            streams = [Projected(model(batch.tokens_BL), model.head) for model in models]
-            weights = vars(weigh(omega_S))
-            result = linear_ensemble_kl(streams, [], batch.targets_N, normalizer=train.valid_tokens, **weights)
+            result = linear_ensemble_kl(
+                [Projected(model(batch.tokens_BL), model.head) for model in models],
+                [],
+                batch.targets_N,
+                ce_weight=coefficients.ce_weight,
+                kl_weight=coefficients.kl_weight,
+                normalizer=train.valid_tokens,
+            )
             for loss in result.losses:
                 loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
 
-    streams = [Stream(lambda: Llama(SHAPE)) for _ in models]
+    functional = [FunctionalStudent(SHAPE) for _ in models]
 
-    def update(way: str) -> timing.Variant:
-        points = [{name: p.detach() for name, p in model.named_parameters()} for model in models]
-        method, terms = ("forward", "first") if way == "first" else (way, "both")
+    def update(terms: str) -> timing.Variant:
+        parameters = [{name: p.detach() for name, p in model.named_parameters()} for model in models]
+        step_sizes = [1e-3] * students
 
         def run(_: None) -> None:
-            scales = [1e-3] * students
-            hypergradient(streams, points, points, scales, train, held_out, omega_S, weigh, method=method, terms=terms)
+            hypergradient(
+                functional, parameters, parameters, step_sizes, train, held_out, omega_S, weighting, terms=terms
+            )
 
         return timing.Variant(run, lambda number: None)
 
-    variants = {"step": timing.Variant(step, lambda number: None), **{way: update(way) for way in WAYS}}
+    variants = {"step": timing.Variant(step, lambda number: None), **{terms: update(terms) for terms in TERMS}}
     compared = timing.compare(variants, "step", timing.clock_of(CPU), rounds=rounds)
     print(f"S = {students}: a step takes {compared.time('step').median:.3f} s; {compared.verdict()}", flush=True)
-    found = []
-    for way in WAYS:
-        ratio = compared.ratio(way, "step")
+    rows = []
+    for terms in TERMS:
+        ratio = compared.ratio(terms, "step")
         shares = [ratio.median / (ratio.median + every) for every in EVERY]
-        found.append((students, way, ratio.median, ratio.low, ratio.high, *shares, compared.void))
-    return found
+        rows.append((students, terms, ratio.median, ratio.low, ratio.high, *shares, compared.void))
+    return rows
 
 
-def text(generator: torch.Generator) -> Step:
+def random_step(generator: torch.Generator) -> Step:
     tokens_BL = torch.randint(SHAPE.vocab_size, (SEQUENCES, SHAPE.max_length + 1), generator=generator)
     batch = Batch(tokens_BL[:, :-1].contiguous(), tokens_BL[:, 1:].flatten())
     count = batch.targets_N.numel()

@@ -10,7 +10,7 @@
     transformers          a plain loop (benchmarks/peers/transformers_loop.py)
     compile               the same, models and loss under torch.compile
     compile, fused AdamW  the same, with torch's fused optimizer
-    liger                 the plain loop on Liger's kernels; on a GPU
+    liger                 the plain loop on Liger's kernels, on a GPU
     trainer               Hugging Face's Trainer, as Baby Llama has it (benchmarks/peers/transformers_trainer.py)
     products              the matrix products that a step cannot do without, alone, at their own shapes
 
@@ -52,14 +52,14 @@ from benchmarks import timing
 from benchmarks.cases import STUDENTS, TASKS, TEACHERS, Case, grid
 from benchmarks.gate import PHASES, REST, Gate, Over, Report, engine_loop
 from benchmarks.products import step_products
-from engine.compute.flops import Flops, Text, inference, training
-from engine.compute.usage import NOTHING
+from engine.compute.flops import Flops, Workload, inference, training
 from engine.data.batches import Step, TokenFile, TrainingData
 from engine.data.prepare import prepare
-from engine.models.families import Shape, parameter_count
+from engine.models.base import Shape
+from engine.models.families import parameter_count
 from engine.models.huggingface import shape_of_folder
-from engine.models.llama import LlamaShape
-from engine.system.distributed import end
+from engine.system.distributed import exit_process
+from engine.system.errors import UserError
 from engine.system.provenance import device_name, git_commit
 from engine.teachers.frozen import STORAGE, folder_of
 
@@ -68,11 +68,11 @@ MEBIBYTE = 2**20
 CHECKED_STEPS = 3
 AGREEMENT = {"fp32": 1e-5, "bf16": 2e-2}  # of losses, relative
 SPLIT_STEPS = 3
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a process in its group
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def device() -> torch.device:
-    """Of this rank."""
+    """Returns this rank's device."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
 
 
@@ -84,12 +84,12 @@ def ours(case: Case, gate: Gate) -> None:
         engine_loop(case.config, gate)
     except Over:
         if ranks() > 1:
-            end()
+            exit_process()
         raise
 
 
 def steps(case: Case) -> Iterator[Step]:
-    """What the engine reads, on one rank."""
+    """Yields the steps that the engine reads on one rank."""
     config = case.config
     prepared = prepare(config.data, log=lambda _: None)
     data = TrainingData(
@@ -124,9 +124,8 @@ def products(case: Case, gate: Gate) -> None:
     listed = []
     for shapes, backward in ((case.student_shapes, True), (teacher_shapes(case), False)):
         for shape in shapes:
-            text = text_of(case, ranks())
-            dtype = STORAGE[case.config.train.precision]
-            listed += step_products(shape, text.sequences, text.length, device(), dtype, backward=backward)
+            work, dtype = workload(case, ranks()), STORAGE[case.config.train.precision]
+            listed += step_products(shape, work.sequences, work.length, device(), dtype, backward=backward)
     for _ in gate.between(iter(int, 1)):
         for left, right, out in listed:
             (torch.mm if out.ndim == 2 else torch.bmm)(left, right, out=out)
@@ -140,15 +139,15 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def text_of(case: Case, ranks: int = 1) -> Text:
-    """What a rank reads in a step."""
-    return Text.whole(case.config.train.batch // ranks, case.config.train.length)
+def workload(case: Case, ranks: int = 1) -> Workload:
+    """Returns what each of so many ranks reads in a step."""
+    return Workload.whole(case.config.train.batch // ranks, case.config.train.length)
 
 
 @dataclass(frozen=True)
 class Variant:
     run: Callable[[Case, Gate], None]
-    imports: tuple[str, ...] = ()  # what it loads, whose memory is not its own
+    imports: tuple[str, ...] = ()  # modules that it loads, whose memory is not counted
 
 
 LOOP, TRAINER = "benchmarks.peers.transformers_loop", "benchmarks.peers.transformers_trainer"
@@ -165,14 +164,14 @@ VARIANTS = {
 
 
 def why_not(name: str, case: Case) -> str | None:
-    """Why the variant cannot do this configuration; None where it can."""
+    """Returns why the variant cannot do this configuration; None where it can."""
     config, train, objective = case.config, case.config.train, case.config.objective
     if name == "ours":
         return None
     if train.micro_batch is not None or train.recompute or config.cache is not None or config.masked:
         return "it takes whole batches of causal models, without cache or recomputation"
     if name == "products":
-        llama = all(isinstance(shape, LlamaShape) for shape in (*case.student_shapes, *teacher_shapes(case)))
+        llama = all(shape.family == "llama" for shape in (*case.student_shapes, *teacher_shapes(case)))
         return None if llama else "its products are listed for LLaMAs alone"
     if ranks() > 1:
         return "it runs on one rank"
@@ -193,8 +192,8 @@ def why_not(name: str, case: Case) -> str | None:
 
 
 def serve(connection: Connection, name: str, case: Case) -> None:
-    """A variant's process: builds it, then does what it is told, until it is told nothing more."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # what a run says of its progress
+    """Builds a variant in this process, and obeys commands until the empty one."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # A run prints its progress.
         try:
             if torch.cuda.is_available():
                 torch.cuda.set_device(device())
@@ -209,7 +208,7 @@ def serve(connection: Connection, name: str, case: Case) -> None:
 
 
 class Process:
-    """A variant in a process of its own; under a launcher one on every rank, which form a group."""
+    """A variant in a process of its own. Under a launcher every rank has one, and they form a group."""
 
     def __init__(self, name: str, case: Case) -> None:
         self.name = name
@@ -217,16 +216,16 @@ class Process:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, name, case), daemon=True)
         with mock.patch.dict(os.environ, {"KERNELS_BACKEND": case.backend}):
-            if ranks() > 1:  # beside the group of those who tell them what to do
-                os.environ["MASTER_PORT"] = str(_port())
+            if ranks() > 1:  # The processes that command them form another group.
+                os.environ["MASTER_PORT"] = str(_free_port())
             else:
-                for key in PLACE:
+                for key in LAUNCHER_VARIABLES:
                     os.environ.pop(key, None)
             self._process.start()
         theirs.close()
 
     def tell(self, command: str) -> Any:
-        """Waits for the answer. RuntimeError where the process failed, with its traceback."""
+        """Sends a command and returns the answer. Raises RuntimeError with the process's traceback where it failed."""
         try:
             self._connection.send(command)
             answer = self._connection.recv()
@@ -238,19 +237,24 @@ class Process:
         return answer
 
     def step(self, command: str = "step") -> Report:
-        """Of all ranks: the slowest one's time, the sum of losses, the highest peak beyond imports, the mean split."""
+        """Takes a step and returns the report of all ranks together.
+
+        It has the slowest rank's time, the sum of the losses, the highest peak beyond imports and the mean split.
+        """
         report = self.tell(command)
         if not dist.is_initialized():
             return report
         reports: list[Report] = [report] * dist.get_world_size()
-        dist.all_gather_object(reports, report)  # and so nobody begins another variant's step before all are through
+        dist.all_gather_object(reports, report)  # So no rank begins another variant's step before all have ended this.
         split: Counter[str] = Counter()
-        for one in reports:
-            split.update({phase: seconds / len(reports) for phase, seconds in one.split.items()})
+        for rank_report in reports:
+            split.update({phase: seconds / len(reports) for phase, seconds in rank_report.split.items()})
+        highest = max(reports, key=lambda rank_report: rank_report.peak - rank_report.imported)
         return Report(
-            max(one.seconds for one in reports),
-            np.sum([one.losses for one in reports], axis=0).tolist(),
-            *max(((one.peak, one.imported) for one in reports), key=lambda pair: pair[0] - pair[1]),
+            max(rank_report.seconds for rank_report in reports),
+            np.sum([rank_report.losses for rank_report in reports], axis=0).tolist(),
+            highest.peak,
+            highest.imported,
             dict(split),
             report.communicated,
         )
@@ -261,13 +265,13 @@ class Process:
         self._process.kill()
 
 
-def _port() -> int:
-    """A free one of rank 0's node, on all."""
+def _free_port() -> int:
+    """Returns a free port of rank 0's node, the same on all ranks."""
     with socket.socket() as server:
         server.bind(("", 0))
-        found = [server.getsockname()[1]]
-    dist.broadcast_object_list(found)
-    return found[0]
+        port = [server.getsockname()[1]]
+    dist.broadcast_object_list(port)
+    return port[0]
 
 
 Key = tuple[Case, str]  # a configuration and a variant
@@ -283,17 +287,19 @@ def processes(keys: Sequence[Key]) -> Iterator[dict[Key, Process]]:
         yield started
 
 
-def refusals(found: Mapping[str, Process], agreement: float) -> dict[str, str]:
-    """Why variants are not to be timed: they fail, or the losses of their first steps are not those of the first
-    variant. RuntimeError where that one fails, or one of several ranks, for whom the others would wait.
+def refusals(variants: Mapping[str, Process], agreement: float) -> dict[str, str]:
+    """Returns why variants are not to be timed: they fail, or the losses of their first steps differ from the first
+    variant's.
+
+    Raises RuntimeError where the first one fails, or any where there are several ranks: the others would wait for it.
     """
     expected: tuple[str, list[list[float]]] | None = None
     refused = {}
-    for name, process in found.items():
+    for name, process in variants.items():
         try:
             losses = [process.step().losses for _ in range(CHECKED_STEPS)]
         except RuntimeError as error:
-            if ranks() > 1 or process is next(iter(found.values())):
+            if ranks() > 1 or process is next(iter(variants.values())):
                 raise
             refused[name] = str(error).strip().splitlines()[-1]
             continue
@@ -314,8 +320,10 @@ def refusals(found: Mapping[str, Process], agreement: float) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Row:
-    """What the table and the CSV hold of a configuration's variant. Of ratios and times: median, 20% and 80% quantiles;
-    "" where a variant has none."""
+    """What the table and the CSV hold of one variant of a configuration.
+
+    Times and ratios are medians, with the 20% and 80% quantiles as low and high. What a variant does not have is "".
+    """
 
     task: str
     students: int
@@ -324,7 +332,7 @@ class Row:
     teacher_shapes: str
     vocab_size: int
     length: int
-    batch: int  # sequences a step, over all ranks
+    batch: int  # sequences of a step, over all ranks
     ranks: int
     zero_stage: int
     precision: str
@@ -332,7 +340,7 @@ class Row:
     divergence: str
     overrides: str
     variant: str
-    milliseconds: float  # a step
+    milliseconds: float  # of a step
     milliseconds_low: float
     milliseconds_high: float
     tokens_per_second: float  # of the text, which is every student's own speed
@@ -365,17 +373,17 @@ class Row:
 
 
 def measure(keys: Sequence[Key], rounds: int) -> tuple[dict[Key, Row], dict[Key, str]]:
-    """All of them interleaved; and why some are missing."""
+    """Returns the rows of all that were measured, interleaved with one another, and why others were not."""
     cases = list(dict.fromkeys(case for case, _ in keys))
-    with processes(keys) as found:
+    with processes(keys) as running:
         refused: dict[Key, str] = {}
         for case in cases:
-            same = {name: process for (other, name), process in found.items() if other is case}
+            same = {name: process for (other, name), process in running.items() if other is case}
             for name, reason in refusals(same, AGREEMENT[case.config.train.precision]).items():
                 refused[case, name] = reason
-                found.pop((case, name)).close()
-        keys = list(found)
-        for process in found.values():
+                running.pop((case, name)).close()
+        keys = list(running)
+        for process in running.values():
             process.tell("forget")
         last: dict[int, Report] = {}
 
@@ -384,12 +392,12 @@ def measure(keys: Sequence[Key], rounds: int) -> tuple[dict[Key, Row], dict[Key,
             return report.seconds
 
         labels = {key: f"{cases.index(key[0])} {key[1]}" for key in keys}
-        variants = {labels[key]: timing.Variant(Process.step, lambda _, p=p: p) for key, p in found.items()}
+        variants = {labels[key]: timing.Variant(Process.step, lambda _, p=p: p) for key, p in running.items()}
         compared = timing.compare(variants, labels[keys[0]], clock, rounds=rounds, sample_seconds=0.0)
-        reports = {key: last[id(process)] for key, process in found.items()}
+        reports = {key: last[id(process)] for key, process in running.items()}
         split = {
             key: [process.step("split") for _ in range(SPLIT_STEPS)]
-            for key, process in found.items()
+            for key, process in running.items()
             if key[1] == "ours"
         }
     return {key: _row(key, labels, compared, reports[key], split.get(key, []), rounds) for key in keys}, refused
@@ -404,19 +412,19 @@ def _row(
     rounds: int,
 ) -> Row:
     case, name = key
-    config, train, shapes, taught = case.config, case.config.train, case.student_shapes, teacher_shapes(case)
-    seconds, world_size, tokens = compared.time(labels[key]), ranks(), case.config.train.batch * case.config.train.length
+    config, train, shapes, teachers = case.config, case.config.train, case.student_shapes, teacher_shapes(case)
+    seconds, world_size, tokens = compared.time(labels[key]), ranks(), train.batch * train.length
     ratio = compared.ratio(labels[key], labels[case, "ours"]) if name != "ours" and (case, "ours") in labels else None
     over = compared.ratio(labels[key], labels[case, "products"]).median if (case, "products") in labels else ""
     flops = flops_of(case)
-    phases = {p: 1000 * median(one.split[p] for one in split) if split else "" for p in (*PHASES, REST)}
+    phases = {p: 1000 * median(report.split[p] for report in split) if split else "" for p in (*PHASES, REST)}
     peak = report.peak - report.imported
     return Row(
         task=case.task,
         students=len(shapes),
-        teachers=len(taught),
+        teachers=len(teachers),
         student_shapes=" ".join(map(described, shapes)),
-        teacher_shapes=" ".join(map(described, taught)),
+        teacher_shapes=" ".join(map(described, teachers)),
         vocab_size=case.vocab_size,
         length=train.length,
         batch=train.batch,
@@ -440,7 +448,7 @@ def _row(
         beyond_state_mebibytes=(peak - (state_bytes(case) if report.losses else 0)) / MEBIBYTE,
         gigaflops=flops.hardware / 1e9,
         model_gigaflops=flops.model / 1e9,
-        communicated_mebibytes=median(one.communicated for one in split) / MEBIBYTE if split else "",
+        communicated_mebibytes=median(report.communicated for report in split) / MEBIBYTE if split else "",
         teachers_forward=phases.pop("teachers"),
         **phases,  # pyright: ignore[reportArgumentType]
         control_spread=compared.spread,
@@ -452,31 +460,31 @@ def _row(
 
 
 def flops_of(case: Case) -> Flops:
-    """A step's, of all ranks, but for the outer loop."""
-    text, recompute = text_of(case), case.config.train.recompute
-    learning = sum((training(shape, text, recompute=recompute) for shape in case.student_shapes), NOTHING)
-    return sum((inference(shape, text) for shape in teacher_shapes(case)), learning)
+    """Returns the FLOPs of a step on all ranks, without the outer loop."""
+    work, recompute = workload(case), case.config.train.recompute
+    students = sum((training(shape, work, recompute=recompute) for shape in case.student_shapes), Flops())
+    return sum((inference(shape, work) for shape in teacher_shapes(case)), students)
 
 
 def state_bytes(case: Case) -> float:
-    """What a rank cannot do without between two steps: weights and AdamW's moments of students, weights of teachers."""
+    """Returns the bytes that a rank holds between two steps: students' weights and moments, and teachers' weights."""
     train, world_size = case.config.train, ranks()
     storage, stage = STORAGE[train.precision].itemsize, train.stage(world_size)
-    a_student = storage / (world_size if stage == 3 else 1) + 8 / (world_size if stage > 0 else 1)
-    a_student += 4 / world_size if train.precision == "bf16" else 0  # the fp32 weights
-    students, taught = (sum(map(parameter_count, shapes)) for shapes in (case.student_shapes, teacher_shapes(case)))
-    return a_student * students + storage * taught
+    per_parameter = storage / (world_size if stage == 3 else 1) + 8 / (world_size if stage > 0 else 1)
+    per_parameter += 4 / world_size if train.precision == "bf16" else 0  # the fp32 weights
+    students, teachers = (sum(map(parameter_count, shapes)) for shapes in (case.student_shapes, teacher_shapes(case)))
+    return per_parameter * students + storage * teachers
 
 
 def described(shape: Shape) -> str:
-    family = type(shape).__name__.removesuffix("Shape").lower()
-    narrow = f"x{shape.kv_heads}" if isinstance(shape, LlamaShape) and shape.kv_heads < shape.heads else ""
+    kv_heads = shape.kv_hidden // shape.head_width
+    narrow = f"x{kv_heads}" if kv_heads < shape.heads else ""
     untied = "" if shape.tied else "-untied"
-    return f"{family}-{shape.layers}x{shape.hidden}x{shape.heads}x{shape.ffn}{narrow}{untied}"
+    return f"{shape.family}-{shape.layers}x{shape.hidden}x{shape.heads}x{shape.ffn}{narrow}{untied}"
 
 
 def table(case: Case, rows: Sequence[Row]) -> str:
-    """Of one configuration."""
+    """Returns the table of one configuration."""
     first = rows[0]
     state = f"{'VOID: ' if first.void else ''}control spreads over {first.control_spread:.1%}"
     lines = [
@@ -510,98 +518,102 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["mutual"])
     parser.add_argument("--students", nargs="+", type=int, default=[], metavar="S", help="default: 3 if mutual, else 1")
     parser.add_argument("--teachers", nargs="+", type=int, default=[], metavar="K", help="default: 2 if distil, else 0")
-    parser.add_argument("--vocabulary", nargs="+", type=int, default=[16000], metavar="V")
-    parser.add_argument("--backend", nargs="+", default=["auto"], help="of the kernels")
-    parser.add_argument("--shape", nargs="+", default=STUDENTS, help="students', in turn; or a preset's name")
-    parser.add_argument("--teacher-shape", nargs="+", default=TEACHERS)
+    parser.add_argument("--vocab-size", nargs="+", type=int, default=[16000], metavar="V")
+    parser.add_argument("--backend", nargs="+", default=["auto"], help="backends of the kernels")
+    parser.add_argument("--shape", nargs="+", default=STUDENTS, help="students' shapes or presets, taken in turn")
+    parser.add_argument("--teacher-shape", nargs="+", default=TEACHERS, help="teachers', likewise")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE[,VALUE]", help="settings as recipes have them, and a grid"
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, help="of the CPU, a rank; default: torch's own choice")
-    parser.add_argument("--interleave", action="store_true", help="all configurations at once, not one after another")
-    parser.add_argument("--profile", choices=VARIANTS, nargs="?", const="ours", help="this variant, and no timing")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row for each configuration and variant")
+    parser.add_argument("--threads", type=int, help="CPU threads of a rank; default: torch's own choice")
+    parser.add_argument(
+        "--interleave", action="store_true", help="measure all configurations at once, not one after another"
+    )
+    parser.add_argument(
+        "--profile", choices=VARIANTS, nargs="?", const="ours", help="profile this variant in place of timing"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each configuration and variant")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
-    chosen = arguments(argv)
-    threads = chosen.threads
-    if threads is None and ranks() > 1 and "OMP_NUM_THREADS" not in os.environ:  # as the engine divides them
+    options = arguments(argv)
+    threads = options.threads
+    if threads is None and ranks() > 1 and "OMP_NUM_THREADS" not in os.environ:  # The engine divides them so.
         threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", ranks())))
-    if threads is not None:  # for the processes, which inherit it
+    if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     if ranks() > 1:
         dist.init_process_group("gloo")
     first = int(os.environ.get("RANK", "0")) == 0
     with tempfile.TemporaryDirectory() as folder:
-        found = [folder]
+        shared_folder = [folder]
         if dist.is_initialized():
-            dist.broadcast_object_list(found)  # several nodes: TMPDIR must be where all see it
-        made = partial(
+            dist.broadcast_object_list(shared_folder)  # With several nodes TMPDIR must be where all see it.
+        make_cases = partial(
             grid,
-            Path(found[0]),
-            *(chosen.task, chosen.students, chosen.teachers, chosen.vocab_size, chosen.backend, chosen.set),
-            shapes=chosen.shape,
-            teacher_shapes=chosen.teacher_shape,
+            Path(shared_folder[0]),
+            *(options.task, options.students, options.teachers, options.vocab_size, options.backend, options.set),
+            shapes=options.shape,
+            teacher_shapes=options.teacher_shape,
         )
         try:
             if first:
-                cases = list(made())
+                cases = list(make_cases())
             if dist.is_initialized():
                 dist.barrier()
-            cases = list(made())  # on other ranks, what is there already
-            return profile(cases, chosen.profile) if chosen.profile else compare(cases, chosen, first)
-        except ValueError as error:
+            cases = list(make_cases())  # The other ranks find the files written.
+            return profile(cases, options.profile) if options.profile else compare(cases, options, first)
+        except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         finally:
             if dist.is_initialized():
-                dist.barrier()  # before the folder goes
+                dist.barrier()  # All have ended before the folder is removed.
 
 
 def profile(cases: Sequence[Case], name: str) -> int:
     for case in cases:
-        with processes([(case, name)]) as found:
-            (process,) = found.values()
+        with processes([(case, name)]) as running:
+            (process,) = running.values()
             for _ in range(CHECKED_STEPS):
                 process.step()
             print(f"{case}\n{process.tell('profile')}")
     return 0
 
 
-def compare(cases: Sequence[Case], chosen: argparse.Namespace, first: bool) -> int:
+def compare(cases: Sequence[Case], options: argparse.Namespace, first: bool) -> int:
     groups: list[list[Key]] = []
     for case in cases:
         groups.append([])
-        for name in chosen.variants:
+        for name in options.variants:
             reason = why_not(name, case)
             if reason is None:
                 groups[-1].append((case, name))
             elif first:
                 print(f"{case}: no {name}: {reason}", flush=True)
-    if chosen.interleave:
+    if options.interleave:
         groups = [[key for group in groups for key in group]]
     with ExitStack() as stack:
-        file = stack.enter_context(chosen.csv.open("w", newline="")) if chosen.csv is not None and first else None
+        file = stack.enter_context(options.csv.open("w", newline="")) if options.csv is not None and first else None
         writer = None if file is None else csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         if writer is not None:
             writer.writeheader()
         complete = True
         for group in filter(None, groups):
-            rows, refused = measure(group, chosen.rounds)
+            rows, refused = measure(group, options.rounds)
             complete &= not refused
             if not first:
                 continue
             if file is not None and writer is not None:
                 writer.writerows(asdict(row) for row in rows.values())
                 file.flush()
-            one = next(iter(rows.values()))
-            print(f"{one.device}, torch {torch.__version__}, {one.commit}, {chosen.rounds} rounds")
+            first_row = next(iter(rows.values()))
+            print(f"{first_row.device}, torch {torch.__version__}, {first_row.commit}, {options.rounds} rounds")
             for case in dict.fromkeys(case for case, _ in group):
                 print(table(case, [row for (other, _), row in rows.items() if other is case]), flush=True)
                 for name in (name for other, name in refused if other is case):
@@ -610,4 +622,4 @@ def compare(cases: Sequence[Case], chosen: argparse.Namespace, first: bool) -> i
 
 
 if __name__ == "__main__":
-    end(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

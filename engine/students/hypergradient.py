@@ -26,10 +26,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from engine.data.batches import IGNORED, Batch, Step
+from engine.models.base import Shape
 from engine.models.dropout import dropout_seeds
 from engine.models.families import new_model
 from engine.students.coefficients import LossWeighting
-from engine.students.student import Student
 from engine.students.zero import torch_linear
 from kernels import Projected, linear_ensemble_kl
 
@@ -64,11 +64,12 @@ class Hypergradient:
 class FunctionalStudent(nn.Module):
     """A student's forward pass as a function of its parameters. It holds no tensors of its own."""
 
-    def __init__(self, student: Student) -> None:
+    def __init__(self, shape: Shape, seed: int = 0) -> None:
+        """Takes the student's seed, which its dropout depends on."""
         super().__init__()
-        self.seed, self.dropout = student.config.seed, student.shape.dropout
+        self.seed, self.dropout = seed, shape.dropout
         with torch.device("meta"):
-            self.model = new_model(student.shape)
+            self.model = new_model(shape)
 
     def forward(self, batch: Batch) -> tuple[Tensor, ...]:
         """Returns (hidden [N, D], head [V, D]), and where the head has a bias also that, [V]."""

@@ -104,7 +104,7 @@ class OuterLoop:
             return coefficients
         assert self._held_out is not None, "an update reads held-out text"
         begin = time.perf_counter()
-        self._students = self._students or [FunctionalStudent(student) for student in cohort]
+        self._students = self._students or [FunctionalStudent(s.shape, s.config.seed) for s in cohort]
         after = [student.full_parameters() for student in cohort]
         (held_out,) = self._held_out.steps(self.state.updates + 1, self.state.updates + 1)
         gradient = hypergradient(

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,11 +123,6 @@ def finite_differences(omega_S: Tensor, train: Step, held_out: Step) -> Tensor:
         return torch.stack([(loss_after_step(omega_S + h) - loss_after_step(omega_S - h)) / 2e-5 for h in steps])
 
 
-def functional_student(shape: LlamaShape) -> FunctionalStudent:
-    student: Any = SimpleNamespace(shape=shape, config=SimpleNamespace(seed=0))
-    return FunctionalStudent(student)
-
-
 def our_hypergradient(
     count: int, accumulation: int, weighting: LossWeighting | None = None, **options: Any
 ) -> Hypergradient:
@@ -136,7 +130,7 @@ def our_hypergradient(
     train, held_out = step_of(1, accumulation), step_of(2, 2)
     weighting = weighting or LossWeighting(OBJECTIVE, count, CPU)
     after = plain_inner_step(omega_S, train)
-    functional = [functional_student(shape) for shape in shapes]
+    functional = [FunctionalStudent(shape) for shape in shapes]
     return hypergradient(functional, before, after, STEP_SIZES[:count], train, held_out, omega_S, weighting, **options)
 
 
