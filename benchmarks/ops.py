@@ -190,7 +190,7 @@ def ensemble_kl_at_once(
         gradients = logits_RNV[:students]
         ce_SN, kl_SRN = module.loss_and_grad(logits_RNV, gradients, objective, logits_RNV[0].shape[1])
         return ce_SN, kl_SRN, gradients
-    wide = [eager.wide(logits) for logits in logits_RNV]
+    wide = [eager.at_least_fp32(logits) for logits in logits_RNV]
     return module.loss_and_grad(wide, objective, wanted)
 
 

@@ -1,8 +1,8 @@
-"""The ops of `kernels/` as people write them in torch. What `torch.compile` is given is these functions, unchanged.
+"""The ops of `kernels/` as people write them in torch. `torch.compile` gets these same functions.
 
-What is in fp32 whatever the storage stays float64 where that is given, so that the same functions give exact results.
+Where they compute in fp32 whatever the storage is, float64 stays float64, so that they also give exact results.
 
-B sequences, L positions, N tokens, D hidden, H heads, V vocabulary, S students, R streams.
+B sequences, L positions, N tokens, D hidden, H heads, V vocabulary, S students, K teachers, R streams.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from torch import Tensor
 from engine.config.settings import ObjectiveConfig
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor]:
-    """As LLaMA's modelling code in `transformers`."""
-    x32 = wide(x)
+    """Normalises as LLaMA's modelling code in `transformers` does."""
+    x32 = at_least_fp32(x)
     normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return (weight * normed.to(x.dtype),)
 
@@ -31,7 +31,7 @@ def rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 
 
 
 def rotary(q_BLHd: Tensor, k_BLHd: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As `transformers` does it, where cosines and sines [L, d/2] are repeated to [L, d]."""
+    """Rotates as `transformers` does. Cosines and sines are [L, d/2], and are repeated to [L, d]."""
     cos, sin = (torch.cat((table, table), dim=-1).to(q_BLHd.dtype).unsqueeze(1) for table in (cos, sin))
     return q_BLHd * cos + _rotate_half(q_BLHd) * sin, k_BLHd * cos + _rotate_half(k_BLHd) * sin
 
@@ -50,13 +50,12 @@ def _kl_div(log: Tensor, target_log: Tensor) -> Tensor:
 
 
 def ensemble_losses(logits_RNV: Sequence[Tensor], targets_N: Tensor, students: int) -> tuple[Tensor, ...]:
-    """Mutual learning (Zhang et al. 2018) or distillation, the peers and teachers constant: student i pays
+    """Returns the losses of mutual learning (Zhang et al. 2018) or distillation, with peers and teachers constant.
 
-        mean CE_i + mean over tokens and the R − 1 others j of KL(p_j ‖ p_i)
-
-    One log-softmax a stream, not one a pair: the better of the two ways it is written.
+    Student i pays mean CE_i + mean over tokens and the R − 1 others j of KL(p_j ‖ p_i). Of the two ways in which people
+    write it, this is the faster: one log-softmax per stream, and not one per pair.
     """
-    logits_RNV = [wide(logits) for logits in logits_RNV]
+    logits_RNV = [at_least_fp32(logits) for logits in logits_RNV]
     logs_RNV = [F.log_softmax(logits, dim=-1) for logits in logits_RNV]
     losses = []
     for i in range(students):
@@ -77,24 +76,26 @@ def objective_losses(
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     kl_div: Callable[[Tensor, Tensor], Tensor] = _kl_div,
 ) -> list[Tensor]:
-    """The objective as the papers' codes write it, peers and teachers constant; the teachers' logits are averaged, with
-    equal weights (Timiryasov & Tastet 2023). Cross-entropy comes last: Liger's overwrites the logits.
+    """Returns the losses of `ObjectiveConfig` as the papers' codes write them, with peers and teachers constant.
+
+    The teachers' logits are averaged with equal weights (Timiryasov & Tastet 2023). Cross-entropy comes last, because
+    Liger's overwrites the logits.
     """
     T, students = objective.temperature, len(logits_SNV)
-    logits_SNV = [wide(logits) for logits in logits_SNV]
+    logits_SNV = [at_least_fp32(logits) for logits in logits_SNV]
     divergences: list[list[Tensor]] = [[] for _ in range(students)]
-    taught, among = bool(teachers_KNV), objective.peer_weight > 0 and students > 1
-    if taught or among:
+    has_peers = objective.peer_weight > 0 and students > 1
+    if teachers_KNV or has_peers:
         logs_SNV = [F.log_softmax(logits / T if T != 1 else logits, dim=-1) for logits in logits_SNV]
-        for i in range(students if among else 0):
+        for i in range(students if has_peers else 0):
             for j in range(students):
                 if j != i:
                     kl = kl_div(logs_SNV[i], logs_SNV[j].detach())
                     divergences[i].append(objective.peer_weight / (students - 1) * T**2 * kl)
-        if taught:
-            mean = torch.stack([wide(logits) for logits in teachers_KNV]).mean(0)
+        if teachers_KNV:
+            mean = torch.stack([at_least_fp32(logits) for logits in teachers_KNV]).mean(0)
             log_NV = F.log_softmax(mean / T if T != 1 else mean, dim=-1)
             for i in range(students):
                 divergences[i].append(objective.teacher_weight * T**2 * kl_div(logs_SNV[i], log_NV))
-    own = [objective.ce_weight * cross_entropy(logits, targets_N) for logits in logits_SNV]
-    return [sum(kl, ce) for kl, ce in zip(divergences, own, strict=True)]
+    weighted_ce = [objective.ce_weight * cross_entropy(logits, targets_N) for logits in logits_SNV]
+    return [sum(kl, ce) for kl, ce in zip(divergences, weighted_ce, strict=True)]

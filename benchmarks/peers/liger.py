@@ -1,4 +1,4 @@
-"""The same ops by Liger's kernels, on a GPU. Some overwrite what they are given: hand them copies.
+"""The ops of `peers.eager` by Liger's kernels, on a GPU. Some overwrite their arguments: pass copies.
 
 N tokens, V vocabulary, S students, R streams.
 """
@@ -30,7 +30,7 @@ def rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 
 
 
 def rotary(q_BLHd: Tensor, k_BLHd: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Liger takes [B, H, L, d], as a transposed view, and cosines and sines repeated to [1, L, d]."""
+    """Rotates by Liger's kernel, which takes [B, H, L, d], a transposed view, and cosines and sines of [1, L, d]."""
     cos, sin = (torch.cat((table, table), dim=-1)[None] for table in (cos, sin))
     q, k = liger_rope(q_BLHd.transpose(1, 2), k_BLHd.transpose(1, 2), cos, sin)
     return q.transpose(1, 2), k.transpose(1, 2)
@@ -41,8 +41,10 @@ def swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor]:
 
 
 def ensemble_losses(logits_RNV: Sequence[Tensor], targets_N: Tensor, students: int) -> tuple[Tensor, ...]:
-    """`peers.eager.ensemble_losses` of Liger's cross-entropy, which comes last as it overwrites the logits with their
-    gradient, and Liger's KL divergence, which wants log-probabilities.
+    """Returns `peers.eager.ensemble_losses` from Liger's cross-entropy and KL divergence.
+
+    The divergence takes log-probabilities. Cross-entropy comes last, because it overwrites the logits with their
+    gradient.
     """
     logs_RNV = [F.log_softmax(logits, dim=-1, dtype=torch.float32) for logits in logits_RNV]
     losses = []
@@ -55,13 +57,13 @@ def ensemble_losses(logits_RNV: Sequence[Tensor], targets_N: Tensor, students: i
 def objective_losses(
     logits_SNV: Sequence[Tensor], teachers_KNV: Sequence[Tensor], targets_N: Tensor, objective: ObjectiveConfig
 ) -> list[Tensor]:
-    """`peers.eager.objective_losses` of the same two."""
+    """Returns `peers.eager.objective_losses` from Liger's cross-entropy and KL divergence."""
     return eager.objective_losses(logits_SNV, teachers_KNV, targets_N, objective, _cross_entropy, _kl_div)
 
 
 def _cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     ce = liger_cross_entropy(logits_NV, targets_N)
-    assert isinstance(ce, Tensor)  # not the record of extras, which nobody asked for
+    assert isinstance(ce, Tensor)  # It would be a record where extras are asked for.
     return ce
 
 

@@ -2,7 +2,7 @@
 
     python lm_eval_pairs.py <Hugging Face folder> <texts between NULs> <threads>
 
-Reads batch sizes from standard input, line by line; for each, scores all texts once and answers `done`.
+It reads batch sizes from standard input, one per line. For each it scores all texts once and prints `done`.
 """
 
 import os
@@ -18,7 +18,7 @@ student, texts, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 with open(texts, encoding="utf-8", newline="") as file:
     sentences = file.read().split("\0")
-answers, sys.stdout = sys.stdout, sys.stderr  # lm-eval talks
+answers, sys.stdout = sys.stdout, sys.stderr  # lm-eval prints.
 model = HFLM(pretrained=student, dtype="float32", device="cpu")
 requests = [Instance("loglikelihood", {}, ("", sentence), i) for i, sentence in enumerate(sentences)]
 for line in sys.stdin:

@@ -1,6 +1,8 @@
-"""Plain training, distillation and deep mutual learning (Zhang et al. 2018) as a user of `transformers` writes them:
-logits of every student and teacher, losses in torch, one AdamW a student. Under `compiled`, models and loss go through
-`torch.compile`, the rest stays; under `liger`, they are Liger's kernels. In bf16: autocast over fp32 weights.
+"""Plain training, distillation and deep mutual learning (Zhang et al. 2018) as a user of `transformers` writes them.
+
+The loop computes the logits of every student and teacher and the losses in torch, and has one AdamW per student. With
+`compiled` models and loss go through `torch.compile`; with `liger` they use Liger's kernels. bf16 is autocast over fp32
+weights.
 
 B sequences, L positions, N = B·L tokens, V vocabulary, S students, K teachers.
 """
@@ -11,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.models.gpt2 import modeling_gpt2  # noqa: F401  what AutoModelForCausalLM would import later, when
-from transformers.models.llama import modeling_llama  # noqa: F401  memory is a variant's own
+
+# AutoModelForCausalLM would import these later, when memory counts as the variant's.
+from transformers.models.gpt2 import modeling_gpt2  # noqa: F401
+from transformers.models.llama import modeling_llama  # noqa: F401
 from transformers.utils import logging
 
 from benchmarks.peers import eager
@@ -31,7 +35,7 @@ class Loop:
         fused: bool | None = None,
         liger: bool = False,
     ) -> None:
-        """`fused` as in `torch.optim.AdamW`, whose default on a CPU is a loop over parameters."""
+        """Reads the models. `fused` is AdamW's; its default on a CPU is a loop over parameters."""
         optimizer = config.optimizer
         self.objective, self.clip, self.device = config.objective, optimizer.clip, device
         self.bf16 = config.train.precision == "bf16"
@@ -44,7 +48,7 @@ class Loop:
             from benchmarks.peers.liger import objective_losses
 
             self.losses = objective_losses
-            for model in (*self.models, *teachers):  # their losses are ours to write, as they need logits
+            for model in (*self.models, *teachers):  # Their own losses give no logits, which ours need.
                 _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
         self.optimizers = []
         for student, model in zip(config.students, self.models, strict=True):
@@ -65,12 +69,12 @@ class Loop:
             self.losses = torch.compile(self.losses)
 
     def step(self, tokens_BL: Tensor, targets_N: Tensor) -> list[float]:
-        """One update of every student; their losses before it."""
+        """Makes one update of every student, and returns their losses before it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             with torch.no_grad():
-                taught = logits(self.teachers, tokens_BL)
-            losses = self.losses(logits(self.forwards, tokens_BL), taught, targets_N, self.objective)
-        torch.stack(losses).sum().backward()  # peers are detached: each student gets its own loss's gradient
+                teacher_logits = logits(self.teachers, tokens_BL)
+            losses = self.losses(logits(self.forwards, tokens_BL), teacher_logits, targets_N, self.objective)
+        torch.stack(losses).sum().backward()  # Peers are detached, so a student gets the gradient of its own loss.
         for model, optimizer in zip(self.models, self.optimizers, strict=True):
             torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)
             optimizer.step()
@@ -79,12 +83,12 @@ class Loop:
 
 
 def logits(models: Sequence[Any], tokens_BL: Tensor) -> list[Tensor]:
-    """[N, V] of each."""
+    """Returns the logits [N, V] of each model."""
     return [model(input_ids=tokens_BL, use_cache=False).logits.flatten(0, 1) for model in models]
 
 
 def read(folder: str | None, device: torch.device) -> Any:
-    """A model in fp32, as `transformers` reads it."""
+    """Returns a model in fp32, as `transformers` reads it."""
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     return model.to(device)

@@ -1,5 +1,6 @@
-"""Distillation in Baby Llama's way (Timiryasov & Tastet 2023): a subclass of Hugging Face's Trainer whose loss runs the
-teachers. Without teachers, plain training by the Trainer. It needs `accelerate`.
+"""Distillation as Baby Llama does it (Timiryasov & Tastet 2023): the loss of a Hugging Face Trainer runs the teachers.
+
+Without teachers it is plain training by the Trainer. It needs `accelerate`.
 
 B sequences, L positions, N = B·L tokens, V vocabulary, K teachers.
 """
@@ -56,14 +57,14 @@ class DistillationTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         (student,) = logits([model], inputs["input_ids"])
         with torch.no_grad():
-            taught = logits(self.teachers, inputs["input_ids"])
-        (loss,) = objective_losses([student], taught, inputs["targets"], self.objective)
+            teacher_logits = logits(self.teachers, inputs["input_ids"])
+        (loss,) = objective_losses([student], teacher_logits, inputs["targets"], self.objective)
         self.gate.losses = [loss.item()]
         return loss
 
 
 class _Batches(IterableDataset):
-    """What the engine reads, whole batches."""
+    """The whole batches that the engine reads."""
 
     def __init__(self, steps: Iterator[Step]) -> None:
         self.steps = steps

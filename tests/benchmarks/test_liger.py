@@ -1,4 +1,4 @@
-"""The plain loop on Liger's kernels has the losses of the engine's own: shown in Triton's interpreter."""
+"""The plain loop on Liger's kernels has the same losses as the engine's loop, in Triton's interpreter."""
 
 import os
 from collections.abc import Callable
@@ -46,10 +46,10 @@ def test_the_same_losses(
     answers: Callable[[str, Case, list[str]], list[Any]],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Three updates: Liger's gradients agree too. Its kernels are those that ran."""
+    """Compares three updates, so Liger's gradients agree too, and checks that its kernels ran."""
     case = make_case(task, students, teachers, "train.length=8")
     expected = np.array([report.losses for report in answers("ours", case, STEPS)])
-    for patched in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # by Liger, for the whole process
+    for patched in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # Liger patches them for the whole process.
         monkeypatch.setattr(modeling_llama, patched, getattr(modeling_llama, patched))
     traffic.liger_on_the_interpreter()
     launched: set[str] = set()
@@ -59,7 +59,10 @@ def test_the_same_losses(
         launched.add(executor.fn.__name__)
         launch(executor, *args, **kwargs)
 
-    with mock.patch.object(GridExecutor, "__call__", noted), traffic.counted():  # for floats taken for tensors
+    with (
+        mock.patch.object(GridExecutor, "__call__", noted),
+        traffic.counted(),
+    ):  # It handles floats that the interpreter takes for tensors.
         liger = np.array([report.losses for report in answers("liger", case, STEPS)])
     np.testing.assert_allclose(liger, expected, rtol=1e-5)
     assert (liger[-1] < liger[0] - 0.01).all(), "they were updated"

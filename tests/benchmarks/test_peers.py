@@ -1,4 +1,4 @@
-"""The peers do what the engine's loop does: the same losses, step after step."""
+"""The peers have the same losses as the engine's loop, step after step."""
 
 import importlib.util
 from collections.abc import Callable
@@ -19,7 +19,7 @@ STEPS = ["step"] * 5
 
 @pytest.fixture(autouse=True)
 def fused(monkeypatch: pytest.MonkeyPatch):
-    """What torch's loop over parameters rounds otherwise is not at issue."""
+    """Has AdamW fused, as torch's loop over parameters rounds differently."""
     variant = throughput.Variant(partial(throughput.transformers, fused=True))
     monkeypatch.setitem(throughput.VARIANTS, "transformers", variant)
 
@@ -28,7 +28,7 @@ def fused(monkeypatch: pytest.MonkeyPatch):
     ("task", "students", "teachers"), [("plain", 2, 0), ("distil", 1, 2), ("mutual", 3, 0), ("mutual", 2, 2)]
 )
 def test_the_same_losses(task: str, students: int, teachers: int, make_case: Make, answers: Answers):
-    """Five updates: gradients, clipping and AdamW agree too."""
+    """Compares five updates, so gradients, clipping and AdamW agree too."""
     case = make_case(task, students, teachers)
     ours, theirs = (np.array([r.losses for r in answers(name, case, STEPS)]) for name in ("ours", "transformers"))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The processes that take steps, and what is made of what they say."""
+"""The processes that take steps, and the tables that are made of their reports."""
 
 import csv
 import math
@@ -17,7 +17,7 @@ Make = Callable[..., Case]
 Answers = Callable[[str, Case, list[str]], list[Any]]
 
 
-def test_what_a_process_says(make_case: Make, answers: Answers):
+def test_what_a_process_reports(make_case: Make, answers: Answers):
     step, split, table = answers("ours", make_case("distil", 2, 1), ["step", "split", "profile"])
     assert step.losses == pytest.approx([2.05, 2.05], abs=0.05), "half of log 61, at first"
     assert step.seconds > 0
@@ -39,7 +39,7 @@ def test_the_outer_loop_and_micro_batches_are_the_engines_own(make_case: Make, a
 
 def test_a_problem_is_told(make_case: Make, answers: Answers):
     (problem,) = answers("ours", make_case("plain", 1, 0, "outer.every=2"), ["step"])
-    assert "ValueError: outer says how the students" in problem
+    assert "UserError: outer says how the students" in problem
 
 
 def test_who_can_do_what(make_case: Make, monkeypatch: pytest.MonkeyPatch):
@@ -61,7 +61,7 @@ def test_who_can_do_what(make_case: Make, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_command_with_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "rows.csv"
-    small = ["--vocabulary", "61", "--shape", "1x32x2x40", "--set", "train.length=16", "train.batch=4"]
+    small = ["--vocab-size", "61", "--shape", "1x32x2x40", "--set", "train.length=16", "train.batch=4"]
     assert (
         throughput.main([*small, "--task", "plain", "--variants", "products", "--rounds", "2", "--csv", str(path)]) == 0
     )
@@ -79,7 +79,7 @@ def test_a_command_with_processes(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 class Fake:
-    """A process whose second student has this loss; None: it fails."""
+    """A process whose second student has this loss; with None it fails."""
 
     def __init__(self, loss: float | None) -> None:
         self.loss = loss
@@ -97,10 +97,10 @@ def refused(**losses: float | None) -> dict[str, str]:
 def test_variants_that_fail_or_differ_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert refused(ours=2.0, peer=2.00001) == {}
-    found = refused(ours=2.0, differs=2.0001, agrees=2.0, fails=None, diverges=math.nan)
-    assert list(found) == ["differs", "fails", "diverges"]
-    assert "differ from those of ours" in found["differs"]
-    assert found["fails"] == "OutOfMemoryError: 80 GiB"
+    reasons = refused(ours=2.0, differs=2.0001, agrees=2.0, fails=None, diverges=math.nan)
+    assert list(reasons) == ["differs", "fails", "diverges"]
+    assert "differ from those of ours" in reasons["differs"]
+    assert reasons["fails"] == "OutOfMemoryError: 80 GiB"
     with pytest.raises(RuntimeError, match="80 GiB"):
         refused(ours=None, peer=2.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -114,17 +114,8 @@ def test_what_is_refused_is_said_and_the_rest_is_measured(
 ):
     monkeypatch.setattr(throughput, "why_not", lambda name, case: None)
     path = tmp_path / "rows.csv"
-    small = [
-        "--task",
-        "plain",
-        "--vocabulary",
-        "61",
-        "--shape",
-        "1x32x2x40",
-        "--set",
-        "train.length=16",
-        "train.batch=2",
-    ]
+    small = ["--vocab-size", "61", "--shape", "1x32x2x40", "--set", "train.length=16", "train.batch=2"]
+    small += ["--task", "plain"]
     assert throughput.main([*small, "--variants", "products", "liger", "--rounds", "2", "--csv", str(path)]) == 1
     assert "not timed: liger: " in capsys.readouterr().out
     with path.open(newline="") as file:
@@ -134,16 +125,16 @@ def test_what_is_refused_is_said_and_the_rest_is_measured(
 def test_what_must_be_held_between_steps(make_case: Make, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     case = make_case("plain", 1, 0, "train.zero_stage=3")
-    one = throughput.state_bytes(case)
-    assert one == 12 * sum(throughput.parameter_count(shape) for shape in case.student_shapes)
+    alone = throughput.state_bytes(case)
+    assert alone == 12 * sum(throughput.parameter_count(shape) for shape in case.student_shapes)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert throughput.state_bytes(case) == one / 2
+    assert throughput.state_bytes(case) == alone / 2
 
 
 @pytest.mark.slow
 def test_two_ranks(tmp_path: Path, spawn_ranks: Callable[..., None]):
     path = tmp_path / "rows.csv"
-    small = ("--vocabulary", "61", "--shape", "1x32x2x40", "--set", "train.length=16", "train.batch=4")
+    small = ("--vocab-size", "61", "--shape", "1x32x2x40", "--set", "train.length=16", "train.batch=4")
     stage = ("train.zero_stage=1", "--task", "plain", "--rounds", "1", "--variants", "ours", "--csv", path)
     spawn_ranks(Path(throughput.__file__), 2, *small, *stage)
     (row,) = csv.DictReader(path.open())
