@@ -1,8 +1,8 @@
-"""A training loop that waits between two steps until it is told to take the next, and says where its time went.
+"""A gate that holds a training loop between two steps until it is told to go on, and reports where the time went.
 
-Nothing in the loop knows of it. The engine's loop is entered where its steps come from and where they are recorded; a
-step is split by wrapping the functions that it calls, for chosen steps alone, with a wait for the device at each seam.
-A collective counts as waiting until the last rank has come to it, and as communication from there.
+The loop does not know of it: the functions that give the engine its steps and record them are replaced. The functions
+that a step calls are wrapped, and for chosen steps their time is measured, with a wait for the device before and after
+each. A collective counts as waiting until the last rank has come to it, and as communication from then on.
 """
 
 import ctypes
@@ -26,6 +26,7 @@ from engine.compute.profiling import top_operations
 from engine.config.settings import Config
 from engine.data.batches import Step
 from engine.run.run import Run
+from engine.students import gradients
 from engine.students.cohort import Cohort, Verdict
 from engine.students.gradients import Tally
 from engine.students.outer_loop import OuterLoop
@@ -45,22 +46,26 @@ COLLECTIVES = (
 
 @dataclass(frozen=True)
 class Report:
-    """What a process says after a step."""
+    """What a process reports after a step."""
 
     seconds: float
-    losses: list[float]  # of each student, nats per token, this rank's part of them
-    peak: int  # bytes since the process was last told to forget: resident, or on a GPU torch's own
-    imported: int = 0  # bytes resident before anything was built; on a GPU 0
-    split: dict[str, float] = field(default_factory=dict)  # seconds by phase, of a step that was split
-    communicated: int = 0  # bytes of the tensors given to collectives, of such a step
+    losses: list[float]  # this rank's part of each student's loss, nats per token
+    peak: int  # most bytes since the process was last told to forget: resident ones, or on a GPU those of torch
+    imported: int = 0  # bytes that were resident before anything was built; 0 on a GPU
+    split: dict[str, float] = field(default_factory=dict)  # seconds by phase, where the step was split
+    communicated: int = 0  # bytes of the tensors given to collectives, where the step was split
 
 
 class Over(Exception):
-    """Nothing more to do."""
+    """No further step is wanted."""
 
 
 class Gate:
-    """Obeys commands: "step", "split" (a step whose time is split), "profile", "forget", and none: it is over."""
+    """Holds a loop between its steps and obeys the commands that come through a connection.
+
+    They are "step", "split" (a step whose time is split), "profile", "forget" (the peak so far), and an empty one,
+    after which no step follows.
+    """
 
     def __init__(self, connection: Connection, imported: int = 0) -> None:
         self.phases = Phases()
@@ -71,7 +76,7 @@ class Gate:
         self._left = 0  # steps to take without being told
 
     def pause(self) -> None:
-        """Between two steps: reports the one that is over, returns when the next may begin. Raises Over."""
+        """Reports the step that is over, and returns when the next one may begin; raises Over where none should."""
         _synchronize()
         now = time.perf_counter()
         if self._left > 1:
@@ -101,7 +106,7 @@ class Gate:
         raise Over
 
     def between(self, steps: Iterator[T]) -> Iterator[T]:
-        """The steps, each when it may begin; reading it is part of it."""
+        """Yields each step when it may begin. The time that it takes to read a step counts as the step's."""
         while True:
             self.pause()
             with self.phases.of("data"):
@@ -110,37 +115,37 @@ class Gate:
 
 
 def engine_loop(config: Config, gate: Gate) -> None:
-    """`engine.train.train`, as every recipe calls it."""
+    """Trains by `engine.train.train`, as every recipe does, and waits at the gate before every step."""
+    steps_of_run, record_of_run, phases = Run.steps, Run.record, gate.phases
 
-    class Gated(Run):
-        def profiled(self, steps: Iterator[Step]) -> Iterator[Step]:
-            return gate.between(super().profiled(steps))
+    def steps(run: Run) -> Iterator[Step]:
+        return gate.between(steps_of_run(run))
 
-        def record(self, step: Step, tally: Tally, outcome: Verdict) -> None:
-            super().record(step, tally, outcome)
-            gate.losses = tally.losses_S.tolist()
+    def record(run: Run, step: Step, tally: Tally, verdict: Verdict) -> None:
+        record_of_run(run, step, tally, verdict)
+        gate.losses = tally.losses_S.tolist()
 
-    phases = gate.phases
     with ExitStack() as stack:
-        for place, name, phase in (
+        stack.enter_context(mock.patch.object(Run, "steps", steps))
+        stack.enter_context(mock.patch.object(Run, "record", record))
+        for owner, name, phase in (
             (Teachers, "__call__", "teachers"),
             (Student, "body", "bodies"),
-            (train, "linear_ensemble_kl", "loss"),
+            (gradients, "linear_ensemble_kl", "loss"),
             (Student, "backward", "backward"),
-            (Cohort, "step", "optimizer"),
+            (Cohort, "update", "optimizer"),
             (OuterLoop, "before_step", "outer"),
             (OuterLoop, "after_step", "outer"),
-            (Gated, "record", "record"),
+            (Run, "record", "record"),
         ):
-            stack.enter_context(mock.patch.object(place, name, phases.wrapped(getattr(place, name), phase)))
+            stack.enter_context(mock.patch.object(owner, name, phases.wrapped(getattr(owner, name), phase)))
         for name in COLLECTIVES:  # before DeepSpeed takes them
             stack.enter_context(mock.patch.object(dist, name, phases.collective(getattr(dist, name))))
-        stack.enter_context(mock.patch.object(train, "Run", Gated))
         train.train(config)
 
 
 class Phases:
-    """Seconds by phase of one step: a phase within another counts for itself alone."""
+    """Measures the seconds of one step by phase. The time of a phase inside another one counts for the inner alone."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -153,7 +158,7 @@ class Phases:
         self.communicated, self._open, self._since = 0, [REST], now
 
     def finish(self, now: float) -> tuple[dict[str, float], int]:
-        """Seconds by phase and the bytes communicated since `begin`; nothing where that was not called."""
+        """Returns seconds by phase and the bytes communicated since `begin`; none where that was not called."""
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
             self._open = []
@@ -188,7 +193,7 @@ class Phases:
         return run
 
     def collective(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Of torch.distributed; one that nobody has to wait for is waited for here."""
+        """Returns a collective of torch.distributed that is measured. An asynchronous one is waited for here."""
         barrier = dist.barrier
 
         @functools.wraps(function)
@@ -208,7 +213,7 @@ class Phases:
 
 
 def _moved(arguments: Iterable[Any]) -> int:
-    """The bytes that a collective moves: its largest argument is the whole, where another is a rank's part."""
+    """Returns the bytes that a collective moves: those of its largest argument, as others are only a rank's part."""
     leaves = ([x for x in tree_leaves(argument) if isinstance(x, torch.Tensor)] for argument in arguments)
     return max((sum(x.nbytes for x in tensors) for tensors in leaves), default=0)
 
@@ -231,5 +236,5 @@ def _forget_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what building left behind, and the heap keeps, is no step's
+        ctypes.CDLL(None).malloc_trim(0)  # The heap may keep memory that was freed before the step began.
         timing.reset_peak_resident()

@@ -87,11 +87,11 @@ def mutual(folder: Path, stage: int) -> Job:
 
 
 def learnt(summary: Path) -> dict[str, Any]:
-    """Of a run beside others, whose times and energy mean nothing."""
-    found = json.loads(summary.read_text())
-    kept = ("name", "parameters", "validation_loss", "pairs_accuracy")
-    students = [{key: student[key] for key in kept} for student in found["students"]]
-    return {key: found[key] for key in ("device", "zero_stage", "steps", "tokens")} | {"students": students}
+    """Returns what a run has learnt. Other jobs run beside it, so its times and energy mean nothing."""
+    content = json.loads(summary.read_text())
+    keys = ("name", "parameters", "validation_loss", "pairs_accuracy")
+    students = [{key: student[key] for key in keys} for student in content["students"]]
+    return {key: content[key] for key in ("device", "zero_stage", "steps", "tokens")} | {"students": students}
 
 
 def last_line(output: str) -> str:
@@ -99,19 +99,21 @@ def last_line(output: str) -> str:
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    """ValueError where there are none."""
+    """Returns the rows of a CSV file; raises ValueError where it has none."""
     with path.open(newline="") as file:
-        found = list(csv.DictReader(file))
-    if not found:
+        content = list(csv.DictReader(file))
+    if not content:
         raise ValueError(f"{path.name} has no rows")
-    return found
+    return content
 
 
 def run(job: Job, limit: float) -> dict[str, Any]:
-    """Run it, and end it with all its children after `limit` seconds; what it left is kept in either case."""
+    """Runs a job, ends it with all its children after `limit` seconds, and returns what it has left in either case."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     begin, process = time.monotonic(), None
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:  # a job may end within a character
+    with tempfile.TemporaryFile(
+        "w+", encoding="utf-8", errors="replace"
+    ) as output:  # A job may end within a character.
         try:
             process = subprocess.Popen(
                 job.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -124,7 +126,7 @@ def run(job: Job, limit: float) -> dict[str, Any]:
             outcome = f"could not begin: {error}"
         finally:
             if process is not None:
-                with suppress(ProcessLookupError):  # also of what a job that has ended leaves behind
+                with suppress(ProcessLookupError):  # A job that has ended may have left children behind.
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         output.seek(0)
@@ -160,12 +162,12 @@ def machine() -> dict[str, Any]:
 
 
 def compile_models() -> dict[str, dict[str, float | None]]:
-    """By family, `compiled_beside_eager` of a student's body."""
+    """Returns `compiled_beside_eager` of a student's body, by family."""
     from engine.models.gpt2 import GPT2Shape
     from engine.models.llama import LlamaShape
 
-    size: dict[str, Any] = {"layers": 8, "hidden": 512, "heads": 8, "ffn": 1536, "vocabulary": 16000, "max_length": 512}
-    shapes = {"llama": LlamaShape(**size, kv_heads=8, tied=True), "gpt2": GPT2Shape(**size)}
+    size: dict[str, Any] = {"layers": 8, "hidden": 512, "heads": 8, "ffn": 1536, "vocab_size": 16000, "max_length": 512}
+    shapes = {"llama": LlamaShape(**size, kv_heads=8), "gpt2": GPT2Shape(**size)}
     return {
         family: compiled_beside_eager(shape, torch.device("cuda"), torch.bfloat16, batch=8)
         for family, shape in shapes.items()
@@ -173,26 +175,29 @@ def compile_models() -> dict[str, dict[str, float | None]]:
 
 
 def compiled_beside_eager(shape: Any, device: torch.device, dtype: torch.dtype, batch: int) -> dict[str, float | None]:
-    """A body as `train.compile` has it: seconds of a forward and backward pass of `batch` whole sequences, eager and
-    compiled, on the device and on a GPU's host, and the largest relative difference between their results. Raises
-    ArithmeticError where that is too large.
+    """Compares a model's body, compiled as by `train.compile`, with the eager one.
+
+    It returns the seconds of a forward and backward pass of `batch` whole sequences on the device and on its host, and
+    the largest relative difference between their results. Raises ArithmeticError where that is too large.
     """
     from benchmarks import timing
+    from engine.models.base import initial_weights
     from engine.models.compiled import compile_body
     from engine.models.families import new_model
-    from engine.models.llama import initialise
 
-    ways = {"eager": new_model(shape), "compiled": new_model(shape)}
-    for model in ways.values():
-        initialise(model, seed=0)
+    models = {"eager": new_model(shape), "compiled": new_model(shape)}
+    for model in models.values():
+        initial_weights(model, shape.layers, seed=0)
         model.to(device, dtype)
-    compile_body(ways["compiled"], learns=True)
-    tokens_BL = torch.randint(shape.vocabulary, (batch, shape.max_length), device=device)
+    compile_body(models["compiled"], learns=True)
+    tokens_BL = torch.randint(shape.vocab_size, (batch, shape.max_length), device=device)
     cotangent_ND = torch.randn(tokens_BL.numel(), shape.hidden, device=device, dtype=dtype)
 
     def results(name: str) -> list[torch.Tensor]:
-        hidden_ND, weights = ways[name](tokens_BL), list(ways[name].parameters())
-        gradients = torch.autograd.grad(hidden_ND, weights, cotangent_ND, allow_unused=True)  # an untied head
+        hidden_ND, weights = models[name](tokens_BL), list(models[name].parameters())
+        gradients = torch.autograd.grad(
+            hidden_ND, weights, cotangent_ND, allow_unused=True
+        )  # An untied head is not used.
         return [hidden_ND, *(g for g in gradients if g is not None)]
 
     differences = [
@@ -201,13 +206,13 @@ def compiled_beside_eager(shape: Any, device: torch.device, dtype: torch.dtype, 
     ]
     if not max(differences) <= LARGEST_DIFFERENCE:
         raise ArithmeticError(f"compiled and eager differ by {max(differences):.1e}, over {LARGEST_DIFFERENCE}")
-    variants = {name: timing.Variant(lambda _, name=name: results(name), lambda number: number) for name in ways}
+    variants = {name: timing.Variant(lambda _, name=name: results(name), lambda number: number) for name in models}
     clock = timing.clock_of(device)
     compared = timing.compare(variants, "eager", clock, rounds=15)
     return {
         "eager_seconds": compared.time("eager").median,
         "compiled_seconds": compared.time("compiled").median,
-        **{f"{name}_host_seconds": timing.host_seconds(clock, variants[name].run) for name in ways},
+        **{f"{name}_host_seconds": timing.host_seconds(clock, variants[name].run) for name in models},
         "largest_difference": max(differences),
         "control_spread": compared.spread,
     }
@@ -227,23 +232,23 @@ def main(argv: Sequence[str]) -> int:
     begin = time.monotonic() - (time.time() - psutil.Process().create_time())  # imports take seconds too
     record: dict[str, Any] = {**machine(), "jobs": []}
 
-    def keep(done: dict[str, Any]) -> None:
-        record["jobs"].append(done)
+    def keep(result: dict[str, Any]) -> None:
+        record["jobs"].append(result)
         record["seconds"] = time.monotonic() - begin
         chosen.out.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"{done['name']:14}{done['seconds']:6.0f} s  {done['outcome']}", flush=True)
+        print(f"{result['name']:14}{result['seconds']:6.0f} s  {result['outcome']}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        raise_on_all_ranks = untimed(Path(folder))
-        with ThreadPoolExecutor(len(raise_on_all_ranks)) as pool:
-            for done in pool.map(lambda job: run(job, job.seconds), raise_on_all_ranks):
-                keep(done)
-        alone = timed(Path(folder))
-        for number, job in enumerate(alone, start=1):
+        side_by_side = untimed(Path(folder))
+        with ThreadPoolExecutor(len(side_by_side)) as pool:
+            for result in pool.map(lambda job: run(job, job.seconds), side_by_side):
+                keep(result)
+        one_by_one = timed(Path(folder))
+        for number, job in enumerate(one_by_one, start=1):
             left = SECONDS - (time.monotonic() - begin)
-            keep(run(job, max(1.0, left - sum(later.seconds for later in alone[number:]))))
+            keep(run(job, max(1.0, left - sum(later.seconds for later in one_by_one[number:]))))
     print(f"{record['device']}: {chosen.out}")
-    return 0 if all(done["outcome"] == "passed" for done in record["jobs"]) else 1
+    return 0 if all(job["outcome"] == "passed" for job in record["jobs"]) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Predicts a step's time and memory on a cluster, and the ZeRO stage that is fastest of those that fit.
+"""Predicts a step's time and memory on a cluster, and the fastest ZeRO stage among those that fit.
 
     python benchmarks/plan.py --measured plain.csv mutual.csv             rates of this machine, and the plan's error
     python benchmarks/plan.py recipes/baby_llama/student-58m.yaml --device H100 --nodes 4 --gpus 8
@@ -10,14 +10,14 @@ A rank's step takes
     FLOPs / rate + bytes / rate + passes · seconds
     + Σ (volume · (g−1)/g / within + volume · (n−1)/n / between + seconds · log₂ ranks)
 
-FLOPs of matrix products as they are computed (engine.compute.flops); bytes that everything else must move, as the kernels were
-counted to (benchmarks.traffic), and AdamW; passes of a model's layers, each of which costs its launches whatever its
-size. Of collectives, over n nodes of g GPUs: a volume is what a reduce-scatter or an all-gather moves; an all-reduce
-moves it twice. Nothing overlaps, as in the engine.
+FLOPs are those of matrix products as they are computed (engine.compute.flops). Bytes are what everything else, and
+AdamW, must move, as counted for the kernels (benchmarks.traffic). Passes are those of a model's layers, each of which
+costs its launches whatever its size. For collectives over n nodes of g GPUs, a volume is what a reduce-scatter or an
+all-gather moves; an all-reduce moves it twice. Nothing overlaps, as in the engine.
 
-The rates are fitted to what benchmarks/throughput.py measured (its --csv), each case's error being that of a fit
-without it. Without measurements, those of a device are what ASSUMED says: a guess, and its plan the same. Whatever is
-printed here is predicted.
+The rates are fitted to what benchmarks/throughput.py has measured (its --csv), and each case's error is that of a fit
+without this case. Without measurements a device has the rates in ASSUMED, which are a guess, and so is the plan.
+Whatever is printed here is predicted.
 
 S students, K teachers, R streams, D hidden, F inner width, V vocabulary, P parameters.
 """
@@ -35,33 +35,28 @@ from statistics import median
 
 import numpy as np
 
-from engine.compute.flops import Text, inference, training
+from engine.compute.flops import Workload, inference, training
 from engine.compute.hardware import listed_peak
-from engine.compute.usage import NOTHING
+from engine.compute.memory import peak_memory as estimated_memory
 from engine.config.loading import build, read_yaml
 from engine.config.settings import Config
-from engine.data.masking import SHARE
-from engine.models.families import Shape, parameter_count, shape_of
+from engine.data.masking import MASKED_SHARE
+from engine.models.base import Shape
+from engine.models.families import parameter_count, shape_of
 from engine.models.llama import LlamaShape
-from engine.models.roberta import RobertaShape
-from engine.run import dry_run
+from engine.run.dry_run import teacher_shape
+from engine.students.zero import LARGEST_BUCKET
+from engine.system.errors import UserError
 
-RATES = ("flops", "bytes", "passes", "moved", "collectives")  # of each a rank's step has so many
-ASSUMED = (
-    0.4,
-    0.9,
-    1e-4,
-    2e-5,
-)  # of the peak in products, of the memory's bandwidth; seconds a layer's pass, a collective
+RATES = ("flops", "bytes", "passes", "moved", "collectives")  # the quantities of a rank's step
+# Share of the peak in products, share of the memory's bandwidth, seconds of a layer's pass, seconds of a collective.
+ASSUMED = (0.4, 0.9, 1e-4, 2e-5)
 BANDWIDTH = {"A100": 2.04e12, "H100": 3.35e12, "B200": 8.0e12, "MI300X": 5.3e12}  # bytes/s, as in benchmarks/audit.py
 MEMORY = {"A100": 80e9, "H100": 80e9, "B200": 180e9, "MI300X": 192e9}  # bytes
 STAGES = range(4)
-LIVE_PARAMETERS = (
-    500_000_000  # up to so many stay gathered from forward to backward (engine.students.cohort.engine_settings)
-)
 PAPERS = ("baby_llama/student-58m.yaml", "baby_llama_2/student.yaml", "babies/published.yaml")
 GPUS = tuple(2**n for n in range(3, 11))
-SEQUENCES = 1024  # of a step over all GPUs, where that is held
+SEQUENCES = 1024  # in a step over all GPUs, where this number is held constant
 
 
 @dataclass(frozen=True)
@@ -73,20 +68,20 @@ class Job:
     batch: int  # sequences
     length: int
     precision: str = "fp32"
-    micro_batch: int | None = None  # sequences a rank takes at once; None: all of its own
-    streams: int | None = None  # R; None: students, and one for all teachers
+    micro_batch: int | None = None  # sequences that a rank takes at once; None is all of its share
+    streams: int | None = None  # R; None is one per student, and one for all teachers
     recompute: bool = False
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """n nodes of g GPUs (or ranks); bytes a second."""
+    """n nodes of g GPUs (or ranks) each; bandwidths are in bytes per second."""
 
     nodes: int = 1
     gpus: int = 1
-    within: float = 450e9  # of a GPU, to others of its node
-    between: float = 400e9  # of a node, to others: 8 cards of 400 Gbit/s
-    peak_memory: float = math.inf  # of a GPU
+    within: float = 450e9  # from a GPU to the others of its node
+    between: float = 400e9  # from a node to the others: 8 cards of 400 Gbit/s
+    memory: float = math.inf  # of a GPU, bytes
     kind: str = "cuda"
 
     @property
@@ -96,29 +91,29 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Plan:
-    """Predicted."""
+    """The prediction for a ZeRO stage."""
 
     stage: int
     micro_batch: int
-    seconds: float  # a step
-    communication: float  # of them
-    peak_memory: float  # bytes of a rank
+    seconds: float  # of a step
+    communication: float  # seconds of the step that are communication
+    memory: float  # bytes of a rank
     fits: bool
 
 
 def quantities(job: Job, cluster: Cluster, stage: int) -> np.ndarray:
-    """Of a rank's step: FLOPs, bytes, passes, seconds that collectives' volume takes, collectives."""
+    """Returns the quantities of a rank's step: FLOPs, bytes, passes, seconds of the volume moved, collectives."""
     share, storage = job.batch / cluster.ranks, 2 if job.precision == "bf16" else 4
     micro_batches = 1 if job.micro_batch is None else share / job.micro_batch
-    flops, moved, volume, passes, collectives = NOTHING.hardware, 0.0, 0.0, 0.0, 1.0
+    flops, moved, volume, passes, collectives = 0, 0.0, 0.0, 0.0, 1.0
     for shape in (*job.students, *job.teachers):
-        learns, text = shape in job.students, text_of(shape, share, job.length)
-        cost = training(shape, text, recompute=job.recompute) if learns else inference(shape, text)
+        learns, work = shape in job.students, workload_of(shape, share, job.length)
+        cost = training(shape, work, recompute=job.recompute) if learns else inference(shape, work)
         flops += cost.hardware
         elements = sum(elementwise(shape)[: 2 if learns else 1]) + (elementwise(shape)[0] if job.recompute else 0)
-        moved += storage * text.sequences * text.length * shape.layers * elements
+        moved += storage * work.sequences * work.length * shape.layers * elements
         passes += micro_batches * shape.layers * (2 + job.recompute if learns else 1)
-    rows = text_of(job.students[0], share, job.length).rows
+    rows = workload_of(job.students[0], share, job.length).rows
     R = job.streams or len(job.students) + bool(job.teachers)
     moved += 4 * rows * job.students[0].vocab_size * (2 * R + len(job.students))
     for shape in job.students:
@@ -134,36 +129,39 @@ def quantities(job: Job, cluster: Cluster, stage: int) -> np.ndarray:
 
 
 def volumes(P: int, stage: int, micro_batches: float) -> tuple[float, float]:
-    """(of gradients, of parameters): how often all of them are reduced or gathered. DeepSpeed reduces a bucket for all
-    ranks at stages 1 and 2 too; at stage 3 every micro-batch gathers anew."""
-    gathers = micro_batches * (1 if P <= LIVE_PARAMETERS else 2)
+    """Returns how often all gradients are reduced, and how often all parameters are gathered.
+
+    DeepSpeed reduces a bucket for all ranks at stages 1 and 2 too. At stage 3 every micro-batch gathers again.
+    """
+    gathers = micro_batches * (1 if P <= LARGEST_BUCKET else 2)
     return (2.0, 0.0) if stage == 0 else (2.0, 1.0) if stage < 3 else (micro_batches, gathers)
 
 
 def elementwise(shape: Shape) -> tuple[int, int]:
-    """Elements per token and layer that cross between memory and what is no product, forward and backward, at least:
-    two norms with residuals (2 in and 2 out), rotary positions, the activation, attention's own tensors."""
-    D, F = shape.hidden, shape.ffn
-    narrow = shape.kv_heads * shape.head_width if isinstance(shape, LlamaShape) else D
-    rotary = 2 * (D + narrow) if isinstance(shape, LlamaShape) else 0
-    activation = (3 * F, 5 * F) if isinstance(shape, LlamaShape) else (2 * F, 3 * F)
-    return (
-        8 * D + rotary + activation[0] + 2 * (D + narrow),
-        8 * D + rotary + activation[1] + 4 * (D + narrow),
-    )
+    """Returns the least elements per token and layer that operations other than products move, forward and backward.
+
+    They are two norms with residuals (2 in and 2 out), rotary positions, the activation and attention's own tensors.
+    """
+    D, F, kv = shape.hidden, shape.ffn, shape.kv_hidden
+    rotary = 2 * (D + kv) if isinstance(shape, LlamaShape) else 0
+    forward, backward = (3 * F, 5 * F) if isinstance(shape, LlamaShape) else (2 * F, 3 * F)  # of the activation
+    return 8 * D + rotary + forward + 2 * (D + kv), 8 * D + rotary + backward + 4 * (D + kv)
 
 
 def optimizer_bytes(precision: str) -> int:
-    """A parameter's: weight, moments and gradient read, the first three written; the gradient's norm, and its zeroing.
-    In bf16 weights are kept in fp32 too."""
+    """Returns the bytes that an update moves per parameter.
+
+    The weight, both moments and the gradient are read, and the first three are written. The gradient is read once more
+    for its norm, and set to zero. In bf16, fp32 weights are kept too.
+    """
     return 28 + 4 + 4 if precision == "fp32" else 28 + 4 + 3 * 2
 
 
-def text_of(shape: Shape, sequences: float, length: int) -> Text:
-    """Of a share that need not be whole; a RoBERTa predicts what is masked."""
-    whole = round(sequences * length)
-    rows = round(whole * SHARE) if isinstance(shape, RobertaShape) else whole
-    return Text(whole // length, length, rows, rows, whole)
+def workload_of(shape: Shape, sequences: float, length: int) -> Workload:
+    """Returns the workload of a number of sequences, which need not be whole; a masked model predicts few tokens."""
+    tokens = round(sequences * length)
+    rows = tokens if shape.causal else round(tokens * MASKED_SHARE)
+    return Workload(tokens // length, length, rows, rows, tokens)
 
 
 @cache
@@ -171,8 +169,8 @@ def parameters(shape: Shape) -> int:
     return parameter_count(shape)
 
 
-def peak_memory(job: Job, cluster: Cluster, stage: int) -> float:
-    """Bytes of a rank at its peak, allocator and libraries apart: the dry run's."""
+def memory(job: Job, cluster: Cluster, stage: int) -> float:
+    """Returns the bytes of a rank at its peak as the dry run does, without the allocator's and libraries' own."""
     students = {str(i): shape for i, shape in enumerate(job.students)}
     teachers = {str(i): shape for i, shape in enumerate(job.teachers)}
     plain = {"name": "s", "layers": 1, "hidden": 2, "heads": 1, "ffn": 1}
@@ -180,28 +178,30 @@ def peak_memory(job: Job, cluster: Cluster, stage: int) -> float:
     mix = "each" if job.streams and job.streams > len(students) + 1 else "logits"
     config = build(Config, {"students": [plain], "train": train, "objective": {"mix": mix}})
     tokens = (job.micro_batch or math.ceil(job.batch / cluster.ranks)) * job.length
-    return dry_run.peak_memory(config, students, teachers, tokens, cluster.ranks, stage, cluster.kind)
+    return estimated_memory(config, students, teachers, tokens, cluster.ranks, stage, cluster.kind)
 
 
 def plans(job: Job, cluster: Cluster, rates: np.ndarray) -> list[Plan]:
-    """For each stage, with the largest micro-batch that fits (the smallest, if none does)."""
-    found, share = [], max(1, job.batch // cluster.ranks)
+    """Returns a plan per stage, with the largest micro-batch that fits, or the smallest where none does."""
+    stage_plans, share = [], max(1, job.batch // cluster.ranks)
     for stage in STAGES:
-        if job.precision == "bf16" and stage == 0:  # refused (engine.run.checks)
+        if job.precision == "bf16" and stage == 0:  # engine.run.checks refuses it.
             continue
         for micro in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
             small = replace(job, micro_batch=micro)
-            needed = peak_memory(small, cluster, stage)
-            if needed <= cluster.peak_memory or micro == 1:
+            needed = memory(small, cluster, stage)
+            if needed <= cluster.memory or micro == 1:
                 parts = quantities(small, cluster, stage) * rates
-                found.append(Plan(stage, micro, parts.sum(), parts[3:].sum(), needed, fits=needed <= cluster.peak_memory))
+                stage_plans.append(
+                    Plan(stage, micro, parts.sum(), parts[3:].sum(), needed, fits=needed <= cluster.memory)
+                )
                 break
-    return found
+    return stage_plans
 
 
-def best(found: Sequence[Plan]) -> Plan:
-    """The fastest of those that fit; of equals the lowest stage."""
-    return min(found, key=lambda plan: (not plan.fits, plan.seconds, plan.stage))
+def best(stage_plans: Sequence[Plan]) -> Plan:
+    """Returns the fastest plan among those that fit; among equals that of the lowest stage."""
+    return min(stage_plans, key=lambda plan: (not plan.fits, plan.seconds, plan.stage))
 
 
 # --- Rates ------------------------------------------------------------------------------------------------------------
@@ -209,29 +209,31 @@ def best(found: Sequence[Plan]) -> Plan:
 
 @dataclass(frozen=True)
 class Measured:
-    """A case as benchmarks/throughput.py found it."""
+    """A case that benchmarks/throughput.py has measured."""
 
     name: str
     job: Job
     cluster: Cluster
     stage: int
     seconds: float
-    peak_memory: float  # bytes beyond imports
+    memory: float  # bytes beyond imports
 
 
 def read_measured(paths: Iterable[Path]) -> list[Measured]:
-    """The rows of `ours`, without those of noisy minutes and of steps with an outer loop, which plans do not know.
-    ValueError where they come from several devices, or are of several precisions."""
+    """Returns the rows of `ours`, without those of noisy minutes and those with an outer loop, which no plan knows.
+
+    Raises UserError where they come from several devices or are of several precisions.
+    """
     rows = [row for path in paths for row in csv.DictReader(path.open(newline="")) if row["variant"] == "ours"]
     kept = [row for row in rows if row["void"] == "False" and "outer" not in row["overrides"]]
     if len(kept) < len(rows):
         print(f"{len(rows) - len(kept)} of {len(rows)} cases are left out: void, or with an outer loop")
     devices = sorted({row["device"] for row in kept})
     if len(devices) != 1:
-        raise ValueError(f"measured on {' and '.join(devices) or 'nothing'}: give one device's files")
+        raise UserError(f"measured on {' and '.join(devices) or 'nothing'}: give one device's files")
     precisions = sorted({row["precision"] for row in kept})
     if len(precisions) > 1:
-        raise ValueError(f"measured in {' and '.join(precisions)}: give the files of one precision")
+        raise UserError(f"measured in {' and '.join(precisions)}: give the files of one precision")
     return [_measured(row) for row in kept]
 
 
@@ -250,15 +252,15 @@ def _measured(row: Mapping[str, str]) -> Measured:
         settings.get("train.recompute") == "true",
     )
     kind = "cpu" if "threads a rank" in row["device"] else "cuda"
-    cluster = Cluster(1, ranks, within=1.0, between=1.0, kind=kind)  # the fit finds seconds a byte
-    own = float(row["beyond_state_mebibytes"]) * 2**20 + state(job, ranks, int(row["zero_stage"]))
+    cluster = Cluster(1, ranks, within=1.0, between=1.0, kind=kind)  # The fit finds seconds per byte.
+    memory = float(row["beyond_state_mebibytes"]) * 2**20 + state(job, ranks, int(row["zero_stage"]))
     name = f"{row['task']} S={row['students']} K={row['teachers']} V={vocab_size} L={length} B={row['batch']}"
     name += f", {ranks} ranks, ZeRO {row['zero_stage']}" if ranks > 1 else ""
-    return Measured(name, job, cluster, int(row["zero_stage"]), float(row["milliseconds"]) / 1000, own)
+    return Measured(name, job, cluster, int(row["zero_stage"]), float(row["milliseconds"]) / 1000, memory)
 
 
 def parse(text: str, vocab_size: int, length: int) -> Shape:
-    """A shape as throughput.py describes it, such as llama-8x256x8x768 or llama-32x960x15x2560x5-untied."""
+    """Returns the shape of throughput.py's description, such as llama-8x256x8x768 or llama-32x960x15x2560x5-untied."""
     family, sizes, *untied = text.split("-")
     names = ("layers", "hidden", "heads", "ffn", "kv_heads")
     settings = dict(zip(names, map(int, sizes.split("x")), strict=False))
@@ -268,17 +270,17 @@ def parse(text: str, vocab_size: int, length: int) -> Shape:
 
 
 def state(job: Job, ranks: int, stage: int) -> float:
-    """Bytes of weights and moments that throughput.py subtracts."""
+    """Returns the bytes of weights and moments that throughput.py subtracts."""
     storage = 2 if job.precision == "bf16" else 4
-    a_student = storage / (ranks if stage == 3 else 1) + 8 / (ranks if stage > 0 else 1)
-    a_student += 4 / ranks if job.precision == "bf16" else 0
-    return a_student * sum(map(parameters, job.students)) + storage * sum(map(parameters, job.teachers))
+    per_parameter = storage / (ranks if stage == 3 else 1) + 8 / (ranks if stage > 0 else 1)
+    per_parameter += 4 / ranks if job.precision == "bf16" else 0
+    return per_parameter * sum(map(parameters, job.students)) + storage * sum(map(parameters, job.teachers))
 
 
 def fit(cases: Sequence[Measured]) -> np.ndarray:
-    """Seconds for one of each quantity, none below 0, by least squares of relative errors."""
+    """Returns the seconds of one unit of each quantity, none below 0, by least squares of relative errors."""
     table = np.array([quantities(c.job, c.cluster, c.stage) / c.seconds for c in cases])
-    found, error = np.zeros(table.shape[1]), math.inf
+    rates, error = np.zeros(table.shape[1]), math.inf
     for size in range(1, table.shape[1] + 1):
         for chosen in itertools.combinations(range(table.shape[1]), size):
             part = table[:, chosen]
@@ -286,24 +288,24 @@ def fit(cases: Sequence[Measured]) -> np.ndarray:
             if (scale == 0).any() or len(chosen) > len(cases):
                 continue
             solved = np.linalg.lstsq(part / scale, np.ones(len(cases)), rcond=None)[0] / scale
-            off = float(((part @ solved - 1) ** 2).sum())
-            if (solved >= 0).all() and off < error - 1e-12:
-                found, error = np.zeros(table.shape[1]), off
-                found[list(chosen)] = solved
-    return found
+            squares = float(((part @ solved - 1) ** 2).sum())
+            if (solved >= 0).all() and squares < error - 1e-12:
+                rates, error = np.zeros(table.shape[1]), squares
+                rates[list(chosen)] = solved
+    return rates
 
 
 def errors(cases: Sequence[Measured]) -> list[float]:
-    """Relative, of each case's time as predicted from the others."""
-    found = []
+    """Returns the relative error of each case's time as predicted from the other cases."""
+    relative = []
     for i, case in enumerate(cases):
         rates = fit([*cases[:i], *cases[i + 1 :]])
-        found.append(float(quantities(case.job, case.cluster, case.stage) @ rates) / case.seconds - 1)
-    return found
+        relative.append(float(quantities(case.job, case.cluster, case.stage) @ rates) / case.seconds - 1)
+    return relative
 
 
 def of_machine(cases: Sequence[Measured], cluster: Cluster) -> tuple[Cluster, np.ndarray]:
-    """A cluster of the measured machine, and its rates; of its network, what no case has told is as given."""
+    """Returns a cluster of the measured machine, and its rates; what no case says of the network is as given."""
     rates = fit(cases)
     within = cluster.within if rates[3] == 0 else 1 / rates[3]
     seconds = rates[4] or ASSUMED[3]
@@ -311,18 +313,19 @@ def of_machine(cases: Sequence[Measured], cluster: Cluster) -> tuple[Cluster, np
 
 
 def assumed(device: str, precision: str) -> np.ndarray:
-    """Seconds for one of each quantity on a GPU that nobody has measured."""
+    """Returns the seconds of one unit of each quantity on a GPU that has not been measured."""
     peak = listed_peak(device, precision)
     if device not in BANDWIDTH or peak is None:
-        raise ValueError(f"--device {device}: expected one of {', '.join(BANDWIDTH)}")
-    of_peak, of_bandwidth, a_pass, a_collective = ASSUMED
-    return np.array([1 / (of_peak * peak), 1 / (of_bandwidth * BANDWIDTH[device]), a_pass, 1.0, a_collective])
+        raise UserError(f"--device {device}: expected one of {', '.join(BANDWIDTH)}")
+    peak_share, bandwidth_share, pass_seconds, collective_seconds = ASSUMED
+    flops, moved = 1 / (peak_share * peak), 1 / (bandwidth_share * BANDWIDTH[device])
+    return np.array([flops, moved, pass_seconds, 1.0, collective_seconds])
 
 
 def rates_of(job: Job, rates: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Those of its precision; ValueError where nobody has measured them."""
+    """Returns the rates in the job's precision; UserError where there are none."""
     if job.precision not in rates:
-        raise ValueError(f"train.precision={job.precision}: measured in {', '.join(rates)} alone; measure that too")
+        raise UserError(f"train.precision={job.precision}: measured in {', '.join(rates)} alone; measure that too")
     return rates[job.precision]
 
 
@@ -330,11 +333,11 @@ def rates_of(job: Job, rates: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def job_of(recipe: Path) -> Job:
-    """A recipe's step; teachers that are not trained yet have the shapes of the recipes beside it."""
+    """Returns a recipe's step. Teachers that are not trained yet have the shapes of the recipes beside it."""
     config = build(Config, read_yaml(recipe))
     vocab_size = config.data.tokenizer.vocab_size or 16000
     train, K = config.train, range(len(config.teachers))
-    teachers = tuple(dry_run.teacher_shape(config, i, vocab_size, recipe.parent) for i in K if config.cache is None)
+    teachers = tuple(teacher_shape(config, i, vocab_size, recipe.parent) for i in K if config.cache is None)
     streams = len(config.students) + (len(K) if config.objective.mix == "each" else bool(K))
     return Job(
         tuple(shape_of(student, vocab_size) for student in config.students),
@@ -349,26 +352,26 @@ def job_of(recipe: Path) -> Job:
 
 
 def figure(path: Path, recipes: Sequence[Path], cluster: Cluster, rates: Mapping[str, np.ndarray], about: str) -> None:
-    """Tokens a second of text against GPUs: each takes the recipe's batch, or all of them SEQUENCES together."""
+    """Draws tokens per second over the number of GPUs, each with the recipe's batch or all with SEQUENCES together."""
     import matplotlib.pyplot as plt
 
     drawn, axes = plt.subplots(1, 3, figsize=(15, 4.6))
     for recipe in recipes:
         job, name = job_of(recipe), f"{recipe.parent.name}/{recipe.stem}"
         for axis, held in zip(axes[:2], (None, SEQUENCES), strict=True):
-            found = []
+            points = []
             for gpus in GPUS:
                 sized = replace(job, batch=held or job.batch * gpus)
-                where = replace(cluster, nodes=gpus // cluster.gpus)
-                found.append((gpus, sized, best(plans(sized, where, rates_of(job, rates)))))
-            speeds = [sized.batch * sized.length / plan.seconds for _, sized, plan in found]
+                larger = replace(cluster, nodes=gpus // cluster.gpus)
+                points.append((gpus, sized, best(plans(sized, larger, rates_of(job, rates)))))
+            speeds = [sized.batch * sized.length / plan.seconds for _, sized, plan in points]
             (line,) = axis.plot(GPUS, speeds, marker="o", label=name)
             first = speeds[0] / GPUS[0]
             axis.plot(GPUS, [first * gpus for gpus in GPUS], color=line.get_color(), linestyle=":", linewidth=1)
             if held is None:
-                shares = [plan.communication / plan.seconds for _, _, plan in found]
-                axes[2].plot(GPUS, shares, marker="o", label=f"{name}, ZeRO {found[-1][2].stage}")
-            for gpus, sized, plan in found:
+                shares = [plan.communication / plan.seconds for _, _, plan in points]
+                axes[2].plot(GPUS, shares, marker="o", label=f"{name}, ZeRO {points[-1][2].stage}")
+            for gpus, sized, plan in points:
                 print(
                     f"{name} {gpus:5} GPUs, {sized.batch:6} sequences: predicted {1000 * plan.seconds:8.2f} ms, "
                     f"{plan.communication / plan.seconds:4.0%} communication, ZeRO {plan.stage}, micro-batch "
@@ -405,30 +408,30 @@ def main(argv: Sequence[str]) -> int:
             report(cases)
         if chosen.recipes or chosen.figure:
             predict(chosen, cases)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def report(cases: Sequence[Measured]) -> None:
-    """The rates, and each case's error."""
+    """Prints the rates, and each case's error."""
     if len(cases) <= len(RATES):
-        raise ValueError(f"{len(cases)} measured cases for {len(RATES)} rates: give more of them")
-    rates, needed = fit(cases), [peak_memory(case.job, case.cluster, case.stage) for case in cases]
+        raise UserError(f"{len(cases)} measured cases for {len(RATES)} rates: give more of them")
+    rates, needed = fit(cases), [memory(case.job, case.cluster, case.stage) for case in cases]
     print(", ".join(f"{name} {rate:.3g} s" for name, rate in zip(RATES, rates, strict=True)))
-    beside = median(case.peak_memory - found for case, found in zip(cases, needed, strict=True))
+    libraries = median(case.memory - tensors for case, tensors in zip(cases, needed, strict=True))
     print(f"{'':52}  measured  predicted   error    memory  predicted   error")
-    found = errors(cases)
-    for case, error, least in zip(cases, found, needed, strict=True):
-        predicted = least + beside
+    relative = errors(cases)
+    for case, error, tensors in zip(cases, relative, needed, strict=True):
+        predicted = tensors + libraries
         print(
             f"{case.name:52}{1000 * case.seconds:7.0f} ms {1000 * case.seconds * (1 + error):7.0f} ms {error:+7.1%} "
             f"{case.memory / 2**20:5.0f} MiB  {predicted / 2**20:5.0f} MiB {predicted / case.memory - 1:+7.1%}"
         )
     print(
-        f"median error of {len(found)} cases, each predicted from the others: {median(map(abs, found)):.1%}; to memory "
-        f"{beside / 2**20:.0f} MiB are added, the median of what libraries take at first use"
+        f"median error of {len(relative)} cases, each predicted from the others: {median(map(abs, relative)):.1%}; to "
+        f"memory {libraries / 2**20:.0f} MiB are added, the median of what libraries take at first use"
     )
 
 
@@ -438,29 +441,30 @@ def predict(chosen: argparse.Namespace, cases: Sequence[Measured]) -> None:
     )
     if chosen.device == "measured":
         if not cases:
-            raise ValueError("--device measured: name what was measured with --measured")
+            raise UserError("--device measured: name what was measured with --measured")
         cluster, fitted = of_machine(cases, cluster)
         rates = {cases[0].job.precision: fitted}
         about = f"rates fitted to {len(cases)} measured cases"
     else:
         rates = {precision: assumed(chosen.device, precision) for precision in ("fp32", "bf16")}
-        of_peak, of_bandwidth, a_pass, a_collective = ASSUMED
+        peak_share, bandwidth_share, pass_seconds, collective_seconds = ASSUMED
         about = (
-            f"{chosen.device}, assuming {of_peak:.0%} of its peak in products and {of_bandwidth:.0%} of its bandwidth, "
-            f"{1e6 * a_pass:.0f} µs a layer's pass and {1e6 * a_collective:.0f} µs a collective's round"
+            f"{chosen.device}, assuming {peak_share:.0%} of its peak in products and {bandwidth_share:.0%} of its "
+            f"bandwidth, {1e6 * pass_seconds:.0f} µs a layer's pass and {1e6 * collective_seconds:.0f} µs a "
+            "collective's round"
         )
     about += f"; {cluster.within / 1e9:.3g} GB/s a GPU within a node of {cluster.gpus}, "
     about += f"{cluster.between / 1e9:.3g} GB/s a node beyond"
     print(about)
     for recipe in chosen.recipes:
         job = job_of(recipe)
-        found = plans(job, cluster, rates_of(job, rates))
+        stage_plans = plans(job, cluster, rates_of(job, rates))
         print(f"{recipe}: {job.batch} sequences of {job.length} on {cluster.nodes} × {cluster.gpus}")
-        for plan in found:
+        for plan in stage_plans:
             print(
                 f"  ZeRO {plan.stage}, micro-batch {plan.micro_batch}: predicted {1000 * plan.seconds:.2f} ms, of them "
                 f"{1000 * plan.communication:.2f} communication; {plan.memory / 2**30:.1f} GiB a GPU"
-                + (", too much" if not plan.fits else ", best" if plan is best(found) else "")
+                + (", too much" if not plan.fits else ", best" if plan is best(stage_plans) else "")
             )
     if chosen.figure is not None:
         folder = Path(__file__).parents[1] / "recipes"

@@ -1,4 +1,4 @@
-"""The matrix products that a step cannot do without, alone, at their own shapes: the floor of its time.
+"""The matrix products of a step alone, at their own shapes: a step cannot take less time than they do.
 
 B sequences, L positions, N = B·L tokens, D hidden, H heads, V vocabulary, F inner width of the MLP.
 """
@@ -6,7 +6,7 @@ B sequences, L positions, N = B·L tokens, D hidden, H heads, V vocabulary, F in
 import torch
 from torch import Tensor
 
-from engine.models.families import Shape
+from engine.models.base import Shape
 from engine.models.llama import LlamaShape
 
 Product = tuple[Tensor, Tensor, Tensor]  # left [(b,) m, k], right [(b,) k, n], out [(b,) m, n]
@@ -21,16 +21,15 @@ def step_products(
     *,
     backward: bool = True,
 ) -> list[Product]:
-    """The matrix products of one student's step, in its order, into tensors that exist already; without `backward`,
-    those of a teacher's.
+    """Returns the matrix products of one student's step in their order, or without `backward` those of a teacher's.
 
-    Every linear layer: output, gradient of the input, gradient of the weight. Attention: scores and mix, and the four
-    products of their gradients, of full squares, since no one product is a triangle. The head as a linear layer. Each
-    weight and its gradient has memory of its own; activations of one shape share theirs, as a step finds what it has
-    just written in the cache.
+    A linear layer, and so the head, has three: the output, the gradient of the input and that of the weight. Attention
+    has the scores and the mix of the values, and four products for their gradients; they are whole squares, since a
+    single product cannot be a triangle. Each weight and its gradient has memory of its own. Activations of equal shape
+    share theirs, as a step finds what it has just written in the cache. All output tensors exist already.
     """
     if not isinstance(shape, LlamaShape):
-        raise ValueError(f"{shape}: the products of LLaMAs alone are listed; leave them out")
+        raise ValueError(f"{shape}: only the products of LLaMAs are known")
     tokens, width = batch * length, shape.head_width
     buffers: dict[tuple[str, int], Tensor] = {}
 
@@ -58,6 +57,6 @@ def step_products(
         parts += [linear(hidden, hidden), linear(hidden, kv_hidden), linear(hidden, kv_hidden), attention()]
         parts += [linear(hidden, hidden), linear(hidden, shape.ffn), linear(hidden, shape.ffn)]
         parts += [linear(shape.ffn, hidden)]
-    parts.append(linear(hidden, shape.vocabulary))
+    parts.append(linear(hidden, shape.vocab_size))
     forward = [product for part, _ in parts for product in part]
     return forward + [product for _, part in reversed(parts) for product in part if backward]

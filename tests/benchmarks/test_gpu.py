@@ -93,9 +93,9 @@ def test_what_a_job_leaves_of_its_limit_the_next_may_take(tmp_path: Path, monkey
 
 
 def test_the_jobs_end_within_ten_minutes_and_name_what_exists(tmp_path: Path):
-    raise_on_all_ranks, alone = gpu.untimed(tmp_path), gpu.timed(tmp_path)
-    assert max(j.seconds for j in raise_on_all_ranks) + sum(j.seconds for j in alone) <= gpu.SECONDS < 600
-    listed = [*raise_on_all_ranks, *alone]
+    side_by_side, one_by_one = gpu.untimed(tmp_path), gpu.timed(tmp_path)
+    assert max(j.seconds for j in side_by_side) + sum(j.seconds for j in one_by_one) <= gpu.SECONDS < 600
+    listed = [*side_by_side, *one_by_one]
     assert len({j.name for j in listed}) == len(listed)
     for script in [part for j in listed for part in j.command if part.endswith(".py")]:
         subprocess.run([sys.executable, "-m", "py_compile", gpu.ROOT / script], check=True)

@@ -1,4 +1,4 @@
-"""The planner's arithmetic, by hand; what it makes of measurements; which stage it takes."""
+"""The planner: its arithmetic by hand, its fit to measurements, and the stage that it takes."""
 
 import csv
 from dataclasses import replace
@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks import plan, throughput
 from benchmarks.plan import Cluster, Job, Measured
-from engine.compute.flops import Text, inference, training
+from engine.compute.flops import Workload, inference, training
 from engine.models.llama import LlamaShape
+from engine.system.errors import UserError
 
 SMALL = LlamaShape(layers=2, hidden=32, heads=4, kv_heads=4, ffn=48, vocab_size=64, max_length=16, tied=True)
 LARGE = replace(SMALL, layers=4, hidden=64)
@@ -21,11 +22,11 @@ RATES = np.array([1e-9, 2e-10, 3e-6, 1.0, 4e-5])
 
 def test_quantities_by_hand():
     flops, moved, passes, seconds, collectives = plan.quantities(JOB, Cluster(), 0)
-    text = Text.whole(8, 16)
-    assert flops == training(SMALL, text).hardware + inference(LARGE, text).hardware
-    a_token = 2 * (2 * (8 * 32 + 4 * 32) + 8 * 48 + 6 * 64) + 4 * (8 * 64 + 4 * 64 + 3 * 48 + 4 * 64)
+    work = Workload.whole(8, 16)
+    assert flops == training(SMALL, work).hardware + inference(LARGE, work).hardware
+    elements_per_token = 2 * (2 * (8 * 32 + 4 * 32) + 8 * 48 + 6 * 64) + 4 * (8 * 64 + 4 * 64 + 3 * 48 + 4 * 64)
     loss, adamw = 128 * 64 * (2 * 2 + 1), 36 * P
-    assert moved == 4 * 128 * a_token + 4 * loss + adamw
+    assert moved == 4 * 128 * elements_per_token + 4 * loss + adamw
     assert passes == 2 * 2 + 4
     assert (seconds, collectives) == (0, 0), "one rank"
 
@@ -34,10 +35,10 @@ def test_quantities_by_hand():
 def test_what_ranks_send(stage: int, volume: int, calls: int):
     """Over two nodes of four: three quarters of a volume within a node, half of it between them."""
     alone = plan.quantities(JOB, Cluster(), stage)
-    found = plan.quantities(JOB, Cluster(2, 4, within=1000, between=100), stage)
-    assert found[0] == alone[0] / 8, "each its share of the text"
-    assert found[3] == pytest.approx(volume * 4 * P * (3 / 4 / 1000 + 1 / 2 / 100))
-    assert found[4] == (1 + calls) * 3, "log₂ of eight ranks rounds each"
+    shared = plan.quantities(JOB, Cluster(2, 4, within=1000, between=100), stage)
+    assert shared[0] == alone[0] / 8, "each its share of the text"
+    assert shared[3] == pytest.approx(volume * 4 * P * (3 / 4 / 1000 + 1 / 2 / 100))
+    assert shared[4] == (1 + calls) * 3, "log₂ of eight ranks rounds each"
 
 
 def test_gradients_are_accumulated_in_passes_of_their_own():
@@ -48,8 +49,8 @@ def test_gradients_are_accumulated_in_passes_of_their_own():
 
 def measured(seconds: float | None = None, **changes: object) -> Measured:
     job = replace(JOB, **changes)  # pyright: ignore[reportArgumentType]
-    own = float(plan.quantities(job, Cluster(), 0) @ RATES) if seconds is None else seconds
-    return Measured("case", job, Cluster(), 0, own, 0)
+    predicted = float(plan.quantities(job, Cluster(), 0) @ RATES)
+    return Measured("case", job, Cluster(), 0, predicted if seconds is None else seconds, 0)
 
 
 def test_rates_are_found_again_and_an_error_is_seen():
@@ -67,15 +68,15 @@ def test_rates_are_found_again_and_an_error_is_seen():
 def test_the_stage_that_is_fastest_of_those_that_fit():
     cluster = Cluster(1, 8, within=1e3)  # so slow that volumes decide
     job = replace(JOB, batch=64)
-    found = plan.plans(job, cluster, RATES)
-    assert [p.stage for p in found] == [0, 1, 2, 3]
-    assert plan.best(found).stage == 0
-    needed = min(p.peak_memory for p in found)
-    assert needed < found[0].peak_memory, "moments are shared out"
-    tight = plan.best(plan.plans(job, replace(cluster, peak_memory=needed * 1.001), RATES))
+    stage_plans = plan.plans(job, cluster, RATES)
+    assert [p.stage for p in stage_plans] == [0, 1, 2, 3]
+    assert plan.best(stage_plans).stage == 0
+    needed = min(p.memory for p in stage_plans)
+    assert needed < stage_plans[0].memory, "moments are shared out"
+    tight = plan.best(plan.plans(job, replace(cluster, memory=needed * 1.001), RATES))
     assert tight.fits
     assert (tight.stage, tight.micro_batch) != (0, 8)
-    hopeless = plan.best(plan.plans(job, replace(cluster, peak_memory=1), RATES))
+    hopeless = plan.best(plan.plans(job, replace(cluster, memory=1), RATES))
     assert (hopeless.fits, hopeless.micro_batch) == (False, 1)
     assert [p.stage for p in plan.plans(replace(job, precision="bf16"), cluster, RATES)] == [1, 2, 3]
 
@@ -104,13 +105,13 @@ def test_what_is_read_of_measurements(tmp_path: Path, capsys: pytest.CaptureFixt
     (case,) = plan.read_measured([write(tmp_path / "a.csv")])
     assert case.job == JOB
     assert (case.seconds, case.cluster.ranks, case.cluster.kind) == (0.005, 1, "cpu")
-    assert case.peak_memory == 10 * 2**20 + 12 * P + 4 * plan.parameters(LARGE)
+    assert case.memory == 10 * 2**20 + 12 * P + 4 * plan.parameters(LARGE)
     assert "1 of 2 cases are left out" in capsys.readouterr().out
     other = write(tmp_path / "b.csv", device="another")
-    with pytest.raises(ValueError, match="one device's files"):
+    with pytest.raises(UserError, match="one device's files"):
         plan.read_measured([tmp_path / "a.csv", other])
     mixed = write(tmp_path / "c.csv", precision="bf16", zero_stage=1)
-    with pytest.raises(ValueError, match="files of one precision"):
+    with pytest.raises(UserError, match="files of one precision"):
         plan.read_measured([tmp_path / "a.csv", mixed])
     assert plan.main(["--measured", str(other)]) == 2
     assert "1 measured cases for 5 rates" in capsys.readouterr().err
@@ -124,6 +125,6 @@ def test_the_papers_recipes_are_planned(capsys: pytest.CaptureFixture[str]):
     assert printed.count("predicted") == 3 * len(plan.PAPERS)
     assert plan.main([str(recipes / plan.PAPERS[0]), "--device", "measured"]) == 2
     in_bf16 = plan.job_of(recipes / plan.PAPERS[0])
-    with pytest.raises(ValueError, match="measured in fp32 alone"):
+    with pytest.raises(UserError, match="measured in fp32 alone"):
         plan.rates_of(in_bf16, {"fp32": plan.assumed("H100", "fp32")})
     assert plan.assumed("H100", "fp32")[0] > 10 * plan.assumed("H100", "bf16")[0], "no TF32: nobody asks for it"
