@@ -175,6 +175,8 @@ def test_files_without_a_cleaner_stay_and_are_named(prepared_texts: tuple[DataCo
     lines: list[str] = []
     config = dataclasses.replace(prepared_texts[0], cleaner="baby-llama", quirks=True, folder=str(tmp_path))
     manifest = prepare(config, log=lines.append).manifest
+    assert lines[0].endswith("reading 2 file(s)")
+    assert lines[-1] == f"encoding {manifest['splits']['validation']['documents']} documents for validation"
     assert [file["cleaner"] for file in manifest["files"]] == [None, "simple_wikipedia"]
     assert any("there is no cleaner for notes.txt (" in line for line in lines)
     assert manifest["files"][1]["words"] < manifest["files"][1]["words_in_source"]  # Paragraphs are glued.
