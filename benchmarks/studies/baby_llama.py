@@ -1,4 +1,4 @@
-"""Baby Llama at nano scale: does distillation beat the same student trained alone, and whose teaching is it?
+"""Baby Llama at nano scale: does distillation beat the same student trained alone, and which teacher helps?
 
     python benchmarks/studies/baby_llama.py --corpus texts
     python benchmarks/studies/baby_llama.py --corpus texts --seeds 1 --tokens 20000 --teacher-tokens 20000 --csv try.csv
@@ -7,7 +7,7 @@ Two teachers, a GPT-2 and a LLaMA, each larger than the student, are trained onc
 learns alone (control), from both, from each, and from both by way of a cache of their predictions. With one seed all
 arms begin with the same weights and read the same text in the same order, so that their differences are paired.
 
-A finished run is a line of the CSV; what stands there is not done again, and a run that was killed goes on.
+A finished run is a line of the CSV. Runs that stand there are not repeated, and a run that was killed goes on.
 """
 
 import json
@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.runs import append, argument_parser, is_done, rows, settings_of, train_to_the_end
+from benchmarks.studies.runs import append, is_done, rows, settings_of, study_parser, train_to_the_end
 from engine.system.errors import report_errors
 
 COLUMNS = ("arm", "seed", "validation_loss", "parameters", "tokens", "seconds", "git_commit")
@@ -34,7 +34,7 @@ ARMS = {
 
 
 def main() -> None:
-    parser = argument_parser(__file__, __doc__, tokens=1_000_000, teacher_tokens=2_000_000)
+    parser = study_parser(__file__, __doc__, tokens=1_000_000, teacher_tokens=2_000_000)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     arguments = parser.parse_args()
 
@@ -47,7 +47,7 @@ def main() -> None:
             settings = settings_of(arguments, name, [student(seed, STUDENT)], seed, arguments.tokens)
             if ARMS[arm]:
                 settings["teachers"] = [{"path": str(arguments.folder / f"teacher-{name}")} for name in ARMS[arm]]
-                settings["objective"] = {"ce": 0.5, "teachers": 0.5, "temperature": 2.0}
+                settings["objective"] = {"ce_weight": 0.5, "teacher_weight": 0.5, "temperature": 2.0}
             if arm == "cache":
                 settings["cache"] = {"path": str(arguments.folder / "cache"), "k": 32}
             finish(arguments.csv, arm, seed, settings)
@@ -59,7 +59,7 @@ def student(seed: int, shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def finish(path: Path, arm: str, seed: int, settings: dict[str, Any]) -> None:
-    """Train, or go on, or find the line there already."""
+    """Trains a run to its end and appends its line to the CSV, unless it stands there already."""
     if is_done(path, arm, seed):
         return
     summary = json.loads((train_to_the_end(settings) / "summary.json").read_text())
@@ -67,23 +67,23 @@ def finish(path: Path, arm: str, seed: int, settings: dict[str, Any]) -> None:
     append(path, COLUMNS, [{**student, **summary, "arm": arm, "seed": seed}])
 
 
-def table(found: list[dict[str, str]]) -> str:
-    """Each arm's validation loss, and its difference from the control of the same seed, as Markdown."""
-    losses = {(row["arm"], row["seed"]): float(row["validation_loss"]) for row in found}
-    seconds = {(row["arm"], row["seed"]): float(row["seconds"]) for row in found}
+def table(lines_of_csv: list[dict[str, str]]) -> str:
+    """Returns each arm's validation loss, and its difference from the control at the same seed, in Markdown."""
+    losses = {(row["arm"], row["seed"]): float(row["validation_loss"]) for row in lines_of_csv}
+    seconds = {(row["arm"], row["seed"]): float(row["seconds"]) for row in lines_of_csv}
     lines = [
-        "| arm | nats/token, by seed | mean | minus control (mean ± s.d. of pairs) | s a run |",
+        "| arm | nats/token, by seed | mean | minus control (mean ± s.d. of pairs) | s per run |",
         "|---|---|---|---|---|",
     ]
     for arm in dict.fromkeys(arm for arm, _ in losses):
         seeds = [seed for name, seed in losses if name == arm]
-        own = [losses[arm, seed] for seed in seeds]
+        arm_losses = [losses[arm, seed] for seed in seeds]
         pairs = [losses[arm, seed] - losses["control", seed] for seed in seeds if ("control", seed) in losses]
         spread = f" ± {statistics.stdev(pairs):.4f}" if len(pairs) > 1 else ""
         difference = f"{statistics.mean(pairs):+.4f}{spread}" if pairs and arm != "control" else ""
         time = statistics.mean(seconds[arm, seed] for seed in seeds)
-        by_seed = ", ".join(f"{x:.4f}" for x in own)
-        lines.append(f"| {arm} | {by_seed} | {statistics.mean(own):.4f} | {difference} | {time:.0f} |")
+        by_seed = ", ".join(f"{x:.4f}" for x in arm_losses)
+        lines.append(f"| {arm} | {by_seed} | {statistics.mean(arm_losses):.4f} | {difference} | {time:.0f} |")
     return "\n".join(lines)
 
 

@@ -1,10 +1,10 @@
-"""What a cache of the teachers' predictions keeps, what it loses, and what it saves.
+"""What a cache of the teachers' predictions keeps, loses and saves.
 
     python benchmarks/studies/teacher_cache.py --corpus texts        after benchmarks/studies/baby_llama.py
 
-On the study's own text and models: bytes a token, the share of the teachers' probability among the k kept tokens, and
-the error of the trained student's gradient (its whole loss's, and the divergence's alone) against the one that live
-teachers give; then the time of a step with live teachers, with the cache, and with neither, interleaved.
+On that study's text and models it prints bytes per token, the share of the teachers' probability that the k kept tokens
+have, and the error of the trained student's gradient against the gradient from live teachers, for the whole loss and
+for the divergence alone. Then it times steps with live teachers, with the cache and without teachers, interleaved.
 """
 
 import argparse
@@ -24,102 +24,110 @@ from engine.config.loading import build
 from engine.config.settings import CacheConfig, Config, ObjectiveConfig
 from engine.data.batches import Step, TokenFile, TrainingData
 from engine.data.prepare import Prepared, prepare
-from engine.system.errors import report_errors
 from engine.models.families import shape_of
 from engine.models.huggingface import import_weights
-from engine.students.coefficients import coefficients
+from engine.students.coefficients import LossWeighting
 from engine.students.cohort import Cohort
 from engine.students.gradients import accumulate
-from engine.students.student import Student, new_model
-from engine.system import distributed as runtime
+from engine.students.student import Student, student_model
+from engine.system.distributed import Runtime, init_distributed
+from engine.system.errors import report_errors
 from engine.teachers import cache as teacher_cache
 from engine.teachers.frozen import NO_TEACHERS, Teachers, hash_teachers, load_teachers
-from kernels import Projected, linear_ensemble_kl
+from kernels import Projected, TopK, linear_ensemble_kl
 
-KEPT = (8, 32, 128)
+KEPT_TOKENS = (8, 32, 128)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--words", type=int, default=700_000)
-    parser.add_argument("--folder", type=Path, default=Path("runs/study-baby-llama"), help="of the study's runs")
-    parser.add_argument("--steps", type=int, default=12, help="timed, of each variant")
+    parser.add_argument("--folder", type=Path, default=Path("runs/study-baby-llama"), help="folder of the study's runs")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each variant to time")
     arguments = parser.parse_args()
 
     settings = settings_of(arguments, "control-1", [student(1, STUDENT)], seed=1, tokens=10**6)
     settings["teachers"] = [{"path": str(arguments.folder / f"teacher-{name}")} for name in ARMS["both"]]
     settings["students"][0]["init"] = str(arguments.folder / "control-1" / "students" / "model")
-    settings["objective"] = {"ce": 0.5, "teachers": 0.5, "temperature": 2.0}
-    config, place = build(Config, settings), runtime.start()
+    settings["objective"] = {"ce_weight": 0.5, "teacher_weight": 0.5, "temperature": 2.0}
+    config, runtime = build(Config, settings), init_distributed()
     prepared = prepare(config.data)
     file = TokenFile(prepared.train, prepared.manifest["dtype"], config.train.length)
     data = TrainingData(
-        file, batch=16, micro_batch=None, seed=1, random_offsets=False, rank=0, world_size=1, device=place.device
+        file, batch=16, micro_batch=None, seed=1, random_offsets=False, rank=0, world_size=1, device=runtime.device
     )
-    live = load_teachers(config, prepared.tokenizer, place.device)
-    cohort = Cohort([student_of(config, prepared, place)], place)
+    live = load_teachers(config, prepared.tokenizer, runtime.device)
+    cohort = Cohort([student_of(config, prepared, runtime)], runtime)
     (first,) = data.steps(1, 1)
-    print("| k | bytes a token | mass kept | gradient: cosine, relative error | of the divergence alone |")
+    print("| k | bytes per token | mass kept | gradient: cosine, relative error | of the divergence alone |")
     print("|---|---|---|---|---|")
-    for k in KEPT:
+    for k in KEPT_TOKENS:
         print(f"| {k} | " + " | ".join(quality(cohort[0], first, live, config, k)) + " |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         cache = replace(config, cache=CacheConfig(folder, 32))
         begin = time.perf_counter()
-        cached = teacher_cache.teachers(cache, prepared, data, place, hash_teachers(cache))
+        cached = teacher_cache.cached_teachers(cache, prepared, data, runtime, hash_teachers(cache))
         print(f"writing the cache of {len(file.tokens):,} tokens, k = 32: {time.perf_counter() - begin:.0f} s")
-        times(cohort, data, {"live teachers": live, "cache": cached, "neither": NO_TEACHERS}, config, arguments.steps)
+        time_steps(
+            cohort, data, {"live teachers": live, "cache": cached, "no teachers": NO_TEACHERS}, config, arguments.steps
+        )
 
 
-def student_of(config: Config, prepared: Prepared, place: runtime.Runtime) -> Student:
-    (one,) = config.students
-    weights = import_weights(one, shape_of(one, prepared.tokenizer.vocab_size), prepared.tokenizer)
-    return Student(one, new_model(one, prepared.tokenizer.vocab_size, weights), config.train, config.optimizer, place)
+def student_of(config: Config, prepared: Prepared, runtime: Runtime) -> Student:
+    (student_config,) = config.students
+    vocab_size = prepared.tokenizer.vocab_size
+    weights = import_weights(student_config, shape_of(student_config, vocab_size), prepared.tokenizer)
+    model = student_model(student_config, vocab_size, weights)
+    return Student(student_config, model, config.train, config.optimizer, runtime)
 
 
 def quality(student: Student, step: Step, live: Teachers, config: Config, k: int) -> list[str]:
+    """Returns the cells of the table for k tokens: size, mass, and the gradient's error with and without the text."""
     (batch,) = step.micro_batches
     (stream,) = live(batch)
     temperature, length = config.objective.temperature, config.train.length
     assert isinstance(stream, Projected)
-    top = teacher_cache.top_of(stream, k, temperature)
+    top = teacher_cache.top_k(stream, k, temperature)
     rows = [slice(at, at + length) for at in range(0, len(top.tail), length)]
     records = [teacher_cache.pack([[x[chunk] for x in top]]) for chunk in rows]
     unpacked = [teacher_cache.unpack(record, 1, length, k)[0] for record in records]
     kept = type(top)(*(torch.cat(parts) for parts in zip(*unpacked, strict=True)))
 
-    def gradient(teacher: object, ce: float) -> Tensor:
-        weights = coefficients(replace(config.objective, ce=ce), 1, batch.tokens_BL.device, teachers=[1.0])
+    def gradient(teacher: Projected | TopK, ce_weight: float) -> Tensor:
+        objective, device = replace(config.objective, ce_weight=ce_weight), batch.tokens_BL.device
+        coefficients = LossWeighting(objective, 1, device, [1.0]).coefficients()
         hidden_ND = student.model(batch.tokens_BL)
-        streams, teachers = [Projected(hidden_ND, student.model.head)], [teacher]
         result = linear_ensemble_kl(
-            streams,
-            teachers,  # pyright: ignore[reportArgumentType]
+            [student.model.project(hidden_ND)],
+            [teacher],
             batch.targets_N,
+            ce_weight=coefficients.ce_weight,
+            kl_weight=coefficients.kl_weight,
             normalizer=step.valid_tokens,
-            **vars(weights),
+            temperature=coefficients.temperature,
+            divergence=coefficients.divergence,
         )
-        found = torch.autograd.grad(result.losses[0], list(student.model.parameters()))
-        return torch.cat([g.flatten() for g in found])
+        gradients = torch.autograd.grad(result.losses[0], list(student.model.parameters()))
+        return torch.cat([g.flatten() for g in gradients])
 
     cells = [f"{sum(map(len, records)) / len(top.tail):.0f}", f"{1 - top.tail.mean().item():.4f}"]
-    for ce in (config.objective.ce_weight, 0.0):
-        exact, found = gradient(stream, ce), gradient(kept, ce)
-        cosine = torch.cosine_similarity(exact, found, dim=0).item()
-        cells.append(f"{cosine:.5f}, {((found - exact).norm() / exact.norm()).item():.4f}")
+    for ce_weight in (config.objective.ce_weight, 0.0):
+        exact, cached = gradient(stream, ce_weight), gradient(kept, ce_weight)
+        cosine = torch.cosine_similarity(exact, cached, dim=0).item()
+        cells.append(f"{cosine:.5f}, {((cached - exact).norm() / exact.norm()).item():.4f}")
     return cells
 
 
-def times(cohort: Cohort, data: TrainingData, variants: dict[str, Teachers], config: Config, steps: int) -> None:
+def time_steps(cohort: Cohort, data: TrainingData, variants: dict[str, Teachers], config: Config, steps: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in variants}
 
     def stepping(teachers: Teachers) -> Iterator[None]:
         objective = config.objective if teachers.names else ObjectiveConfig()
-        weights = coefficients(objective, 1, torch.device("cpu"), teachers=teachers.weights)
-        for step in teachers.ahead(data.steps(1, steps + 2)):
-            tally = accumulate(cohort, step, weights, teachers)
-            cohort.step(tally.losses_S, tally.ce_S, [1e-5], stop=False)
+        coefficients = LossWeighting(objective, 1, data.device, teachers.weights).coefficients()
+        for step in teachers.read_ahead(data.steps(1, steps + 2)):
+            tally = accumulate(cohort, step, coefficients, teachers)
+            cohort.update(tally.losses_S, tally.ce_S, [1e-5], stop=False)
             yield
 
     running: dict[str, Callable[[], None]] = {name: stepping(t).__next__ for name, t in variants.items()}
@@ -129,8 +137,8 @@ def times(cohort: Cohort, data: TrainingData, variants: dict[str, Teachers], con
             take()
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - begin)
-    for name, found in seconds.items():
-        print(f"{name}: {1e3 * statistics.median(found):.0f} ms a step (median of {len(found)})")
+    for name, times in seconds.items():
+        print(f"{name}: {1e3 * statistics.median(times):.0f} ms per step (median of {len(times)})")
     slow, fast = (statistics.median(seconds[name]) for name in ("live teachers", "cache"))
     print(f"live teachers / cache: {slow / fast:.2f}")
 
