@@ -201,7 +201,7 @@ class TrainingData:
                 # Losses are divided by it: a step in which chance masks nothing must not divide by zero.
                 valid_tokens=max(1, sum(map(self.file.target_count, starts, samples))),
                 tokens=sum(map(self.file.token_count, starts)),
-                words=0 if self.word_starts is None else sum(self._words(self.word_starts, s) for s in starts),
+                words=sum(map(self._words, starts)),
                 micro_batches=[
                     self._batch(samples[i : i + self.micro_batch], starts[i : i + self.micro_batch])
                     for i in range(first_own, first_own + self.share, self.micro_batch)
@@ -215,8 +215,10 @@ class TrainingData:
             chunks=tuple(self.chunk_of(sample) for sample in samples),
         )
 
-    def _words(self, word_starts: WordStarts, start: int) -> int:
-        return word_starts.count(self.file.tokens[start : start + self.file.token_count(start) + 1])
+    def _words(self, start: int) -> int:
+        if self.word_starts is None:
+            return 0
+        return self.word_starts.count(self.file.tokens[start : start + self.file.token_count(start) + 1])
 
 
 class HeldOutData:
