@@ -7,19 +7,17 @@ have, and the error of the trained student's gradient against the gradient from 
 for the divergence alone. Then it times steps with live teachers, with the cache and without teachers, interleaved.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.studies.baby_llama import ARMS, STUDENT, student
-from benchmarks.studies.runs import settings_of
+from benchmarks.studies.runs import settings_of, study_parser
 from engine.config.loading import build
 from engine.config.settings import CacheConfig, Config, ObjectiveConfig
 from engine.data.batches import Step, TokenFile, TrainingData
@@ -40,10 +38,7 @@ KEPT_TOKENS = (8, 32, 128)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True)
-    parser.add_argument("--words", type=int, default=700_000)
-    parser.add_argument("--folder", type=Path, default=Path("runs/study-baby-llama"), help="folder of the study's runs")
+    parser = study_parser("baby_llama.py", __doc__)  # The runs are that study's.
     parser.add_argument("--steps", type=int, default=12, help="steps of each variant to time")
     arguments = parser.parse_args()
 
