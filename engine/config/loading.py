@@ -142,7 +142,7 @@ def _one_line(cls: type, error: pydantic.ValidationError) -> str:
             f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
         )
     if first["type"] == "missing":
-        return f"{key} is missing: give it a value"
+        return f"{key} is missing: set it in the YAML file, or as {key}=value"
     return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 

@@ -73,7 +73,7 @@ def test_overrides_reach_nested_keys_and_list_places_over_the_yaml_over_the_defa
         ("students.0.name=../x", "students.0.name='../x': string should match"),
         ("run.name=2024", "run.name=2024: input should be a valid string"),
         ("students.0.preset=gpt-5", "preset 'gpt-5' is not known: expected one of baby-llama-58m"),
-        ("students.2.layers=4", "students.2.name is missing: give it a value"),
+        ("students.2.layers=4", "students.2.name is missing: set it in the YAML file, or as students.2.name=value"),
         (
             "students.3.layers=4",
             "students.3.layers: '3' is not an index of a list of 2: expected 0 to 2 (2 appends an item)",
