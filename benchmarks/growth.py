@@ -1,13 +1,14 @@
-"""How a step's time and memory grow with students, vocabulary, length and teachers: plots with fitted exponents.
+"""Shows how a step's time and memory grow with students, vocabulary, length and teachers, with fitted exponents.
 
     python benchmarks/throughput.py --variants ours --students 1 2 4 8 --shape 4x256x8x768 --csv students.csv
     python benchmarks/growth.py students.csv vocabulary.csv length.csv teachers.csv --png growth.png
 
     python benchmarks/growth.py one-rank.csv,two-ranks.csv
 
-Reads what benchmarks/throughput.py wrote. A file, or several joined by commas, is a series: of S, V, L, K or ranks,
-whichever takes several values in it, the rest equal (with ranks the batch may grow and the ZeRO stage change). y ∝ xᵖ,
-p by least squares of logarithms; of teachers, where x begins at 0, what a teacher costs in steps without any.
+It reads what benchmarks/throughput.py has written. A file, or several joined by commas, is a series over S, V, L, K or
+ranks: over the one that takes several values in it. The others must be equal, but with ranks the batch may grow and the
+ZeRO stage change. The fit is y ∝ xᵖ, with p by least squares of logarithms. Teachers begin at x = 0, so for them it is
+what a teacher costs, as a share of a step without teachers.
 """
 
 import argparse
@@ -19,9 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.system.errors import UserError
+
 AXES = {"students": "S", "vocabulary": "V", "length": "L", "teachers": "K", "ranks": "W"}
 SAME = ("task", "precision", "backend", "divergence", "device")
-WITH_RANKS = ("batch", "zero_stage")  # what may change with them
+WITH_RANKS = ("batch", "zero_stage")  # These may change with the ranks.
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,10 @@ class Series:
 
 
 def read(paths: str) -> Series:
-    """The rows of `ours` in their order along the axis. ValueError where no axis varies, or several things do."""
+    """Returns the rows of `ours` in their order along the axis.
+
+    Raises UserError where nothing varies, or several things do.
+    """
     rows: list[dict[str, str]] = []
     for path in paths.split(","):
         with Path(path).open(newline="") as file:
@@ -47,7 +53,7 @@ def read(paths: str) -> Series:
     if "ranks" in varying:
         varying = [key for key in varying if key not in WITH_RANKS]
     if len(varying) != 1 or varying[0] not in AXES:
-        raise ValueError(f"{paths}: {', '.join(varying) or 'nothing'} varies; expected one of {', '.join(AXES)} alone")
+        raise UserError(f"{paths}: {', '.join(varying) or 'nothing'} varies; expected one of {', '.join(AXES)} alone")
     (axis,) = varying
     rows.sort(key=lambda row: int(row[axis]))
 
@@ -68,13 +74,13 @@ def read(paths: str) -> Series:
 
 
 def exponent(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """p and c of y ≈ c·xᵖ."""
+    """Returns p and c of the fit y ≈ c·xᵖ."""
     slope, intercept = np.polyfit(np.log(x), np.log(y), 1)
     return float(slope), float(np.exp(intercept))
 
 
 def describe(series: Series) -> str:
-    """A line on time and one on memory, and for students how a step compares with as many steps of one."""
+    """Returns lines on time and memory; for students also how a step compares with as many steps of one student."""
     name, lines = AXES[series.axis], []
     for what, unit, y in (("step", "ms", series.milliseconds), ("memory beyond state", "MiB", series.mebibytes)):
         values = ", ".join(f"{name}={x:.0f} {value:.0f}" for x, value in zip(series.x, y, strict=True))
@@ -87,21 +93,21 @@ def describe(series: Series) -> str:
     if series.axis == "students" and series.x[0] == 1:
         ratios = series.milliseconds / (series.x * series.milliseconds[0])
         worst = f"{ratios.max():.2f}, {'at most' if ratios.max() <= 1.1 else 'ABOVE'} 1.1"
-        found = ", ".join(f"S={x:.0f} {ratio:.2f}" for x, ratio in zip(series.x, ratios, strict=True))
-        lines.append(f"a step over as many steps of one student: {worst} ({found})")
+        listed = ", ".join(f"S={x:.0f} {ratio:.2f}" for x, ratio in zip(series.x, ratios, strict=True))
+        lines.append(f"a step over as many steps of one student: {worst} ({listed})")
     if series.axis == "ranks":
         kind = "strong" if series.batch[0] == series.batch[-1] else "weak"
         gains = series.tokens_per_second / series.tokens_per_second[0]
-        found = ", ".join(f"W={x:.0f} {gain:.2f}" for x, gain in zip(series.x, gains, strict=True))
-        lines.append(f"tokens a second, as many times those of the fewest ranks, {kind} scaling: {found}")
+        listed = ", ".join(f"W={x:.0f} {gain:.2f}" for x, gain in zip(series.x, gains, strict=True))
+        lines.append(f"tokens a second, as many times those of the fewest ranks, {kind} scaling: {listed}")
     return "\n".join(("VOID: " if series.void else "") + line for line in lines)
 
 
-def plot(found: Sequence[Series], path: Path) -> None:
+def plot(all_series: Sequence[Series], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(found), figsize=(3.6 * len(found), 6), squeeze=False)
-    for column, series in enumerate(found):
+    figure, axes = plt.subplots(2, len(all_series), figsize=(3.6 * len(all_series), 6), squeeze=False)
+    for column, series in enumerate(all_series):
         for axis, y, label in zip(
             axes[:, column], (series.milliseconds, series.mebibytes), ("ms a step", "MiB beyond state"), strict=True
         ):
@@ -123,14 +129,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--png", type=Path)
     chosen = parser.parse_args(argv)
     try:
-        found = [read(path) for path in chosen.csv]
-    except ValueError as error:
+        all_series = [read(path) for path in chosen.csv]
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for series in found:
+    for series in all_series:
         print(describe(series))
     if chosen.png is not None:
-        plot(found, chosen.png)
+        plot(all_series, chosen.png)
     return 0
 
 

@@ -129,16 +129,16 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def ensemble_kl(
-    device: torch.device, dtype: torch.dtype, tokens: int, vocabulary: int, students: int, streams: int
+    device: torch.device, dtype: torch.dtype, tokens: int, vocab_size: int, students: int, streams: int
 ) -> Case:
-    targets_shape, stream_bytes = (tokens,), tokens * vocabulary * dtype.itemsize
+    targets_shape, stream_bytes = (tokens,), tokens * vocab_size * dtype.itemsize
 
     def inputs(generator: Generator) -> list[Tensor]:
         logits = [
-            (2 * normal(generator, (tokens, vocabulary), device, dtype)).requires_grad_(r < students)
+            (2 * normal(generator, (tokens, vocab_size), device, dtype)).requires_grad_(r < students)
             for r in range(streams)
         ]
-        return [*logits, torch.randint(vocabulary, targets_shape, generator=generator, device=device)]
+        return [*logits, torch.randint(vocab_size, targets_shape, generator=generator, device=device)]
 
     def ours(*tensors: Tensor) -> Tensors:
         *logits_RNV, targets_N = tensors
@@ -198,7 +198,7 @@ def linear_ensemble_kl(
     device: torch.device,
     dtype: torch.dtype,
     tokens: int,
-    vocabulary: int,
+    vocab_size: int,
     hidden: int,
     students: int,
     streams: int,
@@ -207,9 +207,9 @@ def linear_ensemble_kl(
         tensors: list[Tensor] = []
         for r in range(streams):
             tensors.append(normal(generator, (tokens, hidden), device, dtype).requires_grad_(r < students))
-            weight = 2 * hidden**-0.5 * normal(generator, (vocabulary, hidden), device, dtype)
+            weight = 2 * hidden**-0.5 * normal(generator, (vocab_size, hidden), device, dtype)
             tensors.append(weight.requires_grad_(r < students))
-        return [*tensors, torch.randint(vocabulary, (tokens,), generator=generator, device=device)]
+        return [*tensors, torch.randint(vocab_size, (tokens,), generator=generator, device=device)]
 
     ce_weight_S = torch.ones(students, device=device)
     kl_weight_SR = torch.full((students, streams), 1 / (streams - 1), device=device)
@@ -235,8 +235,8 @@ def linear_ensemble_kl(
 
     def products(tensors: Tensors) -> Callable[[], object]:
         pairs = [(h.detach(), w.detach()) for h, w in zip(tensors[:-1:2], tensors[1:-1:2], strict=True)]
-        logits_NV = torch.empty(tokens, vocabulary, dtype=dtype, device=device)
-        d_logits_NV = torch.randn(tokens, vocabulary, dtype=dtype, device=device)
+        logits_NV = torch.empty(tokens, vocab_size, dtype=dtype, device=device)
+        d_logits_NV = torch.randn(tokens, vocab_size, dtype=dtype, device=device)
         d_pairs = [(torch.empty_like(h), torch.empty_like(w)) for h, w in pairs[:students]]
 
         def run() -> None:
@@ -248,7 +248,7 @@ def linear_ensemble_kl(
 
         return run
 
-    pair_bytes = (tokens + vocabulary) * hidden * dtype.itemsize
+    pair_bytes = (tokens + vocab_size) * hidden * dtype.itemsize
     return Case(
         "linear_ensemble_kl",
         f"N={tokens} V={vocab_size} D={hidden} S={students} R={streams} {short(dtype)}",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import growth
+from engine.system.errors import UserError
 
 
 def write(path: Path, axis: str, values: list[int], power: float, **changes: object) -> Path:
@@ -48,7 +49,7 @@ def test_ranks(tmp_path: Path):
     two = write(tmp_path / "two.csv", "ranks", [2], 1.0, batch="2", zero_stage="7", tokens_per_second=170)
     assert "weak scaling: W=1 1.00, W=2 1.70" in growth.describe(growth.read(f"{one},{two}"))
     other = write(tmp_path / "other.csv", "ranks", [2], 1.0, task="another")
-    with pytest.raises(ValueError, match="ranks, task varies"):
+    with pytest.raises(UserError, match="ranks, task varies"):
         growth.read(f"{one},{other}")
 
 
