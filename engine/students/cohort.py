@@ -7,14 +7,14 @@ S students.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 from torch import Tensor
 
-from engine.students import zero
 from engine.students.student import Student
 from engine.system.distributed import Runtime
 
@@ -56,7 +56,7 @@ class Cohort(Sequence[Student]):
         """
         models = [student.model for student in self if student.zero_stage == 3]
         heads = [head for model in models for head in (model.head, model.head_bias) if head is not None]
-        with zero.gathered(heads):
+        with deepspeed.zero.GatheredParameters(heads) if heads else nullcontext():
             yield
 
     def update(self, losses_S: Tensor, ce_S: Tensor, learning_rates: Sequence[float], *, stop: bool) -> Verdict:

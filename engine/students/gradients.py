@@ -1,6 +1,6 @@
 """One step's gradients: S forward passes, one loss, S backward passes.
 
-N tokens, S students, R streams.
+N tokens, S students, K teachers, R streams.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,12 +12,6 @@ from engine.data.batches import IGNORED, Batch, Step
 from engine.students.coefficients import LossCoefficients
 from engine.students.cohort import Cohort
 from kernels import LinearEnsembleKL, Projected, TopK, linear_ensemble_kl
-
-TeacherStreams = Callable[[Batch], Sequence[Projected | TopK]]  # from a batch to the K teachers' streams
-
-
-def no_teachers(batch: Batch) -> Sequence[Projected]:
-    return ()
 
 
 class Tally:
@@ -37,9 +31,15 @@ class Tally:
 
 
 def accumulate(
-    cohort: Cohort, step: Step, coefficients: LossCoefficients, teachers: TeacherStreams = no_teachers
+    cohort: Cohort,
+    step: Step,
+    coefficients: LossCoefficients,
+    teachers: Callable[[Batch], Sequence[Projected | TopK]] = lambda batch: (),
 ) -> Tally:
-    """Accumulates every student's gradient of its loss over the step's micro-batches, and returns the losses."""
+    """Accumulates every student's gradient of its loss over the step's micro-batches, and returns the losses.
+
+    `teachers` returns the streams of the K teachers for a batch.
+    """
     tally = Tally(len(cohort), step.micro_batches[0].targets_N.device)
     for batch in step.micro_batches:
         hidden = [student.body(batch) for student in cohort]

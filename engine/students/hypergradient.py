@@ -1,7 +1,8 @@
 """The hypergradient of weighted mutual learning: how the ensemble's held-out loss changes with the students' weights ω.
 
-The inner step moves θ_k by −γ_k·∂loss_k/∂θ_k, and loss_k is affine in ω (engine.students.coefficients). So for L2(ω,
-θ(ω)), the held-out cross-entropy of the ensemble Σ_i ω_i z_i of logits z_i, one inner step of plain SGD back (Iyer
+The inner step moves θ_k by −γ_k·∂loss_k/∂θ_k, and loss_k is affine in ω (engine.students.coefficients): ω_i multiplies
+what student i pays for its own cross-entropy and what the others pay for diverging from it. So for L2(ω, θ(ω)), the
+held-out cross-entropy of the ensemble Σ_i ω_i z_i of logits z_i, one inner step of plain SGD back (Iyer
 2024, after Zhang et al. 2022, Theorem 1)
 
     g_i = ∂L2/∂ω_i − Σ_k γ_k ⟨v_k, ∂La_ik/∂θ_k⟩        v_k = ∂L2/∂θ_k, after the step
@@ -29,7 +30,7 @@ from engine.data.batches import IGNORED, Batch, Step
 from engine.models.base import Shape
 from engine.models.dropout import dropout_seeds
 from engine.models.families import new_model
-from engine.students.coefficients import LossWeighting
+from engine.students.coefficients import LossCoefficients, LossWeighting
 from engine.students.zero import torch_linear
 from kernels import Projected, linear_ensemble_kl
 
@@ -93,32 +94,6 @@ class FunctionalStudent(nn.Module):
             return output, tangent
 
 
-class CoefficientDerivatives:
-    """How the inner loss depends on ω: da_k/dω_i as ce[i, k] and dw_kj/dω_i as kl[i, k, j], for peers j alone."""
-
-    def __init__(self, weighting: LossWeighting) -> None:
-        """Reads the derivatives off at ω = 0 and at the unit vectors, as the coefficients are affine in ω.
-
-        Raises ValueError where a teacher's weight depends on ω.
-        """
-        students = weighting.students
-        zero_S, *units = torch.eye(students + 1, students + 1, dtype=torch.float64, device=weighting.device)[:, 1:]
-        at_zero, at_units = weighting.coefficients(zero_S), [weighting.coefficients(unit_S) for unit_S in units]
-        self.temperature, self.divergence = at_zero.temperature, at_zero.divergence
-        self.ce = torch.stack([at_unit.ce_weight - at_zero.ce_weight for at_unit in at_units])
-        self.kl = self.ce.new_zeros(students, students, students)
-        if at_zero.kl_weight is not None:
-            kl = torch.stack([c.kl_weight - at_zero.kl_weight for c in at_units if c.kl_weight is not None])
-            if kl[:, :, students:].any():
-                raise ValueError("the weight of a teacher depends on ω: the outer loop weighs students alone")
-            self.kl = kl[:, :, :students].contiguous()
-
-    def combine(self, ce_S: Tensor, kl_SS: Tensor) -> Tensor:
-        """Returns the derivatives [S, S] of La_ik, from those of CE_k and KL_kj in student k's direction."""
-        peers_SS = torch.einsum("ikj,kj->ik", self.kl.double(), kl_SS)
-        return self.ce.double() * ce_S + self.temperature**2 * peers_SS
-
-
 def hypergradient(
     students: Sequence[FunctionalStudent],
     before: Sequence[Parameters],
@@ -151,7 +126,7 @@ def hypergradient(
         for gradient, step_size in zip(gradients, step_sizes, strict=True):
             _sum_over_ranks(list(gradient.values()))
             directions.append({name: value * step_size for name, value in gradient.items()})
-        inner_SS -= _inner_derivatives(students, before, directions, train, CoefficientDerivatives(weighting))
+        inner_SS -= _inner_derivatives(students, before, directions, train, weighting)
     sums = torch.cat([loss[None], direct_S, inner_SS.flatten()]).double()
     _sum_over_ranks([sums])
     loss, direct_S, inner_SS = sums.cpu().split([1, S, S**2])
@@ -207,11 +182,14 @@ def _inner_derivatives(
     parameters: Sequence[Parameters],
     directions: Sequence[Parameters],
     step: Step,
-    derivatives: CoefficientDerivatives,
+    weighting: LossWeighting,
 ) -> Tensor:
     """Returns this rank's part of ⟨direction_k, ∂La_ik/∂θ_k⟩, [S, S]: one Jacobian-vector product per student."""
-    ce_S = torch.zeros(len(students), dtype=torch.float64, device=derivatives.ce.device)
-    kl_SS = ce_S.new_zeros(len(students), len(students))
+    S = len(students)
+    # At ω = 1 every coefficient is its own derivative by the one ω_i that it is proportional to.
+    coefficients = weighting.coefficients(torch.ones(S, device=weighting.device))
+    ce_S = torch.zeros(S, dtype=torch.float64, device=weighting.device)
+    kl_SS = ce_S.new_zeros(S, S)
     for batch in step.micro_batches:
         outputs, tangents = [], []
         for student, named, direction in zip(students, parameters, directions, strict=True):
@@ -224,10 +202,14 @@ def _inner_derivatives(
                 logits.append(F.linear(hidden[rows], weight, *bias))
                 logits_dot.append(F.linear(hidden_dot[rows], weight, *bias_dot) + F.linear(hidden[rows], weight_dot))
             targets_n = batch.targets_N[rows]
-            ce, kl = _directional(torch.stack(logits), torch.stack(logits_dot), targets_n, derivatives)
+            ce, kl = _directional(torch.stack(logits), torch.stack(logits_dot), targets_n, coefficients)
             ce_S += ce
             kl_SS += kl
-    return derivatives.combine(ce_S, kl_SS) / step.valid_tokens
+    inner_SS = (coefficients.ce_weight.double() * ce_S).diag()
+    if coefficients.kl_weight is not None:
+        kl_weight_SS = coefficients.kl_weight[:, :S].double()  # by ω_j in student k's divergence from j, at [k, j]
+        inner_SS += coefficients.temperature**2 * (kl_weight_SS * kl_SS).T
+    return inner_SS / step.valid_tokens
 
 
 def _chunks(outputs: Sequence[tuple[Tensor, ...]], targets_N: Tensor) -> Iterator[Tensor]:
@@ -239,7 +221,7 @@ def _chunks(outputs: Sequence[tuple[Tensor, ...]], targets_N: Tensor) -> Iterato
 
 
 def _directional(
-    z_SnV: Tensor, dot_SnV: Tensor, targets_n: Tensor, derivatives: CoefficientDerivatives
+    z_SnV: Tensor, dot_SnV: Tensor, targets_n: Tensor, coefficients: LossCoefficients
 ) -> tuple[Tensor, Tensor]:
     """Returns the derivatives of Σ_n CE_k [S] and Σ_n KL_kj [S, S] as student k's logits alone move along their
     tangents."""
@@ -247,7 +229,7 @@ def _directional(
     mean_Sn = torch.linalg.vecdot(p_SnV, dot_SnV)
     at_target_Sn = dot_SnV.gather(2, targets_n.expand(len(z_SnV), -1)[..., None]).squeeze(2)
     ce_S = (mean_Sn - at_target_Sn).sum(1, dtype=torch.float64)
-    temperature, divergence = derivatives.temperature, derivatives.divergence
+    temperature, divergence = coefficients.temperature, coefficients.divergence
     if divergence != "forward":
 
         def kl_SSn(*z: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Student:
         """Returns this rank's share of the squared gradient norm, 0-d fp32, after the last micro-batch's reduction."""
         # At stage 0 every rank holds the whole gradient.
         share = 1 / self.runtime.world_size if self.zero_stage == 0 else 1.0
-        return zero.squared_norm(zero.reduced_gradients(self.engine, self._parameters, self.zero_stage)) * share
+        return zero.squared_gradient_norm(self.engine, self._parameters, self.zero_stage) * share
 
     def step(self, learning_rate: float, gradient_norm: float) -> None:
         """Makes one update. The gradient is scaled down to the norm `clip` where its own norm is larger."""
@@ -112,28 +112,32 @@ class Student:
 
     def state(self) -> dict[str, Tensor]:
         """Returns the whole fp32 state on the CPU of every rank, whatever shards it; a collective call."""
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            for kind, value in zero.full_state(parameter, self.optimizer, self.zero_stage).items():
-                state[f"{kind}/{name}"] = value.to("cpu", copy=True)
-        return state
+        return {
+            f"{kind}/{name}": zero.full_tensor(parameter, self.optimizer, self.zero_stage, kind).to("cpu", copy=True)
+            for name, parameter in self.model.named_parameters()
+            for kind in ("weight", *zero.MOMENTS)
+        }
 
     def restore(self, state: StudentState, updates: int) -> None:
-        """Sets fp32 weights and moments from `state`, after `updates` steps; the model was made with these weights."""
+        """Sets the fp32 weights and moments as they were after `updates` steps."""
         for optimizer_state in self.optimizer.state.values():
             optimizer_state["step"].fill_(updates)
         for name, parameter in self.model.named_parameters():
-            zero.set_full_state(
-                parameter,
-                self.optimizer,
-                self.zero_stage,
-                lambda kind, name=name: state[f"{kind}/{name}"].to(self.runtime.device),
-            )
+            for kind in ("weight", *zero.MOMENTS):
+                value = state[f"{kind}/{name}"].to(self.runtime.device)
+                zero.set_full_tensor(parameter, self.optimizer, self.zero_stage, kind, value)
 
     def full_parameters(self) -> dict[str, Tensor]:
-        """Returns the whole fp32 parameters by name, on every rank, not to be written to; a collective call where ZeRO
-        shards them."""
-        return {name: zero.full_parameter(p, self.zero_stage) for name, p in self.model.named_parameters()}
+        """Returns the whole fp32 parameters by name, on every rank; a collective call where ZeRO shards them.
+
+        Do not write to them.
+        """
+        return {
+            name: p.detach()
+            if self.zero_stage < 3 and p.dtype == torch.float32
+            else zero.full_tensor(p, self.optimizer, self.zero_stage, "weight")
+            for name, p in self.model.named_parameters()
+        }
 
 
 def student_model(

@@ -7,11 +7,10 @@ S students.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed.utils import (
@@ -97,23 +96,18 @@ def make_moments(engine: Any, optimizer: torch.optim.AdamW, parameters: Sequence
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def reduced_gradients(engine: Any, parameters: Sequence[Tensor], stage: int) -> list[Tensor]:
-    """Returns the gradients that this rank holds after the last micro-batch's reduction: the whole ones at stage 0,
-    otherwise its share of them.
+def squared_gradient_norm(engine: Any, parameters: Sequence[Tensor], stage: int) -> Tensor:
+    """Returns Σ g² over the gradients that this rank holds after the last micro-batch's reduction, 0-d fp32.
 
-    `averaged_gradients` is where ZeRO keeps them. If it moved, norms would be wrong: test_parity.py compares them.
+    At stage 0 it holds the whole gradients, otherwise its share of them: `averaged_gradients` is where ZeRO keeps it.
+    If that moved, norms would be wrong: test_parity.py compares them. On a GPU `_foreach_norm` is one launch for many
+    gradients; if it were gone, every step would fail. The norms in torch.nn.utils would be rounded to bf16.
     """
     if stage == 0:
-        return [p.grad for p in parameters if p.grad is not None]
-    return [g for group in engine.optimizer.averaged_gradients.values() for g in group]
-
-
-def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Returns Σ g², a 0-d fp32 tensor.
-
-    On a GPU `_foreach_norm` is one launch for many gradients; the norms in torch.nn.utils would be rounded to bf16.
-    """
-    norms = torch._foreach_norm(list(gradients), dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+    else:
+        gradients = [g for group in engine.optimizer.averaged_gradients.values() for g in group]
+    norms = torch._foreach_norm(gradients, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
     return torch.stack(norms).square().sum()
 
 
@@ -135,41 +129,29 @@ def discard_gradients(engine: Any, stage: int) -> None:
     engine.optimizer.check_grad_overflow = False
 
 
-def full_parameter(parameter: nn.Parameter, stage: int) -> Tensor:
-    """Returns the whole fp32 weight on every rank; a collective call where ZeRO shards it. Do not write to it."""
-    if stage < 3 and parameter.dtype == torch.float32:
-        return parameter.detach()
-    return _required(safe_get_full_fp32_param(parameter))
+def full_tensor(parameter: nn.Parameter, optimizer: torch.optim.AdamW, stage: int, kind: str) -> Tensor:
+    """Returns the whole fp32 "weight", or one of MOMENTS, on every rank; a collective call where ZeRO shards it.
 
-
-def full_state(parameter: nn.Parameter, optimizer: torch.optim.AdamW, stage: int) -> dict[str, Tensor]:
-    """Returns the whole fp32 weight and both moments on every rank; a collective call where ZeRO shards them.
-
-    DeepSpeed's accessors know nothing of stage 0, where all is read off directly.
+    DeepSpeed's accessors, which are public, do not work at stage 0. Do not write to the result.
     """
     if stage == 0:
-        state = optimizer.state[parameter]
-        return {"weight": parameter.detach(), **{moment: state[moment] for moment in MOMENTS}}
-    moments = {moment: _required(safe_get_full_optimizer_state(parameter, moment)) for moment in MOMENTS}
-    return {"weight": _required(safe_get_full_fp32_param(parameter)), **moments}
+        return parameter.detach() if kind == "weight" else optimizer.state[parameter][kind]
+    value = safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
+    assert value is not None, f"DeepSpeed has no fp32 {kind} for a parameter"
+    return value
 
 
-def set_full_state(
-    parameter: nn.Parameter, optimizer: torch.optim.AdamW, stage: int, state: Callable[[str], Tensor]
+def set_full_tensor(
+    parameter: nn.Parameter, optimizer: torch.optim.AdamW, stage: int, kind: str, value: Tensor
 ) -> None:
-    """Sets the fp32 weight and both moments to `state(kind)`. At stage 0 the model has the weight already."""
-    if stage > 0:
-        safe_set_full_fp32_param(parameter, state("weight"))
-    for moment in MOMENTS:
-        if stage == 0:
-            optimizer.state[parameter][moment].copy_(state(moment))
-        else:
-            safe_set_full_optimizer_state(parameter, state(moment), moment)
-
-
-def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
-    """Returns a context in which parameters that ZeRO 3 shards are whole on every rank."""
-    return deepspeed.zero.GatheredParameters(list(parameters)) if parameters else nullcontext()
+    """Sets what `full_tensor` returns."""
+    if stage == 0:
+        target = parameter.detach() if kind == "weight" else optimizer.state[parameter][kind]
+        target.copy_(value)
+    elif kind == "weight":
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, kind)
 
 
 @contextmanager
@@ -184,8 +166,3 @@ def torch_linear() -> Iterator[None]:
         yield
     finally:
         F.linear = linear
-
-
-def _required(value: Tensor | None) -> Tensor:
-    assert value is not None, "DeepSpeed has no fp32 value for a parameter"
-    return value

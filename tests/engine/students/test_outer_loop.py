@@ -25,7 +25,7 @@ from engine.data.batches import IGNORED, Batch, Step
 from engine.models.llama import Llama, LlamaShape
 from engine.run.checks import check
 from engine.students import hypergradient as hypergradient_module
-from engine.students.coefficients import LossCoefficients, LossWeighting
+from engine.students.coefficients import LossWeighting
 from engine.students.hypergradient import FunctionalStudent, Hypergradient, Parameters, hypergradient
 from engine.students.outer_loop import OuterLoop, mirror_descent
 from engine.system.errors import UserError
@@ -169,16 +169,6 @@ def test_the_direct_term_alone() -> None:
     whole, direct = our_hypergradient(2, 1), our_hypergradient(2, 1, terms="direct")
     assert torch.equal(direct.total, whole.direct)
     assert direct.shares() == {"direct": 1.0, "own": 0.0, "peers": 0.0}
-
-
-def test_a_teacher_whose_weight_depends_on_omega_is_refused() -> None:
-    class TeachersToo(LossWeighting):
-        def coefficients(self, omega_S: Tensor | None = None) -> LossCoefficients:
-            assert omega_S is not None
-            return LossCoefficients(omega_S, omega_S[:, None].expand(-1, 3), 1.0, "forward")
-
-    with pytest.raises(ValueError, match="the outer loop weighs students alone"):
-        our_hypergradient(2, 1, TeachersToo(OBJECTIVE, 2, CPU))
 
 
 @settings(max_examples=200, deadline=None)
