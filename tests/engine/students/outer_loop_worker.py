@@ -1,6 +1,6 @@
-"""One rank of the outer loop's tests with students in DeepSpeed engines; findings of rank 0 as JSON.
+"""One rank of the outer loop's tests with students in DeepSpeed engines; rank 0 writes the findings as JSON.
 
-Run by test_outer_loop.py with RANK and its like set.
+test_outer_loop.py runs it with RANK and its like set.
 """
 
 import json
@@ -130,7 +130,7 @@ def main(folder: Path) -> None:
                 tokens[i] = (7 * tokens[i - 1] + noise[i]) % V
             tokens.tofile(folder / f"{name}.partial")
             (folder / f"{name}.partial").rename(folder / name)
-    # The world of one writes it, for both. No barrier here: a rank that saw the file would leave the other in it.
+    # The world of one rank writes the text for both worlds. No barrier here: a rank that sees the file goes on.
     while not (folder / "held_out.bin").is_file():
         time.sleep(0.1)
     every_step = OuterConfig(every=1)

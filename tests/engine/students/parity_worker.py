@@ -1,8 +1,8 @@
-"""One rank of the parity tests: every case in one process group, findings of rank 0 as JSON.
+"""One rank of the parity tests: it runs every case in one process group, and rank 0 writes the findings as JSON.
 
-Run by test_parity.py with RANK and its like set. A case trains students by Crèche's cohort and by `plain_loop`, a loop
-in plain PyTorch that never heard of DeepSpeed, ranks, accumulation, chunks or fused losses. They learn from the text,
-from one another and from two frozen teachers at once; one is a GPT-2, with dropout.
+test_parity.py runs it with RANK and its like set. A case trains students by Crèche's cohort and by `plain_loop`, a loop
+in plain PyTorch without DeepSpeed, ranks, accumulation, chunks or fused losses. The students learn from the text, from
+one another and from two frozen teachers at once; one is a GPT-2 with dropout.
 """
 
 import itertools
@@ -87,7 +87,10 @@ def data(file: TokenFile, micro_batch: int | None, rank: int, world_size: int) -
 
 @cache
 def plain_loop(tied: bool, path: Path) -> tuple[list[list[float]], list[list[float]], list[dict[str, torch.Tensor]]]:
-    """Deep mutual learning from its equations (Zhang et al. 2018), whole batches, full logits, one autograd graph."""
+    """Trains by deep mutual learning from its equations (Zhang et al. 2018), and returns losses, norms and weights.
+
+    It has whole batches, full logits and one autograd graph.
+    """
     file = TokenFile(path, "uint16", LENGTH)
     models, optimizers = [], []
     for config in students(tied):
@@ -95,15 +98,17 @@ def plain_loop(tied: bool, path: Path) -> tuple[list[list[float]], list[list[flo
         models.append(model)
         groups = decay_groups(model, OPTIMIZER.weight_decay)
         optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps))
-    temperature, losses, norms, taught = OBJECTIVE.temperature, [], [], confident_teachers()
+    temperature, losses, norms, teachers = OBJECTIVE.temperature, [], [], confident_teachers()
     for step in data(file, None, 0, 1).steps(1, STEPS):
         (batch,) = step.micro_batches
         assert batch.samples_B is not None
-        drawn = dropout_seeds(students(tied)[2].seed, batch.samples_B)
-        hidden = [model(batch.tokens_BL, None, *[drawn][: i // 2]) for i, model in enumerate(models)]  # the third draws
+        seeds_B = dropout_seeds(students(tied)[2].seed, batch.samples_B)
+        hidden = [
+            model(batch.tokens_BL, None, *[seeds_B][: i // 2]) for i, model in enumerate(models)
+        ]  # the third has dropout
         logits = [h @ model.head.T for h, model in zip(hidden, models, strict=True)]
         with torch.no_grad():
-            teacher_NV = sum(model(batch.tokens_BL) @ model.head.T for model in taught) / len(taught)
+            teacher_NV = sum(model(batch.tokens_BL) @ model.head.T for model in teachers) / len(teachers)
         predicted = batch.targets_N != IGNORED
         logs = [F.log_softmax(z[predicted] / temperature, -1) for z in [*logits, teacher_NV]]
         losses.append([])
@@ -137,20 +142,22 @@ def weights(cohort: Cohort) -> list[dict[str, torch.Tensor]]:
 
 
 def largest_difference(ours: list[dict], theirs: list[dict]) -> float:
-    """Over all tensors, |ours − theirs| / |theirs| in the Euclidean norm.
+    """Returns the largest |ours − theirs| / |theirs| of all tensors, in the Euclidean norm.
 
-    GPT-2's keys' biases are left out: softmax does not see them, and AdamW makes steps of their gradients' rounding.
+    The biases of GPT-2's keys are left out: softmax does not depend on them, so their gradients are rounding errors, of
+    which AdamW makes whole steps.
     """
 
-    def seen(name: str, x: torch.Tensor) -> torch.Tensor:
+    def without_key_bias(name: str, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) if name.endswith("c_attn.bias") else x
 
     differences = [
-        (seen(name, a[name]) - seen(name, b[name])).norm() / seen(name, b[name]).norm()
+        (without_key_bias(name, a[name]) - without_key_bias(name, b[name])).norm()
+        / without_key_bias(name, b[name]).norm()
         for a, b in zip(ours, theirs, strict=True)
         for name in b
     ]
-    return torch.stack(differences).max().item()  # Python's own would pass over a NaN
+    return torch.stack(differences).max().item()  # Python's own max would pass over a NaN.
 
 
 def parity(
@@ -186,7 +193,7 @@ def parity(
 
 
 class Waits(TorchDispatchMode):
-    """Counts the tensors of one element that become numbers of Python's: for each, a GPU would be waited for."""
+    """Counts the tensors that become Python numbers: for each, the host would wait for a GPU."""
 
     count = 0
 
@@ -196,7 +203,7 @@ class Waits(TorchDispatchMode):
 
 
 def poison(runtime: Runtime, file: TokenFile, stage: int, what: str, precision: str) -> dict:
-    """A NaN in student b's loss or gradient, on the last rank only: does anything move, and does the next step work?"""
+    """Puts a NaN into student b on the last rank, and returns what moves and whether the next step works."""
     configs = students(tied=True)
     cohort = cohort_of(configs, TrainConfig(zero_stage=stage, precision=precision), runtime)  # pyright: ignore[reportArgumentType]
     teachers, coefficients = teaching(precision, len(cohort), runtime)
@@ -210,7 +217,7 @@ def poison(runtime: Runtime, file: TokenFile, stage: int, what: str, precision: 
     hooks = []
     if what == "gradient" and bad_rank:
         hooks.append(cohort[1].model.norm.weight.register_hook(lambda g: g * float("nan")))
-    if what == "forward" and bad_rank:  # from here it reaches the losses of all, through the divergence
+    if what == "forward" and bad_rank:  # It reaches the losses of all through the divergence.
         hooks.append(cohort[1].model.norm.register_forward_hook(lambda _, __, out: (out[0] * float("nan"), out[1])))
     tally = accumulate(cohort, second, coefficients, teachers)
     for hook in hooks:
@@ -236,13 +243,13 @@ def poison(runtime: Runtime, file: TokenFile, stage: int, what: str, precision: 
 
 
 def separate(runtime: Runtime, file: TokenFile, stage: int) -> dict:
-    """Which students hold a gradient anywhere, in a parameter or in ZeRO's buffers, after one student's backward."""
+    """Returns which students hold a gradient, in a parameter or in ZeRO's buffers, after each student's backward."""
     cohort = cohort_of(students(tied=True), TrainConfig(zero_stage=stage), runtime)  # pyright: ignore[reportArgumentType]
     teachers, coefficients = teaching("fp32", len(cohort), runtime)
     (step,) = data(file, None, runtime.rank, runtime.world_size).steps(1, 1)
     (batch,) = step.micro_batches
     hidden = [student.body(batch) for student in cohort]
-    seen = {}
+    holders = {}
     with cohort.gathered_heads():
         streams = [student.project(hidden_ND) for student, hidden_ND in zip(cohort, hidden, strict=True)]
         result = linear_ensemble_kl(
@@ -257,9 +264,9 @@ def separate(runtime: Runtime, file: TokenFile, stage: int) -> dict:
         )
         for i, student in enumerate(cohort):
             student.backward(result.losses[i], last=True)
-            seen[student.name] = [other.name for other in cohort if holds_gradient(other)]
+            holders[student.name] = [other.name for other in cohort if holds_gradient(other)]
             student.discard_gradients()
-    return seen
+    return holders
 
 
 def holds_gradient(student: Student) -> bool:
@@ -280,7 +287,7 @@ def main(folder: Path) -> None:
         findings[f"parity-{name}"] = parity(runtime, path, stage, accumulation, tied)
     findings["parity-zero1-recompute"] = parity(runtime, path, 1, 1, True, recompute=True)
     findings["parity-zero3-recompute"] = parity(runtime, path, 3, 4, True, recompute=True)
-    graphs = partial(torch.compile, backend="aot_eager")  # all but the making of code, which takes minutes here
+    graphs = partial(torch.compile, backend="aot_eager")  # Making code as well would take minutes.
     with mock.patch.object(torch, "compile", graphs):
         findings["parity-zero1-compile"] = parity(runtime, path, 1, 4, True, compile=True)
         findings["parity-zero2-compile-recompute"] = parity(runtime, path, 2, 1, False, compile=True, recompute=True)

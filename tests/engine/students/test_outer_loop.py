@@ -226,7 +226,7 @@ def test_step_size_falls_as_half_a_cosine() -> None:
 
 @pytest.fixture(scope="module")
 def folder(spawn_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What outer_loop_worker.py finds with students in DeepSpeed engines, on one rank and on two."""
+    """Returns the folder of outer_loop_worker.py's findings, from students in DeepSpeed engines on 1 and 2 ranks."""
     folder = tmp_path_factory.mktemp("outer")
     worker = Path(__file__).with_name("outer_loop_worker.py")
     with ThreadPoolExecutor() as pool:

@@ -1,6 +1,6 @@
-"""Crèche's loop against a plain one: same losses, same parameters, whatever the ranks, ZeRO stage, accumulation, head.
+"""Crèche's loop against a plain one: same losses and parameters for any ranks, ZeRO stage, accumulation and head.
 
-Each world size is spawned once and runs every case inside (parity_worker.py); the tests here look at what it found.
+Each world size is spawned once and runs every case (parity_worker.py); the tests here look at its findings.
 """
 
 import json
@@ -28,7 +28,7 @@ ALTERED = [
 
 @pytest.fixture(scope="module")
 def folder(spawn_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where both world sizes, at work side by side, leave their findings."""
+    """Returns the folder to which both world sizes, side by side, write their findings."""
     folder = tmp_path_factory.mktemp("parity")
     worker = Path(__file__).with_name("parity_worker.py")
     with ThreadPoolExecutor() as pool:
@@ -44,20 +44,20 @@ def findings(request: pytest.FixtureRequest, folder: Path) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*PARITY, *ALTERED])
 def test_twenty_steps_equal_a_plain_loop(findings: dict[str, Any], case: str) -> None:
-    found = findings[case]
-    assert found["fell"] > 0.1, "the plain loop learnt nothing, so agreement would mean nothing"
-    assert 0 < found["clipped"] < 1, "clipping was to act in some steps"
-    assert found["losses"] <= TOLERANCE
-    assert found["norms"] <= TOLERANCE
-    assert found["weights"] <= TOLERANCE
+    case_findings = findings[case]
+    assert case_findings["fell"] > 0.1, "the plain loop learnt nothing, so agreement would mean nothing"
+    assert 0 < case_findings["clipped"] < 1, "clipping was to act in some steps"
+    assert case_findings["losses"] <= TOLERANCE
+    assert case_findings["norms"] <= TOLERANCE
+    assert case_findings["weights"] <= TOLERANCE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_follows_the_plain_loop_within_its_rounding(findings: dict[str, Any], stage: int) -> None:
-    found = findings[f"parity-zero{stage}-bf16"]
-    assert 1e-6 < found["losses"] < 5e-3, "rounded to 8 bits, and no worse"
-    assert found["weights"] < 2e-2
+    case_findings = findings[f"parity-zero{stage}-bf16"]
+    assert 1e-6 < case_findings["losses"] < 5e-3, "rounded to 8 bits, and no worse"
+    assert case_findings["weights"] < 2e-2
 
 
 @pytest.mark.slow
@@ -67,15 +67,15 @@ def test_bf16_follows_the_plain_loop_within_its_rounding(findings: dict[str, Any
     + [f"poison-zero{stage}-gradient-bf16" for stage in (1, 2, 3)],
 )
 def test_one_student_that_is_not_finite_stops_the_step_of_all(findings: dict[str, Any], case: str) -> None:
-    found = findings[case]
-    assert found["not_finite"] == [1]
-    assert found["moved"] == 0, "weights and moments stay bit for bit"
-    assert found["later_not_finite"] == []
-    assert found["later_moved"] == found["tensors"], "the next good step moves every one"
-    assert found["later_finite"]
-    assert found["stop"], "a wish to stop on one rank reaches all, also in a skipped step"
-    if "zero3" not in case:  # DeepSpeed's stage 3 asks for a norm of its own
-        assert found["waits"] == 0, "beside what the students decide together, no step waits for the device"
+    case_findings = findings[case]
+    assert case_findings["not_finite"] == [1]
+    assert case_findings["moved"] == 0, "weights and moments stay bit for bit"
+    assert case_findings["later_not_finite"] == []
+    assert case_findings["later_moved"] == case_findings["tensors"], "the next good step moves every tensor"
+    assert case_findings["later_finite"]
+    assert case_findings["stop"], "a wish to stop on one rank reaches all, also in a skipped step"
+    if "zero3" not in case:  # DeepSpeed's stage 3 computes a norm itself.
+        assert case_findings["waits"] == 0, "beside what the students decide together, no step waits for the device"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Runs that learn from frozen teachers, live and from a cache, and one line for each thing that cannot be a teacher."""
+"""Runs that learn from frozen teachers, live and from a cache, and the refusal of what cannot be a teacher."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def settings(folder: Path, name: str, *overrides: str, **student: Any) -> Config
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two teachers of different families and widths, trained for some steps."""
+    """Trains two teachers of different families and widths for some steps."""
     folder = tmp_path_factory.mktemp("teachers")
     train(settings(folder, "llama", hidden=24, tied=False))
     train(settings(folder, "gpt2", family="gpt2", dropout=0.1, seed=1))
@@ -50,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(models: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """Returns a copy of the teachers, to spoil."""
     shutil.copytree(models, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -103,7 +103,7 @@ def test_the_mean_of_teachers_is_of_their_logits_and_holds_their_heads_once(tied
     ]
     batch = Batch(torch.randint(VOCAB_SIZE, (2, 16)), torch.zeros(32, dtype=torch.int64))
     expected_NV = sum(w * model(batch.tokens_BL) @ model.head.T for w, model in zip((0.25, 0.75), models, strict=True))
-    (mean,) = Teachers(["both"], [1.0], models, (0.25, 0.75))(batch)
+    (mean,) = Teachers(["mean"], [1.0], models, (0.25, 0.75))(batch)
     assert isinstance(mean, Projected)
     torch.testing.assert_close(mean.hidden @ mean.weight.T, expected_NV)
     storages = {model.head.untyped_storage().data_ptr() for model in models}
@@ -250,7 +250,7 @@ def test_a_cache_stands_in_for_the_teachers(
     assert losses(folder, "second") == losses(folder, "first")
 
     before = {part: part.read_bytes() for part in parts}
-    parts[1].unlink()  # as a killed run leaves it: parts come into place whole
+    parts[1].unlink()  # A killed run leaves it so, as parts are whole or missing.
     train(cached(folder, "third", "cache.k=399"))
     assert {part: part.read_bytes() for part in parts} == before
 
@@ -286,15 +286,15 @@ def test_a_record_comes_back_within_its_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(7, 3, generator=generator), 9 * torch.randn(70_000 // 7, 3, generator=generator)
     k = 5
-    wanted = teacher_cache.top_k(Projected(hidden, weight), k, 2.0)
+    top = teacher_cache.top_k(Projected(hidden, weight), k, 2.0)
     log_prob_NV = (hidden @ weight.T / 2).log_softmax(-1)
-    torch.testing.assert_close(wanted.log_prob, log_prob_NV.topk(k).values)
-    torch.testing.assert_close(wanted.log_prob.exp().sum(-1) + wanted.tail, torch.ones(7))
-    streams = [list(wanted), [wanted.log_prob - 1e-3, wanted.index.flip(1), wanted.tail]]
-    found = teacher_cache.unpack(teacher_cache.pack(streams), 2, 7, k)
-    for (log_prob, index, tail), (expected, tokens, rest) in zip(found, streams, strict=True):
+    torch.testing.assert_close(top.log_prob, log_prob_NV.topk(k).values)
+    torch.testing.assert_close(top.log_prob.exp().sum(-1) + top.tail, torch.ones(7))
+    streams = [list(top), [top.log_prob - 1e-3, top.index.flip(1), top.tail]]
+    unpacked = teacher_cache.unpack(teacher_cache.pack(streams), 2, 7, k)
+    for (log_prob, index, tail), (expected, tokens, rest) in zip(unpacked, streams, strict=True):
         assert torch.equal(index, tokens.int())
         assert (log_prob - expected).abs().max() <= 3e-3
         assert (tail / rest - 1).abs().max() <= 3e-3
         torch.testing.assert_close(log_prob.exp().sum(-1) + tail, torch.ones(7))
-    assert np.diff(found[0][0].numpy(), axis=1).max() <= 0, "the most probable first"
+    assert np.diff(unpacked[0][0].numpy(), axis=1).max() <= 0, "the most probable first"
