@@ -6,21 +6,22 @@ The layers are the defaults of `engine.config.settings`, a YAML file (`--config`
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import pydantic
 import yaml
 
-from engine.config.describe import dataclass_in
 from engine.config.presets import PRESETS
 from engine.config.settings import Config
 from engine.system.errors import UserError
 from engine.system.files import write_text
 
 C = TypeVar("C")
+_adapter = functools.cache(pydantic.TypeAdapter)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def build(cls: type[C], settings: dict[str, Any], overrides: Sequence[str] = ())
         _apply_override(settings, override)
     settings = _with_presets(settings)
     try:
-        return pydantic.TypeAdapter(cls).validate_python(settings)
+        return _adapter(cls).validate_python(settings)
     except pydantic.ValidationError as error:
         raise UserError(_one_line(cls, error)) from None
 
@@ -60,7 +61,7 @@ def save(config: Config, path: Path, **comments: str) -> None:
 
 def as_dict(config: Any) -> dict[str, Any]:
     """Returns settings as plain dictionaries and lists, equal to what YAML reads back."""
-    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+    return _adapter(type(config)).dump_python(config, mode="json")
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -150,5 +151,12 @@ def _keys_at(cls: type, location: tuple[int | str, ...]) -> list[str]:
     """Returns the keys of the dataclass at a location such as ("students", 0)."""
     for part in location:  # An index of a list and a key of a dictionary are no fields: the dataclass stays.
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-        cls = dataclass_in(kinds.get(str(part))) or cls
+        cls = _dataclass_in(kinds.get(str(part))) or cls
     return [field.name for field in dataclasses.fields(cls)]
+
+
+def _dataclass_in(kind: Any) -> type | None:
+    """Returns the dataclass that a field of type `kind` holds, alone or in a list, a dictionary or a union."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return kind
+    return next(filter(None, map(_dataclass_in, get_args(kind))), None)

@@ -27,7 +27,8 @@ Fraction = Annotated[float, pydantic.Field(ge=0, le=1), _Number]
 FractionBelowOne = Annotated[float, pydantic.Field(ge=0, lt=1), _Number]
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # It becomes the name of a folder.
 
-STRICT = pydantic.ConfigDict(extra="forbid")  # pydantic reads __pydantic_config__ off a dataclass.
+# pydantic reads __pydantic_config__ of a dataclass, and the docstrings below its fields.
+STRICT = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
