@@ -1,9 +1,9 @@
 """The hypergradient of weighted mutual learning: how the ensemble's held-out loss changes with the students' weights ω.
 
 The inner step moves θ_k by −γ_k·∂loss_k/∂θ_k, and loss_k is affine in ω (engine.students.coefficients): ω_i multiplies
-what student i pays for its own cross-entropy and what the others pay for diverging from it. So for L2(ω, θ(ω)), the
-held-out cross-entropy of the ensemble Σ_i ω_i z_i of logits z_i, one inner step of plain SGD back (Iyer
-2024, after Zhang et al. 2022, Theorem 1)
+what student i pays for its own cross-entropy and what the others pay for diverging from it. Let L2(ω, θ(ω)) be the
+held-out cross-entropy of the ensemble Σ_i ω_i z_i of logits z_i. Then, differentiated through one inner step of plain
+SGD (Iyer 2024, after Zhang et al. 2022, Theorem 1),
 
     g_i = ∂L2/∂ω_i − Σ_k γ_k ⟨v_k, ∂La_ik/∂θ_k⟩        v_k = ∂L2/∂θ_k, after the step
 
@@ -116,7 +116,7 @@ def hypergradient(
         weighting: the inner loss, as a function of ω.
         terms: "all", or "direct" for ∂L2/∂ω alone.
     """
-    assert all(batch.kl_mask_N is None for batch in train.micro_batches), "rows in which divergences alone count"
+    assert all(batch.kl_mask_N is None for batch in train.micro_batches), "every row needs a target"
     S = len(students)
     loss, direct_S, gradients = _held_out_gradient(students, after, omega_S, held_out, with_students=terms == "all")
     inner_SS = torch.zeros(S, S, dtype=torch.float64, device=omega_S.device)
@@ -170,9 +170,9 @@ def _ensemble_loss(
     weight_VD = torch.cat([w * weight for w, (_, weight, *_) in zip(omega_S, outputs, strict=True)], -1)
     biases = [w * bias for w, (_, _, *rest) in zip(omega_S, outputs, strict=True) for bias in rest]
     mixed = Projected(hidden_ND, weight_VD, torch.stack(biases).sum(0) if biases else None)
-    one = omega_S.new_ones(1).detach()
+    ce_weight = omega_S.new_ones(1).detach()
     result = linear_ensemble_kl(
-        [mixed], [], targets_N, ce_weight=one, kl_weight=None, normalizer=normalizer, ignore_index=IGNORED
+        [mixed], [], targets_N, ce_weight=ce_weight, kl_weight=None, normalizer=normalizer, ignore_index=IGNORED
     )
     return result.losses[0]
 

@@ -79,6 +79,7 @@ class OuterLoop:
         return self._weighting.coefficients(self.omega_S)
 
     def is_due(self, step: int) -> bool:
+        """Returns whether ω is updated after this step."""
         return self._config.every is not None and step % self._config.every == 0
 
     def step_size(self, step: int) -> float:

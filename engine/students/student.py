@@ -70,8 +70,7 @@ class Student:
         zero.make_moments(self.engine, self.optimizer, self._parameters, self.zero_stage)
 
     def body(self, batch: Batch) -> Tensor:
-        """Returns the hidden states [N, D] of the batch. They come through the engine, so that its hooks see the
-        pass."""
+        """Returns the hidden states [N, D] of the batch, through the engine, whose hooks must see the pass."""
         inputs = [batch.tokens_BL, batch.rows_N]
         if self.config.dropout > 0 and batch.samples_B is not None:
             inputs.append(dropout_seeds(self.config.seed, batch.samples_B))
@@ -154,6 +153,7 @@ def student_model(
 
 @torch.no_grad()
 def set_weights(model: nn.Module, state: StudentState) -> None:
+    """Sets a model's parameters to the weights of `state`."""
     for name, parameter in model.named_parameters():
         parameter.copy_(state[f"weight/{name}"])
 

@@ -1,9 +1,7 @@
-"""Every private name of torch or DeepSpeed that training depends on, with what breaks when it changes.
+"""DeepSpeed's settings for a student, and every private name of torch or DeepSpeed that training depends on.
 
-What is public is called where it is needed. A name below may change with any release; the pins in pyproject.toml hold
-it still, and the tests named here notice a change.
-
-S students.
+A private name may change with any release, so each function says what breaks then. The pins in pyproject.toml hold the
+names still, and tests/engine/students/test_zero.py keeps them in this file and in engine/system/private_api.py.
 """
 
 import math
@@ -28,8 +26,7 @@ LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's own default, far above wha
 
 
 def engine_settings(train: TrainConfig, parameters: int, world_size: int) -> dict[str, Any]:
-    """Returns DeepSpeed's configuration for one student: the loop owns batches and boundaries, DeepSpeed reduces and
-    updates."""
+    """Returns DeepSpeed's settings for one student: the loop makes the batches, DeepSpeed reduces and updates."""
     stage = train.stage(world_size)
     bucket = min(parameters, LARGEST_BUCKET)  # It is allocated whole for each student: the default would be 2 GB.
     return {
