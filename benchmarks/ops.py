@@ -1,26 +1,27 @@
-"""Every op of `kernels/`, under every backend of this device, beside its peers: eager torch, torch.compile of the same
-code, and on a GPU Liger and flash-attn where they are installed.
+"""Compares every op of `kernels/`, under every backend of this device, with its peers.
+
+The peers are eager torch, torch.compile of the same code, and on a GPU Liger and flash-attn where they are installed.
 
     python benchmarks/ops.py                              all cases
     python benchmarks/ops.py ensemble_kl rms_norm --rounds 15 --threads 2 --csv ops.csv --plot plots
     python benchmarks/ops.py linear_ensemble_kl --budget  the time against the memory of a chunk
 
-Every variant of a case is checked first against float64, losses, outputs and gradients; one that differs, or cannot
-run, is not timed but named, and the exit status is 1. Then they are timed as `benchmarks.timing` says.
+Losses, outputs and gradients of every variant are first compared with float64. A variant that differs or cannot run is
+named instead of timed, and the exit status is 1. The others are timed as `benchmarks.timing` says.
 
-What a case must move, its bytes, is every tensor it reads, once, plus every tensor it writes, once: inputs, outputs and
-gradients. `copy` copies half as many bytes by `copy_`, which so reads and writes that many in all. Where forward and
-backward are apart in a training step, `both` counts the bytes of each; a loss over logits is one thing to its user, so
-its `both` counts logits and their gradients once, though the deferred form has to read the logits twice.
+The bytes of a case are those of every tensor that it reads and every tensor that it writes, once each: inputs, outputs
+and gradients. `copy` moves as many bytes by `copy_`, half of them read and half written. Where the forward and the
+backward pass are separate in a training step, `both` counts the bytes of each. A loss over logits is a single call for
+its user, so its `both` counts logits and their gradients once, though the deferred form reads the logits twice.
 
-`linear_ensemble_kl` is measured against `products` instead: its own matrix products alone, for all N tokens at once,
-into tensors that exist already: logits, and each student's gradients of hidden states and head.
+`linear_ensemble_kl` is compared with `products` instead. These are its own matrix products alone, for all N tokens at
+once, into tensors that exist already: logits, and each student's gradients of hidden states and head.
 
-With --keep-freed-memory the process keeps what it frees, as the engine's does, and as a user's own does not: on a CPU
-large new tensors otherwise cost more than what is computed in them. Peers gain by it most.
+With --keep-freed-memory the process keeps the memory that it frees, as the engine does and a user's own process does
+not. Otherwise large new tensors cost a CPU more than what is computed in them. It helps the peers most.
 
-Memory is the peak of one call beyond what it was given, less the size of its results. On a GPU times are the device's
-alone, and `host ms` is what the host needs to launch a call: where it is the longer, eager training waits for the host.
+Memory is the peak of one call beyond its inputs, less the size of its results. On a GPU the times are the device's
+alone, and `host ms` is what the host takes to launch a call: where it is longer, eager training waits for the host.
 
 B sequences, L positions, N tokens, D hidden, H heads, V vocabulary, S students, K teachers, R = S + K streams.
 """
@@ -58,13 +59,15 @@ Tensors = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compute a case: `forward`, differentiable, or outputs and gradients at once in a `single_pass`."""
+    """One way to compute a case: a differentiable `forward`, or a `single_pass` for outputs and gradients at once."""
 
     forward: Callable[..., Tensors] | None = None
     single_pass: Callable[..., tuple[Tensors, Tensors]] | None = None
-    backend: str | None = None  # of `kernels`, chosen before each call, outside the clock
-    overwrites: bool = False  # its inputs or cotangents: it gets copies, made outside the clock
-    chunk_bytes: int | None = None  # of `linear_ensemble_kl`, set likewise
+    backend: str | None = None  # of `kernels`; it is chosen before each call, outside the clock
+    overwrites: bool = (
+        False  # whether it overwrites its inputs or cotangents; it then gets copies made outside the clock
+    )
+    chunk_bytes: int | None = None  # of `linear_ensemble_kl`, set in the same way
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Case:
     inputs: Callable[[Generator], list[Tensor]]  # random; those that require gradients are differentiated
     eager: Callable[..., Tensors]
     ours: Callable[..., Tensors]
-    phases: dict[str, int]  # of forward, backward, both: the bytes it must move
+    phases: dict[str, int]  # the bytes that it must move in forward, backward, both
     single_pass: Callable[..., tuple[Tensors, Tensors]] | None = None
     peers: dict[str, Way] = field(default_factory=dict)
     products: Callable[[Tensors], Callable[[], object]] | None = None  # instead of `copy`, from a set of inputs
@@ -87,7 +90,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What the table and the CSV hold of one variant. Of ratios and times: median, 20% and 80% quantiles."""
+    """What the table and the CSV show of one variant; ratios and times are medians, with 20% and 80% quantiles."""
 
     op: str
     case: str
@@ -111,7 +114,7 @@ class Row:
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """The sizes of a training step of small students, and larger ones."""
+    """Yields cases in the sizes of a training step of small students, and in larger ones."""
     large = device.type == "cuda"
     ensembles = [(3, 3), (1, 3)] if not large else [(3, 3), (1, 3), (1, 2), (1, 5), (2, 2), (4, 4)]
     for students, streams in ensembles:
@@ -176,8 +179,9 @@ def ensemble_kl(
 def ensemble_kl_at_once(
     logits_RNV: Tensors, targets_N: Tensor, ce_weight_S: Tensor, kl_weight_SR: Tensor
 ) -> tuple[Tensor, Tensor, Tensors]:
-    """ce [S, N], kl [S, R, N] and the students' gradients, by the single pass that `linear_ensemble_kl` uses under the
-    backend in force. Triton's and the native one write the gradients over the students' logits.
+    """Returns ce [S, N], kl [S, R, N] and the students' gradients, by the single pass of `linear_ensemble_kl`.
+
+    Triton's and the native backend write the gradients over the students' logits.
     """
     rows_N, students = targets_N != -100, len(ce_weight_S)
     module = dispatch.implementation("ensemble_kl", targets_N)
@@ -281,7 +285,10 @@ def rms_norm(device: torch.device, dtype: torch.dtype, tokens: int, hidden: int)
 
 
 def rms_norm_residual(device: torch.device, dtype: torch.dtype, tokens: int, hidden: int) -> Case:
-    """Reads x and residual, writes both outputs; backward reads their sum and two cotangents, writes one gradient."""
+    """Returns a case that reads x and residual and writes two outputs.
+
+    Its backward pass reads their sum and two cotangents, and writes one gradient.
+    """
 
     def inputs(generator: Generator) -> list[Tensor]:
         shapes = ((tokens, hidden), (tokens, hidden), (hidden,))
@@ -397,25 +404,25 @@ def ways(case: Case, device: torch.device) -> dict[str, Way]:
     Where the reference has a single pass, its differentiable form is the definition, to be differentiated twice; nobody
     trains with it, and one call takes half a minute.
     """
-    found = {}
+    named_ways = {}
     for backend in case.backends or BACKENDS[device.type]:
         if case.single_pass is not None:
-            found[f"{backend} (single pass)"] = Way(single_pass=case.single_pass, backend=backend, overwrites=True)
+            named_ways[f"{backend} (single pass)"] = Way(single_pass=case.single_pass, backend=backend, overwrites=True)
         if case.single_pass is None or backend != "reference":
-            found[backend] = Way(case.ours, backend=backend)
+            named_ways[backend] = Way(case.ours, backend=backend)
     compiled = torch.compile(case.eager, fullgraph=True, dynamic=False)
-    return found | {"eager": Way(case.eager), "compile": Way(compiled)} | case.peers
+    return named_ways | {"eager": Way(case.eager), "compile": Way(compiled)} | case.peers
 
 
 def budgets(case: Case, device: torch.device) -> dict[str, Way]:
-    """`linear_ensemble_kl` with chunks of several sizes, under the backend that is the default here."""
+    """Returns `linear_ensemble_kl` with chunks of several sizes, under the default backend of this device."""
     with kernels.backend("auto"):
         backend = dispatch.implementation(case.op, torch.empty(0, device=device)).__name__.rpartition(".")[2]
     return {f"{backend} {size} MiB": Way(case.ours, backend=backend, chunk_bytes=size * MEBIBYTE) for size in BUDGETS}
 
 
 def choose(way: Way, device: torch.device) -> None:
-    """Outside the clock: what `way` says of the process's state."""
+    """Sets the backend and the chunk size that a way asks for, outside the clock."""
     if way.backend is not None:
         kernels.backend(way.backend)
     if way.chunk_bytes is not None:
@@ -431,7 +438,7 @@ def fresh(tensors: Tensors) -> list[Tensor]:
 
 
 def evaluate(way: Way, inputs: Tensors, cotangents: Tensors) -> tuple[Tensors, Tensors]:
-    """Outputs, and the gradients of those inputs that want one."""
+    """Returns the outputs, and the gradients of those inputs that require one."""
     if way.single_pass is not None:
         return way.single_pass(*inputs)
     assert way.forward is not None
@@ -463,7 +470,7 @@ def variant(way: Way, phase: str, sets: Sequence[Tensors], cotangents: Sequence[
 
 
 def copy(nbytes: int, dtype: torch.dtype, device: torch.device) -> Variant:
-    """One `copy_` that moves `nbytes`: it reads half as many and writes as many."""
+    """Returns a `copy_` that moves `nbytes`, half of them read and half written."""
     elements = max(1, nbytes // 2 // dtype.itemsize)
     pairs = [
         (torch.empty(elements, dtype=dtype, device=device), torch.randn(elements, device=device).to(dtype))
@@ -481,16 +488,18 @@ def exact_results(case: Case, inputs: Tensors, cotangents: Tensors) -> list[Tens
 
 
 def errors(results: Tensors, exact: Tensors) -> list[float]:
-    """The largest error of each tensor, relative to the tensor's largest element."""
+    """Returns the largest error of each tensor, relative to the tensor's largest element."""
     return [
         ((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-300)).item()
         for got, want in zip(results, exact, strict=True)
     ]
 
 
-def refusals(case: Case, found: dict[str, Way], inputs: Tensors, cotangents: Tensors) -> dict[str, str]:
-    """Why some variants are not to be timed: they cannot run, or err by more than three times eager torch, and by more
-    than 64 units of fp32's, or two of the storage's, precision in the largest element (Liger rounds losses to storage).
+def refusals(case: Case, named_ways: dict[str, Way], inputs: Tensors, cotangents: Tensors) -> dict[str, str]:
+    """Returns the variants that are not timed, and why.
+
+    They cannot run, or their error is more than three times that of eager torch plus an allowance: 64 units of fp32's
+    precision or two of the storage's, in the largest element (Liger rounds losses to the storage's precision).
     """
     exact = exact_results(case, inputs, cotangents)
     allowed = max(64 * torch.finfo(torch.float32).eps, 2 * torch.finfo(inputs[0].dtype).eps)
@@ -499,20 +508,20 @@ def refusals(case: Case, found: dict[str, Way], inputs: Tensors, cotangents: Ten
         for error in errors([x for part in evaluate(Way(case.eager), inputs, cotangents) for x in part], exact)
     ]
     refused = {}
-    for name, way in found.items():
+    for name, way in named_ways.items():
         try:
             choose(way, inputs[0].device)
             outputs, gradients = evaluate(way, fresh(inputs), fresh(cotangents))
             for error, bound in zip(errors([*outputs, *gradients], exact), bounds, strict=True):
                 if not error <= bound:
                     raise ArithmeticError(f"differs from float64 by {error:.1e}, over {bound:.1e}")
-        except Exception as error:  # a peer may fail in any way; the others are measured all the same
+        except Exception as error:  # A peer may fail in any way; the others are measured all the same.
             refused[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return refused
 
 
 def beyond_results(run: Callable[[Any], object], state: Any, device: torch.device) -> int:
-    """The peak of `run`'s memory beyond what is in `state` and in its results, in bytes."""
+    """Returns the bytes of the peak of `run`'s memory beyond what is in `state` and in its results."""
     results: list[Tensor] = []
 
     def keep() -> None:
@@ -520,8 +529,8 @@ def beyond_results(run: Callable[[Any], object], state: Any, device: torch.devic
 
     peak = timing.peak_bytes(keep, device)
     given = {x.untyped_storage().data_ptr() for x in tensors_in(state)}
-    made = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in results}
-    return max(0, peak - sum(nbytes for pointer, nbytes in made.items() if pointer not in given))
+    of_results = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in results}
+    return max(0, peak - sum(nbytes for pointer, nbytes in of_results.items() if pointer not in given))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -532,8 +541,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def measure(case: Case, found: dict[str, Way], device: torch.device, rounds: int) -> tuple[list[Row], dict[str, str]]:
-    """The rows of one case, and why variants are missing."""
+def measure(
+    case: Case, named_ways: dict[str, Way], device: torch.device, rounds: int
+) -> tuple[list[Row], dict[str, str]]:
+    """Returns the rows of one case, and the variants that are missing with the reason."""
     generator = Generator(device=device).manual_seed(0)
     first = case.inputs(generator)
     size = sum(x.nbytes for x in first)
@@ -544,12 +555,12 @@ def measure(case: Case, found: dict[str, Way], device: torch.device, rounds: int
         for _ in sets
     ]
     del outputs
-    refused = refusals(case, found, sets[0], cotangents[0])
+    refused = refusals(case, named_ways, sets[0], cotangents[0])
     rows = []
     for phase, nbytes in case.phases.items():
         variants = {
             name: variant(way, phase, sets, cotangents)
-            for name, way in found.items()
+            for name, way in named_ways.items()
             if name not in refused and (way.forward is not None or phase == "both")
         }
         if case.products is None:
@@ -605,7 +616,7 @@ def row(case: Case, phase: str, name: str, compared: timing.Comparison, host_sec
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows of one case and phase."""
+    """Returns the rows of one case and phase as a table."""
     first = rows[0]
     state = f"{'VOID: ' if first.void else ''}control spreads over {first.control_spread:.1%}"
     lines = [f"{first.op}  {first.case}  {first.phase}  ({first.bytes / 1e6:.1f} MB; {state})"]
@@ -631,7 +642,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot(rows: Sequence[Row], folder: Path) -> None:
-    """One chart a case: every phase's and variant's time over the baseline's, with its quantiles."""
+    """Draws one chart per case: each phase's and variant's time over the baseline's, with its quantiles."""
     import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("agg")
@@ -639,17 +650,17 @@ def plot(rows: Sequence[Row], folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for op, case in dict.fromkeys((r.op, r.case) for r in rows):
-        own = [r for r in rows if (r.op, r.case) == (op, case)]
-        figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(own)), layout="constrained")
-        values = [r.over_baseline for r in own]
-        below = [r.over_baseline - r.over_baseline_low for r in own]
-        above = [r.over_baseline_high - r.over_baseline for r in own]
-        axes.barh(range(len(own)), values, xerr=[below, above], color="#4477aa", ecolor="#222222", height=0.7)
-        axes.set_yticks(range(len(own)), [f"{r.phase}: {r.variant}" for r in own])
+        of_case = [r for r in rows if (r.op, r.case) == (op, case)]
+        figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(of_case)), layout="constrained")
+        values = [r.over_baseline for r in of_case]
+        below = [r.over_baseline - r.over_baseline_low for r in of_case]
+        above = [r.over_baseline_high - r.over_baseline for r in of_case]
+        axes.barh(range(len(of_case)), values, xerr=[below, above], color="#4477aa", ecolor="#222222", height=0.7)
+        axes.set_yticks(range(len(of_case)), [f"{r.phase}: {r.variant}" for r in of_case])
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.set_xlabel(f"time ÷ {own[0].baseline}'s, median of rounds, 20% to 80%")
-        axes.set_title(f"{op}  {case}" + ("  (VOID in part)" if any(r.void for r in own) else ""))
+        axes.set_xlabel(f"time ÷ {of_case[0].baseline}'s, median of rounds, 20% to 80%")
+        axes.set_title(f"{op}  {case}" + ("  (VOID in part)" if any(r.void for r in of_case) else ""))
         name = f"{op} {case}".replace(" ", "-").replace("=", "")
         figure.savefig(folder / f"{name}.svg")
         plt.close(figure)
@@ -688,17 +699,17 @@ def main(argv: Sequence[str]) -> int:
     print(f"{device_name(device)}, torch {torch.__version__}, {chosen.rounds} rounds\n")
     rows, complete = [], True
     for case in selected:
-        torch._dynamo.reset()  # a function compiled too often for different cases would silently run eagerly
-        found = budgets(case, device) if chosen.budget else ways(case, device)
-        found = {name: way for name, way in found.items() if not chosen.variants or name in chosen.variants}
-        fresh_rows, refused = measure(case, found, device, chosen.rounds)
+        torch._dynamo.reset()  # Compiled too often for different cases, a function would silently run eagerly.
+        named_ways = budgets(case, device) if chosen.budget else ways(case, device)
+        named_ways = {name: way for name, way in named_ways.items() if not chosen.variants or name in chosen.variants}
+        fresh_rows, refused = measure(case, named_ways, device, chosen.rounds)
         for phase in case.phases:
             print(table([r for r in fresh_rows if r.phase == phase]), flush=True)
         for name, reason in refused.items():
             print(f"  not timed: {name}: {reason}\n", flush=True)
         rows += fresh_rows
         complete &= not refused
-        if chosen.csv is not None:  # after every case: a run that is stopped leaves what it has measured
+        if chosen.csv is not None:  # So a run that is stopped leaves what it has measured.
             write_csv(rows, chosen.csv)
     if chosen.plot is not None:
         plot(rows, chosen.plot)

@@ -1,12 +1,12 @@
-"""The bytes that each op moves, counted rather than derived: a measurement that needs no GPU.
+"""Counts the bytes that each op moves, without a GPU.
 
     python benchmarks/traffic.py [--only REGEX] [--csv FILE]
 
-Triton's kernels, ours and Liger's, run in its interpreter, where every load and store counts as far as its mask lets it
-through. Of torch's operations every input and output counts once, views and broadcast dimensions excepted: what eager
-execution moves, if each operation touches all it is given. Bytes are printed per element, one of x, of q and k, or of
-[N, V], beside the floor: what the op must move if every number crosses once, or, for `ensemble_kl` where a row does not
-stay on chip, once a pass.
+Triton's kernels, ours and Liger's, run in Triton's interpreter, where every load and store counts as far as its mask
+lets it through. For torch's operations every input and output counts once, without views and broadcast dimensions: this
+is what eager execution moves if each operation reads all of its inputs. Bytes are printed per element (of x, of q and
+k, or of [N, V]) beside the floor. The floor is what the op must move if every number crosses once, or once per pass for
+`ensemble_kl` where a row does not stay on chip.
 
 Shapes: N tokens, D hidden, B sequences, L positions, V vocabulary, S students, K teachers, R = S + K streams.
 """
@@ -48,16 +48,16 @@ BYTES = 2  # of an element in storage: bf16 throughout
 
 
 class Traffic(TorchDispatchMode):
-    """Counts torch's operations inside its `with` block; `counted` has it count the interpreter's too. Bytes."""
+    """Counts the bytes that torch's operations move in its `with` block; in `counted` also those of the interpreter."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loaded = 0
         self.stored = 0
-        self.in_kernel = False  # the interpreter's own torch operations are no traffic
+        self.in_kernel = False  # The interpreter's own torch operations do not count.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "creche_triton":  # run what it is made of, in sight of this counter
+        if func.namespace == "creche_triton":  # What it calls is run under this counter.
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
@@ -89,13 +89,13 @@ def _counted() -> Iterator[Traffic]:
     def counted_launch(executor: Any, *args: Any, **kwargs: Any) -> None:
         traffic.in_kernel = True
         try:
-            with np.errstate(all="ignore"):  # Liger computes in bf16, of which the interpreter makes nonsense
+            with np.errstate(all="ignore"):  # The interpreter computes nonsense in Liger's bf16.
                 launch(executor, *args, **kwargs)
         finally:
             traffic.in_kernel = False
 
     def as_on_a_gpu(argument: Any) -> Any:
-        """Where a float is an fp32 tensor, whose methods Liger calls; the interpreter leaves it a float."""
+        """Converts a float to an fp32 tensor, whose methods Liger calls; the interpreter leaves it a float."""
         if isinstance(argument, float):
             return tl.tensor(interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
         return convert(argument)
@@ -112,8 +112,10 @@ def _counted() -> Iterator[Traffic]:
 
 @contextmanager
 def prepared_once() -> Iterator[None]:
-    """Halves the interpreter's time: it puts its own functions into `triton.language` at every call of a device
-    function, in 2 ms, though the launch has begun with that.
+    """Halves the interpreter's time.
+
+    The interpreter puts its own functions into `triton.language` at every call of a device function, which takes 2 ms,
+    though it has done so at the beginning of the launch.
     """
     prepare, launch = interpreter._patch_lang, GridExecutor.__call__
     ready: set[int] = set()
@@ -147,7 +149,7 @@ def _extent(x: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """`prepare` returns what is to be measured. `floor` is in bytes per element."""
+    """One op to measure: `prepare` returns the call, and `floor` is in bytes per element."""
 
     op: str
     name: str
@@ -159,7 +161,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes per element."""
+    """What was counted for a case, in bytes per element."""
 
     op: str
     case: str
@@ -218,7 +220,7 @@ def _by_peer(peer: str, op: str, *tensors: Any) -> Any:
 
 
 def _backward(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], object]:
-    """The gradients alone, of everything in 16 bits; the forward is run here."""
+    """Returns a call that computes the gradients of everything in 16 bits alone; the forward pass is run here."""
     leaves = [x.clone().requires_grad_() if x.dtype == torch.bfloat16 else x for x in tensors]
     with counted():  # for Liger's floats
         outputs = function(*leaves)
@@ -229,7 +231,10 @@ def _backward(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Callab
 
 
 def ensemble_floor(S: int, K: int, form: str, divergence: str, on_chip: bool) -> float:
-    """Logits read and gradients written. Gradients of the Jensen-Shannon divergence need its value, so a pass more."""
+    """Returns the bytes of logits read and gradients written.
+
+    Gradients of the Jensen-Shannon divergence need its value, and so one more pass.
+    """
     R = S + K
     passes = 1 if on_chip else 2
     if form == "single":
@@ -273,7 +278,7 @@ def ensemble_cases(S: int, K: int, V: int, on_chip: bool) -> Iterator[Case]:
 
 @cache
 def liger_on_the_interpreter() -> Any:
-    """Which has no libdevice, and so no `rsqrt` of it."""
+    """Returns Liger's peers with Triton's `rsqrt`, as the interpreter has no libdevice."""
     from liger_kernel.ops import fused_add_rms_norm
     from liger_kernel.ops import rms_norm as liger_rms_norm
 
