@@ -1,4 +1,4 @@
-"""What every Triton kernel compiles to, and what that allows: an audit that needs no GPU.
+"""Audits what every Triton kernel compiles to, and predicts its time, without a GPU.
 
     python benchmarks/audit.py [--only REGEX] [--targets cuda:90 hip:gfx942] [--processes 2] [--csv FILE]
 
@@ -7,13 +7,13 @@ has compiled them. So the signature, the constants and the divisibility of every
 choose. Liger's kernels for the same work stand in the next row.
 
 What is counted, and where:
-    registers, spills, stack, shared memory     in the machine code, by cuobjdump or in AMD's metadata; what AMD's
-                                                compiler calls spills of scalars moves them to lanes of a vector
-                                                register, touches no memory, and has a column of its own
+    registers, spills, stack, shared memory     in the machine code, by cuobjdump or from AMD's metadata. Spills of
+                                                scalars on AMD have a column of their own: the compiler moves them to
+                                                lanes of a vector register, which needs no memory.
     load and store width                        in PTX or AMD assembly, of the narrowest access to rows
-    bytes, exponentials per element             in Triton's IR: what one program does, a loop being taken once per tile
-                                                of its row. Every access counts, though a later pass over a row, or a
-                                                weight that all programs read, may be found in a cache.
+    bytes, exponentials per element             in Triton's IR, for one program whose loop runs once per tile of its
+                                                row. Every access counts, though a cache may hold a row in a later
+                                                pass, or a weight that all programs read.
 
 The predicted time is the largest of four lower bounds, and named after it:
     bandwidth   bytes over 0.9 of the peak, which is what a copy reaches
@@ -60,12 +60,12 @@ from kernels.ops.swiglu import triton as swiglu
 N = 8192
 STREAMS = ((1, 1), (1, 2), (1, 4), (2, 0), (3, 0), (4, 0), (2, 2), (8, 0))  # (S, K)
 APART = ("losses", "gradients")  # launches of their own
-LATENCY = 0.8e-6  # seconds from a read's issue to its data with the memory busy: an estimate, for all chips alike
+LATENCY = 0.8e-6  # seconds from a read to its data with the memory busy; an estimate, the same for all chips
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A processor is NVIDIA's SM or AMD's CU; numbers from the makers' data sheets and tuning guides."""
+    """The limits of a GPU, from the makers' data sheets and tuning guides; a processor is NVIDIA's SM or AMD's CU."""
 
     name: str
     target: GPUTarget
@@ -88,7 +88,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One launch on N tokens. `elements` is what its bytes and exponentials are given per: of x, of q and k, or N·V."""
+    """One launch on N tokens. Its bytes and exponentials are given per element of x, of q and k, or of [N, V]."""
 
     op: str
     name: str
@@ -221,7 +221,7 @@ def top_k_cases() -> Iterator[Case]:
 
 
 def _launch_top_k(k: int, V: int, divergence: str, dtype: torch.dtype | None, chip: Chip) -> None:
-    """dtype: the gradient's; None: losses alone."""
+    """Launches the kernel; `dtype` is the gradient's, and None computes losses alone."""
     fp32, width, rows = torch.float32, -(-V // 64) * 64, meta(N, dtype=torch.bool)
     add_divergence(
         meta(N, width, dtype=fp32),
@@ -237,18 +237,21 @@ def _launch_top_k(k: int, V: int, divergence: str, dtype: torch.dtype | None, ch
 
 
 def _liger_losses(V: int) -> Iterator[Case]:
-    """Of one student and one teacher: cross-entropy on logits, the divergences on log-probabilities made elsewhere."""
+    """Yields Liger's losses of one student and one teacher: cross-entropy on logits, and divergences.
+
+    The divergences take log-probabilities that are made elsewhere.
+    """
     logs, losses = meta(N, V, dtype=torch.float32), meta(N, dtype=torch.float32)
 
     def cross_entropy(chip: Chip) -> None:
         module, logits = _liger("cross_entropy"), meta(N, V)
         names = module.liger_cross_entropy_kernel.arg_names
-        given = dict.fromkeys(names) | dict.fromkeys(
+        arguments = dict.fromkeys(names) | dict.fromkeys(
             (name for name in names if name.startswith(("RETURN", "HAS"))), False
         )
-        given |= dict.fromkeys((name for name in names if name.endswith("_stride")), 1)
+        arguments |= dict.fromkeys((name for name in names if name.endswith("_stride")), 1)
         warps = 16 if chip.name == "MI300X" else 8 if chip.name == "B200" else 32  # Liger's rule for 16 bits
-        module.liger_cross_entropy_kernel[(N,)](**given | {
+        module.liger_cross_entropy_kernel[(N,)](**arguments | {
             "X_ptr": logits, "X_stride": V, "Y_ptr": meta(N, dtype=torch.int64), "loss_ptr": meta(N), "n_cols": V,
             "n_non_ignore": N, "sum_non_ignore_weight": N, "ignore_index": -100, "weight_sum": 0.0,
             "lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "mean", "HAS_GRADIENTS": True,
@@ -288,7 +291,7 @@ def _liger(module: str) -> Any:
 
 @dataclass
 class Offline:
-    """A driver with a target and no device."""
+    """A driver that has a target and no device."""
 
     target: GPUTarget
 
@@ -296,7 +299,7 @@ class Offline:
         return self.target
 
     def get_current_device(self) -> str:
-        return str(self.target)  # the JIT keeps what it compiled apart by device
+        return str(self.target)  # The JIT caches what it has compiled by device.
 
     def get_current_stream(self, device: object) -> int:
         return 0
@@ -304,7 +307,7 @@ class Offline:
 
 @contextmanager
 def recorded_launches(chip: Chip) -> Iterator[list[tuple[int, Any]]]:
-    """What is launched inside, as (programs, compiled kernel): compiled for the chip, and not run."""
+    """Yields a list of what is launched in the block, as (programs, kernel compiled for the chip); nothing runs."""
     launches: list[tuple[int, Any]] = []
     run = JITFunction.run
 
@@ -319,12 +322,12 @@ def recorded_launches(chip: Chip) -> Iterator[list[tuple[int, Any]]]:
 
 
 def audit(case: Case, key: str) -> Row:
-    """Compiles the case for CHIPS[key]."""
+    """Returns the row of a case that is compiled for CHIPS[key]."""
     chip = CHIPS[key]
     with recorded_launches(chip) as launches:
         case.launch(chip)
     ((programs, kernel),) = launches
-    if programs == 1:  # Liger asks the device for its processors, and takes a program for each
+    if programs == 1:  # Liger takes one program for each processor of the device.
         programs = chip.processors
     threads = kernel.metadata.num_warps * chip.target.warp_size
     work = read_ir(kernel.asm["ttir"], case.elements / programs)
@@ -392,7 +395,7 @@ class Access:
 
 @dataclass
 class Work:
-    """Of one program. `under_way` is the largest number of bytes it asks for before it must wait for one."""
+    """The work of one program. `under_way` is the most bytes that it requests before it must wait for one."""
 
     read: float = 0.0
     written: float = 0.0
@@ -403,7 +406,7 @@ class Work:
     accesses: list["Access"] = field(default_factory=list)
 
     def rows(self) -> list["Access"]:
-        """The accesses to rows: of as many dimensions as the largest, and no less than an eighth of it."""
+        """Returns the accesses to rows: they have the largest one's dimensions, and at least an eighth of its size."""
         largest = max(self.accesses, key=lambda access: access.elements)
         return [
             access
@@ -419,7 +422,7 @@ class Work:
 
 
 def read_ir(ttir: str, elements: float) -> Work:
-    """`elements` are those of one program: a loop over tiles visits each once."""
+    """Returns the work in Triton's IR, where `elements` are those of one program; a loop visits each tile once."""
     places = _places(ttir)
     lines = [line.strip() for line in ttir.splitlines() if not line.startswith("#loc")]
     tile = max(_size(match[2]) for line in lines if (match := ACCESS.search(line)))
@@ -429,7 +432,7 @@ def read_ir(ttir: str, elements: float) -> Work:
 def _region(
     lines: Iterator[str], elements: float, tiles: float, in_loop: bool, places: dict[str, Place]
 ) -> tuple[Work, bool]:
-    """The work up to the region's end, and whether an `else` follows."""
+    """Returns the work up to the region's end, and whether an `else` follows."""
     work, under_way = Work(), 0.0
     for line in lines:
         if line.startswith("}"):
@@ -438,7 +441,7 @@ def _region(
         if match := ACCESS.search(line):
             kind, count, bits = match[1], _size(match[2]), max(8, int(match[3]))
             if kind == "store" and re.search(r"tt\.store %\w+, %cst", line):
-                continue  # zeros of an ignored row
+                continue  # These are the zeros of an ignored row.
             size = count * bits / 8 * (1.0 if in_loop else min(1.0, elements / count))
             if kind == "load":
                 work.read, under_way = work.read + size, under_way + size
@@ -451,7 +454,7 @@ def _region(
             work.special += count * (match[1] in SPECIAL)
             work.exponentials += count * (match[1] in EXPONENTIALS)
         elif line.endswith("({"):
-            _region(lines, elements, tiles, in_loop, places)  # how a reduction combines two numbers
+            _region(lines, elements, tiles, in_loop, places)  # The region says how a reduction combines two numbers.
         elif "scf.if" in line:
             taken, other = _region(lines, elements, tiles, in_loop, places)
             if other:
@@ -463,7 +466,7 @@ def _region(
             inner, more = _region(lines, elements, tiles, in_loop or loop, places)
             while more:
                 _, more = _region(lines, elements, tiles, in_loop, places)
-            if match := COUNTED_LOOP.search(line):  # over the parts of a tile
+            if match := COUNTED_LOOP.search(line):  # The loop is over the parts of a tile.
                 first, end, step = (int(number) for number in match.groups())
                 work.add(inner, -(-(end - first) // step))
             else:
@@ -477,7 +480,7 @@ def _size(shape: str) -> int:
 
 
 def _places(ttir: str) -> dict[str, Place]:
-    """Of every location's name: the line and column it stands for, that of the callee where a call was inlined."""
+    """Returns the line and column by a location's name; where a call was inlined, those of the callee."""
     texts = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttir, re.MULTILINE))
 
     def resolve(name: str) -> Place:
@@ -499,15 +502,18 @@ class Code:
     spills: int
     moved_scalars: int
     stack: int
-    widths: dict[tuple[str, Place], int]  # bits of the narrowest access that this place of the source became
+    widths: dict[tuple[str, Place], int]  # bits of the narrowest access, by its place in the source
 
     def width(self, kind: str, place: Place) -> int:
-        """Of the place itself or, as Triton 3.9 is some lines off in what it inlines, of the nearest in its column."""
+        """Returns the bits of the access at a place, or at the nearest one in its column.
+
+        Triton 3.9 is some lines off in what it inlines.
+        """
         line, column = place
-        near = [found for k, found in self.widths if k == kind and found[1] == column and abs(found[0] - line) <= 5]
+        near = [other for k, other in self.widths if k == kind and other[1] == column and abs(other[0] - line) <= 5]
         if not near:
             raise RuntimeError(f"the assembly has no {kind} from line {line}; remove {knobs.cache.dir} and try again")
-        return self.widths[kind, min(near, key=lambda found: abs(found[0] - line))]
+        return self.widths[kind, min(near, key=lambda other: abs(other[0] - line))]
 
 
 def read_cubin(kernel: Any) -> Code:
@@ -521,7 +527,7 @@ def read_cubin(kernel: Any) -> Code:
 
         usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
         assert usage
-        spills = 0  # where there is no stack; disassembling takes longer than compiling
+        spills = 0  # Without a stack there are none, and disassembling takes longer than compiling.
         if int(usage[2]):
             spills = len(re.findall(r"\b(?:LDL|STL)\b", dump("--dump-sass")))
     ptx = re.compile(r"\b(ld|st)\.global[\w:.]*?(?:\.v(\d+))?\.b(\d+)\b|\b(cp)\.async\S* .*?0x([0-9a-f]+)")
@@ -580,7 +586,7 @@ def _job(index: int, key: str) -> Row:
 
 
 def run(only: str, targets: Iterable[str], processes: int, done: set[tuple[str, ...]]) -> Iterator[Row]:
-    """Rows in the order of `cases`, each case for every target, but for those (op, case, by, target) that are done."""
+    """Yields rows in the order of `cases`, each case for every target, without what is in `done`."""
     jobs = [
         (index, key)
         for index, case in enumerate(cases())

@@ -272,14 +272,14 @@ def rms_norm(device: torch.device, dtype: torch.dtype, tokens: int, hidden: int)
     def functional(x: Tensor, weight: Tensor) -> Tensors:
         return (torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6),)
 
-    one = tokens * hidden * dtype.itemsize
+    tensor_bytes = tokens * hidden * dtype.itemsize
     return Case(
         "rms_norm",
         f"N={tokens} D={hidden} {short(dtype)}",
         inputs,
         eager.rms_norm,
         lambda x, weight: (kernels.rms_norm(x, weight),),
-        phases(forward=2 * one, backward=3 * one),
+        phases(forward=2 * tensor_bytes, backward=3 * tensor_bytes),
         peers={"F.rms_norm": Way(functional)} | liger(device, "rms_norm"),
     )
 
@@ -294,14 +294,14 @@ def rms_norm_residual(device: torch.device, dtype: torch.dtype, tokens: int, hid
         shapes = ((tokens, hidden), (tokens, hidden), (hidden,))
         return [normal(generator, shape, device, dtype).requires_grad_() for shape in shapes]
 
-    one = tokens * hidden * dtype.itemsize
+    tensor_bytes = tokens * hidden * dtype.itemsize
     return Case(
         "rms_norm",
         f"residual N={tokens} D={hidden} {short(dtype)}",
         inputs,
         eager.rms_norm_residual,
         lambda x, residual, weight: kernels.rms_norm(x, weight, residual=residual),
-        phases(forward=4 * one, backward=4 * one),
+        phases(forward=4 * tensor_bytes, backward=4 * tensor_bytes),
         peers=liger(device, "rms_norm_residual"),
     )
 
@@ -319,14 +319,14 @@ def rotary(device: torch.device, dtype: torch.dtype, batch: int, length: int, he
     peers = liger(device, "rotary")
     if device.type == "cuda" and find_spec("flash_attn") is not None:
         peers["flash-attn"] = Way(flash)
-    both = 4 * batch * length * heads * width * dtype.itemsize
+    moved = 4 * batch * length * heads * width * dtype.itemsize
     return Case(
         "rotary",
         f"B={batch} L={length} H={heads} d={width} {short(dtype)}",
         inputs,
         eager.rotary,
         kernels.rotary,
-        phases(forward=both, backward=both),
+        phases(forward=moved, backward=moved),
         peers=peers,
     )
 
@@ -335,14 +335,14 @@ def swiglu(device: torch.device, dtype: torch.dtype, tokens: int, width: int) ->
     def inputs(generator: Generator) -> list[Tensor]:
         return [normal(generator, (tokens, width), device, dtype).requires_grad_() for _ in range(2)]
 
-    one = tokens * width * dtype.itemsize
+    tensor_bytes = tokens * width * dtype.itemsize
     return Case(
         "swiglu",
         f"N={tokens} F={width} {short(dtype)}",
         inputs,
         eager.swiglu,
         lambda gate, up: (kernels.swiglu(gate, up),),
-        phases(forward=3 * one, backward=5 * one),
+        phases(forward=3 * tensor_bytes, backward=5 * tensor_bytes),
         peers=liger(device, "swiglu"),
     )
 
@@ -350,7 +350,7 @@ def swiglu(device: torch.device, dtype: torch.dtype, tokens: int, width: int) ->
 def attention(
     device: torch.device, dtype: torch.dtype, batch: int, length: int, heads: int, kv_heads: int, width: int
 ) -> Case:
-    """Causal. On a GPU our own backend is flash-attn or none, so it stands there under its name."""
+    """Returns a case of causal attention. On a GPU our backend is flash-attn or none, and has that name there."""
 
     def inputs(generator: Generator) -> list[Tensor]:
         shapes = [(batch, length, count, width) for count in (heads, kv_heads, kv_heads)]
