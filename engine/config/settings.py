@@ -40,8 +40,6 @@ class TokenizerConfig:
     """sentencepiece is BPE with byte fallback; byte-bpe is the byte-level BPE of Baby Llama."""
     vocab_size: Count | None = None
     """Number of tokens in the vocabulary; null takes 16000 for real text and 1000 for the generated grammar."""
-    normalization: Literal["nfkc", "none"] = "nfkc"
-    """nfkc applies Unicode's NFKC to the text and makes several spaces one."""
     lowercase: bool = False
     """true makes all letters small before the text is cut into tokens."""
     mask: bool = False

@@ -36,9 +36,7 @@ class Batch:
     targets_N: Tensor  # int64, one per row: the next token, or IGNORED where there is none to predict.
     rows_N: Tensor | None = None  # int64: which positions of the flattened tokens are rows. None means all.
     kl_mask_N: Tensor | None = None  # bool: the rows whose divergences count. None means those with a target.
-    samples_B: Tensor | None = (
-        None  # int64: the sequences' numbers in the endless sequence of epochs, if they have any.
-    )
+    samples_B: Tensor | None = None  # int64: the sequences' numbers in the endless sequence of epochs, if any.
     chunks: tuple[int, ...] = ()  # The sequences' chunks of the file.
     predicted: tuple[TopK, ...] = ()  # The teachers' predictions, where a cache keeps them (engine.teachers.cache).
 
@@ -59,8 +57,8 @@ class WordStarts:
     """Counts the words in a stream of tokens.
 
     A word is a run of characters without white space, as BabyLM counts, in the text that the tokenizer gives back. It
-    is counted with the token that holds its first character. White space that the tokenizer cuts into bytes (U+00A0 and
-    its like, with `normalization: none` alone) separates nothing.
+    is counted with the token that holds its first character. White space that the tokenizer cuts into bytes, such as
+    U+2028, separates nothing.
     """
 
     def __init__(self, surfaces: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ from engine.data.tokenizer import Tokenizer
 from engine.system.errors import UserError
 from engine.system.files import sha256, written_aside
 
-FORMAT = 2  # Of the folder. It is raised when the same settings and text would give other files.
+FORMAT = 3  # Of the folder. It is raised when the same settings and text would give other files.
 MANIFEST = "manifest.json"
 SIXTEEN_BITS = 1 << 16  # The largest vocabulary whose ids fit into uint16.
 BATCH_CHARACTERS = 1_000_000  # So many characters are encoded at once.

@@ -3,10 +3,10 @@
 Both kinds are trained into one file, `tokenizer.json`, and read back by one library (Hugging Face's `tokenizers`), so
 the engine and an exported folder give the same ids by construction.
 
-`normalize` changes a text before it is cut into tokens. With `normalization: nfkc`, it does this for
-  sentencepiece  It applies NFKC, makes several spaces one, removes spaces at the ends of a line or field, and replaces
-                 U+2581, which stands for a space inside tokens, by a space. `none` only replaces U+2581.
-  byte-bpe       It applies NFKC and removes one leading space. `none` only removes that space.
+`normalize` applies Unicode's NFKC to a text before it is cut into tokens, and more for
+  sentencepiece  It makes several spaces one, removes spaces at the ends of a line or field, and replaces U+2581, which
+                 stands for a space inside tokens, by a space.
+  byte-bpe       It removes one leading space.
 With `lowercase`, each character becomes small by itself after NFKC: there is no final sigma.
 
 With sentencepiece, a newline and a tab are tokens of their own, and what follows them is cut as a whole text is. A
@@ -137,16 +137,12 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder
 
 def normalize(text: str, config: TokenizerConfig) -> str:
     """Returns the text that the tokenizer cuts and that decoding gives back; the top of this file explains it."""
-    if config.normalization == "nfkc":
-        text = unicodedata.normalize("NFKC", text)
+    text = unicodedata.normalize("NFKC", text)
     if config.lowercase:
         text = "".join(map(str.lower, text))
     if config.kind == "byte-bpe":
         return text.removeprefix(" ")
-    text = text.replace(SPACE, " ")
-    if config.normalization == "nfkc":
-        text = re.sub(r" *([\n\t]) *", r"\1", re.sub(r" {2,}", " ", text)).strip(" ")
-    return text
+    return re.sub(r" *([\n\t]) *", r"\1", re.sub(r" {2,}", " ", text.replace(SPACE, " "))).strip(" ")
 
 
 def _train_sentencepiece(fields: Iterator[str], vocab_size: int, boundary: bool, *, mask: bool) -> bytes:
@@ -202,11 +198,16 @@ def _from_sentencepiece(model: bytes, config: TokenizerConfig) -> tokenizers.Tok
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token=UNKNOWN, fuse_unk=False)
     )
-    steps = [*_characters(config), normalizers.Replace(SPACE, " ")]
-    if config.normalization == "nfkc":
-        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
     backend.normalizer = normalizers.Sequence(
-        [*steps, normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]  # pyright: ignore[reportArgumentType]
+        [
+            normalizers.NFKC(),
+            *([normalizers.Lowercase()] if config.lowercase else []),
+            normalizers.Replace(SPACE, " "),
+            normalizers.Replace(Regex(" {2,}"), " "),
+            normalizers.Replace(Regex(r"\A | \z"), ""),
+            normalizers.Prepend(SPACE),
+            normalizers.Replace(" ", SPACE),
+        ]
     )
     backend.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
     backend.decoder = decoders.Sequence(
@@ -223,12 +224,6 @@ def _from_sentencepiece(model: bytes, config: TokenizerConfig) -> tokenizers.Tok
     return backend
 
 
-def _characters(config: TokenizerConfig) -> list[normalizers.Normalizer]:
-    """Returns the normalizers that work on characters, for both kinds of tokenizer."""
-    nfkc = [normalizers.NFKC()] if config.normalization == "nfkc" else []
-    return [*nfkc, *([normalizers.Lowercase()] if config.lowercase else [])]
-
-
 def _train_byte_bpe(texts: Iterable[str], config: TokenizerConfig, vocab_size: int) -> tokenizers.Tokenizer:
     """Returns the tokenizer of Baby Llama's notebook, but with all 256 bytes in its alphabet.
 
@@ -239,8 +234,8 @@ def _train_byte_bpe(texts: Iterable[str], config: TokenizerConfig, vocab_size: i
     if vocab_size < len(specials) + len(alphabet):
         raise _too_few(vocab_size, len(specials) + len(alphabet))
     backend = tokenizers.Tokenizer(models.BPE())
-    if normalizing := _characters(config):
-        backend.normalizer = normalizing[0] if len(normalizing) == 1 else normalizers.Sequence(normalizing)
+    nfkc = normalizers.NFKC()
+    backend.normalizer = normalizers.Sequence([nfkc, normalizers.Lowercase()]) if config.lowercase else nfkc
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(

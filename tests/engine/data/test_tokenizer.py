@@ -20,7 +20,7 @@ ODD = [
     "🙂 hi🙂", "\x00a\x01\x02\x7f", "<s> hi <pad></s><unk>", "<0x0A>", "a\u2581b", "\u00a0a\u00a0 b\u3000c",
     "\u2028x\u0085y\u200bz", "\r\nx", "שלום عربي 中文", "aaaaaaaaa", "don't I'll", "\uffff", "x" * 500,
 ]  # fmt: skip
-KINDS = [TokenizerConfig(kind, None, norm) for kind in ("sentencepiece", "byte-bpe") for norm in ("nfkc", "none")]
+KINDS = [TokenizerConfig("sentencepiece"), TokenizerConfig("byte-bpe")]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def lines(request: pytest.FixtureRequest) -> list[str]:
     return [line for file in files for line in islice((x for x in file if x), 0, None, max(1, len(file) // share))]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda c: f"{c.kind}-{c.normalization}")
+@pytest.fixture(scope="module", params=KINDS, ids=lambda c: c.kind)
 def trained(request: pytest.FixtureRequest, lines: list[str], tmp_path_factory) -> tuple[TokenizerConfig, Path]:
     folder = tmp_path_factory.mktemp("tokenizer")
     train(["\n".join(lines[::5])], request.param, VOCAB_SIZE, folder, boundary=True)
@@ -61,9 +61,8 @@ def test_a_mask_token_and_roberta_s_padding(kind, boundary: bool, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte-bpe"])
-@pytest.mark.parametrize("normalization", ["nfkc", "none"])
-def test_lowercase(kind, normalization, tmp_path: Path):
-    config = TokenizerConfig(kind=kind, normalization=normalization, lowercase=True)
+def test_lowercase(kind, tmp_path: Path):
+    config = TokenizerConfig(kind=kind, lowercase=True)
     tokenizer = small(tmp_path, **vars(config))
     for text in [*ODD, "The DOG", "İstanbul", "ΟΔΟΣ", "Ⅷ", "ẞ"]:
         ids = tokenizer.encode(text)
@@ -72,7 +71,7 @@ def test_lowercase(kind, normalization, tmp_path: Path):
 
 
 def test_the_exported_tokenizer_gives_the_same_ids(trained, lines: list[str], tmp_path: Path):
-    config, folder = trained
+    _, folder = trained
     tokenizer = load(folder)
     tokenizer.export(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
@@ -81,8 +80,7 @@ def test_the_exported_tokenizer_gives_the_same_ids(trained, lines: list[str], tm
     assert len(exported) == tokenizer.vocab_size == VOCAB_SIZE
     assert exported.bos_token_id == exported.eos_token_id == tokenizer.boundary == 1
     assert len(lines) >= 10_000
-    checked = lines if config.normalization == "nfkc" else lines[::5]
-    texts = checked + ODD + ["\n".join(lines[i : i + 3]) for i in range(0, 300, 3)]
+    texts = lines + ODD + ["\n".join(lines[i : i + 3]) for i in range(0, 300, 3)]
     ids = tokenizer.encode_batch(texts)
     assert exported(texts, add_special_tokens=False)["input_ids"] == ids
     assert exported(texts[-200:])["input_ids"] == [[1, *sentence] for sentence in ids[-200:]]
@@ -95,10 +93,7 @@ def test_decoding_gives_the_normalized_text(trained, lines: list[str]):
     config, folder = trained
     tokenizer = load(folder)
     for text in [*ODD, *lines[::10], "\n".join(lines[:50])]:
-        decoded = tokenizer.decode(tokenizer.encode(text))
-        assert decoded == normalize(text, config)
-        if config.normalization == "none" and "\u2581" not in text and not text.startswith(" "):
-            assert decoded == text
+        assert tokenizer.decode(tokenizer.encode(text)) == normalize(text, config)
 
 
 def test_offsets_point_at_the_text_of_each_token(trained, lines: list[str]):
@@ -113,12 +108,11 @@ def test_offsets_point_at_the_text_of_each_token(trained, lines: list[str]):
         assert [span for span, _ in pairs] == [surface for _, surface in pairs]
 
 
-@pytest.mark.parametrize("normalization", ["nfkc", "none"])
-def test_lines_are_cut_as_sentencepiece_cuts_them(normalization: str, lines: list[str], tmp_path: Path):
-    config = TokenizerConfig(normalization=normalization)  # pyright: ignore[reportArgumentType]
+def test_lines_are_cut_as_sentencepiece_cuts_them(lines: list[str], tmp_path: Path):
+    config = TokenizerConfig()
     tokenizer = train(["\n".join(lines[::5])], config, VOCAB_SIZE, tmp_path, boundary=True)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sentencepiece.model"))
-    texts = (lines if normalization == "nfkc" else lines[::5]) + ODD
+    texts = lines + ODD
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         fields = [field for field in re.split(r"([\n\t])", normalize(text, config)) if field]
         assert ids == [i for f in fields for i in ([processor.PieceToId(f)] if f in "\n\t" else processor.Encode(f))]
