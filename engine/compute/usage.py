@@ -6,7 +6,7 @@ such a folder becomes a teacher, the run that learns from it counts its training
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,14 +190,9 @@ def read_usage(folder: Path) -> Usage | None:
 
 def as_dict(usage: Usage) -> dict[str, Any]:
     """Returns the usage for JSON, without the energy where no device reports it."""
-    return _without_unknown_energy(asdict(usage))
+    return pydantic.TypeAdapter(Usage).dump_python(usage, mode="json", exclude_none=True)
 
 
 def as_json(usage: Usage) -> str:
     """Returns the content of usage.json."""
     return json.dumps(as_dict(usage), indent=1) + "\n"
-
-
-def _without_unknown_energy(usage: dict[str, Any]) -> dict[str, Any]:
-    usage["inherited"] = [_without_unknown_energy(inherited) for inherited in usage["inherited"]]
-    return {key: value for key, value in usage.items() if key != "joules" or value is not None}
