@@ -5,6 +5,7 @@ Modules carry Hugging Face's names: with one prefix a state dictionary is theirs
 B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Self
@@ -54,6 +55,9 @@ class LlamaShape(Shape):
         return self.kv_heads * self.head_width
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # from q, k, v [B, L, H, D_head] to what attention mixes, the same
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -76,11 +80,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden, shape.kv_hidden, bias=False)
         self.o_proj = nn.Linear(shape.hidden, shape.hidden, bias=False)
 
-    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = (p(x_BLD).unflatten(-1, (-1, self.width)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = kernels.rotary(q, k, cos, sin)
-        mixed_BLHd = kernels.attention(q, k, v, causal=True)
-        return self.o_proj(mixed_BLHd.flatten(-2))
+        return self.o_proj(attend(q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -105,10 +108,10 @@ class Block(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(
-        self, branch_BLD: Tensor, residual_BLD: Tensor | None, cos: Tensor, sin: Tensor
+        self, branch_BLD: Tensor, residual_BLD: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
         x_BLD, between_BLD = self.input_layernorm(branch_BLD, residual_BLD)
-        mixed_BLD = self.self_attn(x_BLD, cos, sin)
+        mixed_BLD = self.self_attn(x_BLD, cos, sin, attend)
         x_BLD, after_BLD = self.post_attention_layernorm(mixed_BLD, between_BLD)
         return self.mlp(x_BLD), after_BLD
 
@@ -147,15 +150,7 @@ class Llama(LanguageModel):
         """
         length = check_length(tokens_BL, self.shape.max_length)
         cos, sin = (angles.narrow(0, 0, length) for angles in self.rotary_tables(tokens_BL.device))
-        branch_BLD, residual_BLD = self.embed_tokens(tokens_BL), None
-        for layer in self.layers:
-            branch_BLD, residual_BLD = self.run_block(layer, branch_BLD, residual_BLD, cos, sin)
-        assert residual_BLD is not None, "there is at least one layer"
-        branch_ND, residual_ND = branch_BLD.flatten(0, 1), residual_BLD.flatten(0, 1)
-        if rows_N is not None:
-            branch_ND, residual_ND = branch_ND[rows_N], residual_ND[rows_N]
-        hidden_ND, _ = self.norm(branch_ND, residual_ND)
-        return hidden_ND
+        return self._hidden_states(tokens_BL, rows_N, cos, sin, causal_attention)
 
     def tree_states(
         self, tokens_BL: Tensor, position_ids_BL: Tensor, subtree_ends_BL: Tensor, rows_U: Tensor
@@ -166,29 +161,36 @@ class Llama(LanguageModel):
         sequence of B·L tokens, each rotated by its position in its own text.
         """
         rows, length = tokens_BL.shape
-        cos, sin = (table[position_ids_BL.flatten()] for table in self.rotary_tables(tokens_BL.device))
+        cos, sin = (angles[position_ids_BL.flatten()] for angles in self.rotary_tables(tokens_BL.device))
         index_L = torch.arange(length, device=tokens_BL.device)
         masked_BLL = (subtree_ends_BL[:, None, :] <= index_L[:, None]) | (index_L > index_L[:, None])
         bias_B1LL = torch.zeros(rows, 1, length, length, device=tokens_BL.device, dtype=self.head.dtype)
         bias_B1LL.masked_fill_(masked_BLL[:, None], -torch.inf)
 
-        branch_1ND, residual_1ND = self.embed_tokens(tokens_BL.view(1, -1)), None
-        for layer in self.layers:
-            assert isinstance(layer, Block)
-            attention = layer.self_attn
-            projections = attention.q_proj, attention.k_proj, attention.v_proj
-            x_1ND, between_1ND = layer.input_layernorm(branch_1ND, residual_1ND)
-            q, k, v = (project(x_1ND).unflatten(-1, (-1, attention.width)) for project in projections)
-            q, k = kernels.rotary(q, k, cos, sin)
+        def tree_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.view(rows, length, *x.shape[2:]).transpose(1, 2) for x in (q, k, v))
             grouped = q.shape[1] != k.shape[1]
             mixed_BHLd = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1LL, enable_gqa=grouped)
-            mixed_1ND = attention.o_proj(mixed_BHLd.transpose(1, 2).reshape(1, rows * length, -1))
-            x_1ND, residual_1ND = layer.post_attention_layernorm(mixed_1ND, between_1ND)
-            branch_1ND = layer.mlp(x_1ND)
-        assert residual_1ND is not None, "there is at least one layer"
-        hidden_UD, _ = self.norm(branch_1ND[0, rows_U], residual_1ND[0, rows_U])
-        return hidden_UD
+            return mixed_BHLd.transpose(1, 2).flatten(0, 1)[None]
+
+        return self._hidden_states(tokens_BL.view(1, -1), rows_U, cos, sin, tree_attention)
+
+    def _hidden_states(
+        self, tokens_BL: Tensor, rows_N: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> Tensor:
+        branch_BLD, residual_BLD = self.embed_tokens(tokens_BL), None
+        for layer in self.layers:
+            branch_BLD, residual_BLD = self.run_block(layer, branch_BLD, residual_BLD, cos, sin, attend)
+        assert residual_BLD is not None, "there is at least one layer"
+        branch_ND, residual_ND = branch_BLD.flatten(0, 1), residual_BLD.flatten(0, 1)
+        if rows_N is not None:
+            branch_ND, residual_ND = branch_ND[rows_N], residual_ND[rows_N]
+        hidden_ND, _ = self.norm(branch_ND, residual_ND)
+        return hidden_ND
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return kernels.attention(q, k, v, causal=True)
 
 
 def rotary_table(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

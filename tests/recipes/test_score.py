@@ -101,11 +101,11 @@ def test_the_ensemble_of_a_weighted_run_has_its_weights(run: Path, data: Path, t
     shutil.copytree(run, weighted)
     (weighted / "students" / "omega.json").write_text(json.dumps({"two": 1.0, "one": 0.0}))
     score("--model", weighted, "--tasks", "blimp_supplement", "--data", data, f"folder={tmp_path / 'scores'}")
-    found = {
+    tasks = {
         name: json.loads((tmp_path / "scores" / f"weighted-{name}" / "scores.json").read_text())["tasks"]
         for name in ("one", "two", "ensemble")
     }
-    assert found["ensemble"] == found["two"] != found["one"]
+    assert tasks["ensemble"] == tasks["two"] != tasks["one"]
     (weighted / "students" / "omega.json").unlink()
     (weighted / "config.yaml").write_text("objective: {weighted: true}")
     with pytest.raises(UserError, match=r"omega.json is missing: recipes/export.py writes it"):

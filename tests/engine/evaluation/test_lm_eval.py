@@ -52,8 +52,8 @@ def sets(folder: Path, data: Path | None) -> Iterator[tuple[str, Path]]:
 def lm_eval(student: Path, tasks: list[tuple[str, Path]], folder: Path) -> dict[str, float]:
     for template, file in tasks:
         include = str(TEMPLATES / f"{template}.yaml")
-        own = {"include": include, "task": file.stem, "dataset_kwargs": {"data_files": str(file)}}
-        (folder / f"{file.stem}.yaml").write_text(json.dumps(own))  # JSON is YAML
+        task = {"include": include, "task": file.stem, "dataset_kwargs": {"data_files": str(file)}}
+        (folder / f"{file.stem}.yaml").write_text(json.dumps(task))  # JSON is YAML
     names = ",".join(file.stem for _, file in tasks)
     command = [INTERPRETER, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={student},dtype=float32"]
     command += ["--tasks", names, "--include_path", str(folder), "--device", "cpu", "--batch_size", "16"]
@@ -68,7 +68,7 @@ def lm_eval(student: Path, tasks: list[tuple[str, Path]], folder: Path) -> dict[
     )
     assert done.returncode == 0, done.stderr[-3000:]
     [results] = (folder / "out").rglob("results_*.json")
-    return {name: found["acc,none"] for name, found in json.loads(results.read_text())["results"].items()}
+    return {name: scores["acc,none"] for name, scores in json.loads(results.read_text())["results"].items()}
 
 
 @pytest.mark.slow

@@ -80,10 +80,10 @@ def test_scores_equal_those_of_one_text_at_a_time(
     monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", tokens_per_batch)
     monkeypatch.setattr(scoring, "MAX_LOGITS", 3 * 360)  # several chunks of hidden states
     with torch.no_grad():
-        found_SI = score_texts(trees_of(share=share), TEXTS, model_log_probabilities(models), runtime, padding=True)
+        scores_SI = score_texts(trees_of(share=share), TEXTS, model_log_probabilities(models), runtime, padding=True)
     expected = torch.tensor([naive([models[0]]), naive([models[1]]), naive(models)], dtype=torch.float64)
-    torch.testing.assert_close(found_SI, expected, rtol=2e-6, atol=0)
-    assert found_SI[0, 6].item() == found_SI[0, 7].item() == 0.0, "equal texts tie exactly"
+    torch.testing.assert_close(scores_SI, expected, rtol=2e-6, atol=0)
+    assert scores_SI[0, 6].item() == scores_SI[0, 7].item() == 0.0, "equal texts tie exactly"
 
 
 def test_an_ensemble_is_weighted(models: list[Llama], cohort: Cohort, runtime: Runtime) -> None:
@@ -97,15 +97,15 @@ def test_an_ensemble_is_weighted(models: list[Llama], cohort: Cohort, runtime: R
         of_cohort = score_texts(
             trees_of(share=False), TEXTS, cohort_log_probabilities(cohort, omega), runtime, padding=True
         )
-    for found_SI in (of_models, of_cohort):
-        torch.testing.assert_close(found_SI[2], expected, rtol=2e-6, atol=0)
+    for scores_SI in (of_models, of_cohort):
+        torch.testing.assert_close(scores_SI[2], expected, rtol=2e-6, atol=0)
     assert (expected - torch.tensor(naive(models)).double()).abs().max() > 1e-3
 
 
 def test_the_students_of_a_run_score_alike_and_are_back_in_training(cohort: Cohort, runtime: Runtime) -> None:
     with cohort.evaluating():
-        found_SI = score_texts(trees_of(share=False), TEXTS, cohort_log_probabilities(cohort), runtime, padding=True)
-    torch.testing.assert_close(found_SI[2], torch.tensor(naive(llamas(cohort))).double(), rtol=2e-6, atol=0)
+        scores_SI = score_texts(trees_of(share=False), TEXTS, cohort_log_probabilities(cohort), runtime, padding=True)
+    torch.testing.assert_close(scores_SI[2], torch.tensor(naive(llamas(cohort))).double(), rtol=2e-6, atol=0)
     assert all(student.model.training for student in cohort)
 
 
@@ -128,8 +128,8 @@ def test_texts_of_which_much_is_common_stay_together_up_to_a_bound(
     trees = trees_of(share=True)
     assert (max(len(s.tokens) for s in trees) > 6) is (longest > 4)
     with torch.no_grad():
-        found_SI = score_texts(trees, TEXTS, model_log_probabilities(models), runtime, padding=True)
-    torch.testing.assert_close(found_SI[0], torch.tensor(naive([models[0]])).double(), rtol=2e-6, atol=0)
+        scores_SI = score_texts(trees, TEXTS, model_log_probabilities(models), runtime, padding=True)
+    torch.testing.assert_close(scores_SI[0], torch.tensor(naive([models[0]])).double(), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("padding", [True, False])
@@ -183,9 +183,9 @@ def test_logits_of_any_size(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.rand(5, 4, generator=generator), torch.rand(9, 4, generator=generator)
     sources, targets = torch.tensor([0, 0, 3, 4]), torch.tensor([1, 8, 2, 0])
-    found = target_log_probabilities([Projected(hidden * scale, head)], sources, targets)
+    log_prob_SN = target_log_probabilities([Projected(hidden * scale, head)], sources, targets)
     expected = (hidden.double() * scale @ head.double().T).log_softmax(-1)[sources, targets]
-    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_prob_SN[0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_pseudo_log_likelihood_equals_a_naive_loop(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,7 @@ def test_pseudo_log_likelihood_equals_a_naive_loop(runtime: Runtime, monkeypatch
         return logits.log_softmax(-1)[batch.state_ids_N, batch.targets_N][None]
 
     with torch.no_grad():
-        found = score_texts(trees, len(sentences), log_probabilities, runtime, padding=False)[0]
+        scores_I = score_texts(trees, len(sentences), log_probabilities, runtime, padding=False)[0]
         expected = []
         for ids in sentences:
             total = 0.0
@@ -221,4 +221,4 @@ def test_pseudo_log_likelihood_equals_a_naive_loop(runtime: Runtime, monkeypatch
                 copy[0, at] = mask
                 total += model(input_ids=copy).logits[0, at].double().log_softmax(-1)[ids[at]].item()
             expected.append(total)
-    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(scores_I, torch.tensor(expected).double(), rtol=1e-5, atol=0)

@@ -46,9 +46,9 @@ def margins(answers: list[list[float]]) -> torch.Tensor:
     return torch.tensor([other - item[0] for item in answers for other in item[1:]])
 
 
-def assert_equal_decisions(found: list[list[float]], expected: list[list[float]]) -> None:
-    torch.testing.assert_close(margins(found), margins(expected), rtol=1e-4, atol=1e-4)
-    decisions = [[item.index(max(item)) for item in answers] for answers in (found, expected)]
+def assert_equal_decisions(answers: list[list[float]], expected: list[list[float]]) -> None:
+    torch.testing.assert_close(margins(answers), margins(expected), rtol=1e-4, atol=1e-4)
+    decisions = [[item.index(max(item)) for item in items] for items in (answers, expected)]
     assert decisions[0] == decisions[1]
     assert len(set(decisions[0])) > 1
 
@@ -60,9 +60,9 @@ def test_an_exported_student_decides_item_by_item_as_transformers_does(exported:
     model, tokenizer = load_model(exported)
     zero_shot = ZeroShot([task(*questions)], tokenizer, runtime, max_length=MAX_LENGTH, share=True)
     with torch.inference_mode():
-        [found] = zero_shot.answers(model_log_probabilities([model]))
-    assert found[-1] == [0.0, 0.0]
-    assert_equal_decisions(found, plain(exported, questions))
+        [answers] = zero_shot.answers(model_log_probabilities([model]))
+    assert answers[-1] == [0.0, 0.0]
+    assert_equal_decisions(answers, plain(exported, questions))
 
 
 def test_and_so_it_does_on_every_set_of_the_evaluation_data(
@@ -77,8 +77,8 @@ def test_and_so_it_does_on_every_set_of_the_evaluation_data(
         model, tokenizer = load_model(exported)
         zero_shot = ZeroShot([task(*picked)], tokenizer, runtime, max_length=300, share=True)
         with torch.inference_mode():
-            [found] = zero_shot.answers(model_log_probabilities([model]))
-        assert_equal_decisions(found, plain(exported, picked))
+            [answers] = zero_shot.answers(model_log_probabilities([model]))
+        assert_equal_decisions(answers, plain(exported, picked))
     finally:
         (exported / "config.json").write_text(json.dumps(config))
 
@@ -90,9 +90,9 @@ def test_every_student_and_the_ensemble_get_a_score_of_each_task(
     two = task(Question("c", ("where is she?", "where is she?")))
     zero_shot = ZeroShot([one, two], tokenizer, runtime, max_length=MAX_LENGTH, share=True)
     with torch.no_grad():
-        found = zero_shot.scores(model_log_probabilities([student.model for student in cohort]))
-    assert len(found) == 3
-    for first, second in found:
+        scores = zero_shot.scores(model_log_probabilities([student.model for student in cohort]))
+    assert len(scores) == 3
+    for first, second in scores:
         assert [s.name for s in first.sets] == ["a", "b"]
         assert [s.chance for s in first.sets] == [1 / 2, 1 / 3]
         assert (second.mean.score, second.mean.strict_score) == (1.0, 0.0), "the tie policies differ where all is a tie"
@@ -103,11 +103,11 @@ def test_a_context_is_not_scored(cohort: Cohort, runtime: Runtime, tokenizer: To
     questions = ZeroShot([task(Question("", (word,), context))], tokenizer, runtime, max_length=MAX_LENGTH, share=True)
     model = cohort[0].model
     with torch.no_grad():
-        [[[found]]] = questions.answers(model_log_probabilities([model]))
-        front, own = [tokenizer.boundary, *tokenizer.encode(context)], tokenizer.encode(word)
-        log_prob = (model(torch.tensor([front + own])) @ model.head.T).double().log_softmax(-1)
-    expected = sum(log_prob[len(front) + i - 1, token].item() for i, token in enumerate(own))
-    assert found == pytest.approx(expected, rel=1e-5)
+        [[[log_probability]]] = questions.answers(model_log_probabilities([model]))
+        before, tokens = [tokenizer.boundary, *tokenizer.encode(context)], tokenizer.encode(word)
+        log_prob = (model(torch.tensor([before + tokens])) @ model.head.T).double().log_softmax(-1)
+    expected = sum(log_prob[len(before) + i - 1, token].item() for i, token in enumerate(tokens))
+    assert log_probability == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("boundary", [True, False])
@@ -151,16 +151,16 @@ def test_masked_models_are_scored_by_pseudo_log_likelihood(tmp_path: Path, runti
             total += theirs(masked[None]).logits[0, at].log_softmax(-1)[ids[at]].item()
         return total
 
-    loaded, found_tokenizer = load_model(tmp_path / "student")
-    asked = {"max_length": MAX_LENGTH, "share": False, "masked": True}
-    zero_shot = ZeroShot([task(*pairs, after)], found_tokenizer, runtime, **asked)
-    [found] = zero_shot.answers(model_log_probabilities([loaded]))
-    wanted = [[expected(answer) for answer in pair.answers] for pair in pairs]
-    wanted.append([expected(answer, after.context) for answer in after.answers])
-    for ours, naive in zip(found, wanted, strict=True):
+    loaded, loaded_tokenizer = load_model(tmp_path / "student")
+    options = {"max_length": MAX_LENGTH, "share": False, "masked": True}
+    zero_shot = ZeroShot([task(*pairs, after)], loaded_tokenizer, runtime, **options)
+    [answers] = zero_shot.answers(model_log_probabilities([loaded]))
+    expected_scores = [[expected(answer) for answer in pair.answers] for pair in pairs]
+    expected_scores.append([expected(answer, after.context) for answer in after.answers])
+    for ours, naive in zip(answers, expected_scores, strict=True):
         assert ours == pytest.approx(naive, rel=1e-5)
     with pytest.raises(UserError, match="max_length=5"):
-        ZeroShot([task(*pairs)], found_tokenizer, runtime, **{**asked, "max_length": 5})
+        ZeroShot([task(*pairs)], loaded_tokenizer, runtime, **{**options, "max_length": 5})
 
 
 def test_masked_models_need_a_mask_token(tokenizer: Tokenizer, runtime: Runtime) -> None:

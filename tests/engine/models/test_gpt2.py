@@ -73,27 +73,27 @@ def test_logits_and_gradients_equal_hugging_faces(tied: bool) -> None:
     assert missing.unexpected_keys == []
     assert missing.missing_keys == (["lm_head.weight"] if tied else [])
     theirs.tie_weights()
-    found = ours(TOKENS) @ ours.head.T
-    assert distance(found, theirs(TOKENS).logits.flatten(0, 1)) <= 1e-5
+    logits_NV = ours(TOKENS) @ ours.head.T
+    assert distance(logits_NV, theirs(TOKENS).logits.flatten(0, 1)) <= 1e-5
     logits_NV = theirs(TOKENS[:, :-1]).logits.flatten(0, 1)
     F.cross_entropy(logits_NV, TOKENS[:, 1:].flatten(), reduction="sum").backward()
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    found = hf_weights(shape, gradients(ours))
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
+    our_gradients = hf_weights(shape, gradients(ours))
+    assert our_gradients.keys() == expected.keys()
+    for name, gradient in our_gradients.items():
         assert distance(gradient, expected[name]) <= 1e-5, name
 
 
 def test_dropout_depends_on_the_sample_and_nothing_else() -> None:
     model = new_model(replace(SHAPE, dropout=0.3))
-    both = gradients(model, SAMPLES)
+    whole = gradients(model, SAMPLES)
     parts = [gradients(model, SAMPLES[i : i + 1], TOKENS[i : i + 1]) for i in range(3)]
-    for name, gradient in both.items():  # whatever the micro-batch and the rank
+    for name, gradient in whole.items():  # whatever the micro-batch and the rank
         torch.testing.assert_close(gradient, sum(part[name] for part in parts))
     again = gradients(new_model(replace(SHAPE, dropout=0.3), recompute=True), SAMPLES)
-    assert all(torch.equal(both[name], again[name]) for name in both), "recomputation draws the same"
+    assert all(torch.equal(whole[name], again[name]) for name in whole), "recomputation draws the same"
     other = gradients(model, SAMPLES + 1)
-    assert distance(other["h.0.attn.c_attn.weight"], both["h.0.attn.c_attn.weight"]) > 0.05
+    assert distance(other["h.0.attn.c_attn.weight"], whole["h.0.attn.c_attn.weight"]) > 0.05
 
 
 def test_dropout_is_off_in_evaluation_and_never_forgotten_in_training() -> None:
@@ -107,8 +107,8 @@ def test_dropout_is_off_in_evaluation_and_never_forgotten_in_training() -> None:
 
 def test_attention_without_dropout_is_what_its_own_path_computes() -> None:
     """The path that draws, with a probability so small that nothing is dropped."""
-    found = new_model(replace(SHAPE, dropout=1e-9))(TOKENS, None, dropout_seeds(3, SAMPLES))
-    torch.testing.assert_close(found, new_model()(TOKENS))
+    hidden_ND = new_model(replace(SHAPE, dropout=1e-9))(TOKENS, None, dropout_seeds(3, SAMPLES))
+    torch.testing.assert_close(hidden_ND, new_model()(TOKENS))
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5])

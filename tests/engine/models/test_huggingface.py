@@ -60,8 +60,8 @@ def test_transformers_loads_the_folder_and_computes_the_same_logits(
     shape = replace(SHAPE, tied=tied, kv_heads=kv_heads)
     ours, weights = weights_of(shape)
     export_model(tmp_path / "student", shape, weights, tokenizer)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
-    theirs, report = loaded
+    pretrained: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    theirs, report = pretrained
     assert not any(report.values()), report
     assert theirs.dtype == torch.float32
     ids = tokenizer.encode(next(generate(1, 10)))[: shape.max_length - 1]
@@ -96,9 +96,9 @@ def test_a_student_comes_back_bit_for_bit(tokenizer: Tokenizer, tmp_path: Path, 
     _, weights = weights_of(shape)
     export_model(tmp_path / "student", shape, weights, tokenizer)
     config = replace(CONFIG, init=str(tmp_path / "student"))
-    record = import_weights(config, replace(shape, max_length=32), tokenizer)  # fewer positions: the same weights
-    assert record.keys() == {f"weight/{name}" for name in weights}
-    assert all(torch.equal(record[f"weight/{name}"], weight) for name, weight in weights.items())
+    state = import_weights(config, replace(shape, max_length=32), tokenizer)  # fewer positions: the same weights
+    assert state.keys() == {f"weight/{name}" for name in weights}
+    assert all(torch.equal(state[f"weight/{name}"], weight) for name, weight in weights.items())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -108,8 +108,8 @@ def test_a_gpt2_is_the_same_in_transformers_and_comes_back_bit_for_bit(
     shape = GPT2Shape(layers=2, hidden=32, heads=4, ffn=48, vocab_size=PIECES, max_length=64, tied=tied, dropout=0.2)
     ours, weights = weights_of(shape)
     export_model(tmp_path / "student", shape, weights, tokenizer)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
-    theirs, report = loaded
+    pretrained: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    theirs, report = pretrained
     assert not any(report.values()), report
     assert theirs.config.resid_pdrop == theirs.config.attn_pdrop == theirs.config.embd_pdrop == 0.2
     tokens_BL = torch.tensor([tokenizer.encode(next(generate(1, 10)))[:60]])
@@ -121,9 +121,9 @@ def test_a_gpt2_is_the_same_in_transformers_and_comes_back_bit_for_bit(
     for folder in ("student", "elsewhere"):
         model, _ = load_model(tmp_path / folder)
         assert model.shape == replace(shape, dropout=0.0), "dropout is a setting of training"
-        found = dict(model.named_parameters())
-        assert found.keys() == weights.keys()
-        assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+        loaded = dict(model.named_parameters())
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
 
 
 def test_a_roberta_is_the_same_in_transformers_and_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_a_roberta_is_the_same_in_transformers_and_comes_back_bit_for_bit(tmp_pa
     shape = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocab_size=PIECES, max_length=64, dropout=0.2)
     ours, weights = weights_of(shape)
     export_model(tmp_path / "student", shape, weights, tokenizer)
-    loaded: Any = AutoModelForMaskedLM.from_pretrained(tmp_path / "student", output_loading_info=True)
-    theirs, report = loaded
+    pretrained: Any = AutoModelForMaskedLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    theirs, report = pretrained
     assert not any(report.values()), report
     assert theirs.config.hidden_dropout_prob == theirs.config.attention_probs_dropout_prob == 0.2
     ids = AutoTokenizer.from_pretrained(tmp_path / "student")("the dog <mask> a cat").input_ids
@@ -146,9 +146,9 @@ def test_a_roberta_is_the_same_in_transformers_and_comes_back_bit_for_bit(tmp_pa
     for folder in ("student", "elsewhere"):
         model, _ = load_model(tmp_path / folder)
         assert model.shape == replace(shape, dropout=0.0), "dropout is a setting of training"
-        found = dict(model.named_parameters())
-        assert found.keys() == weights.keys()
-        assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+        loaded = dict(model.named_parameters())
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
     start = StudentConfig("a", 2, 32, 4, 48, max_length=64, family="roberta", init=str(tmp_path / "student"))
     assert len(import_weights(start, shape, tokenizer)) == len(weights)
 

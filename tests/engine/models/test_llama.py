@@ -102,13 +102,13 @@ def test_logits_and_gradients_equal_hugging_faces(tied: bool, kv_heads: int) -> 
     assert missing.missing_keys == (["lm_head.weight"] if tied else [])
     theirs.tie_weights()
 
-    found, expected = logits(ours, TOKENS), theirs(TOKENS).logits.flatten(0, 1)
-    assert distance(found, expected) <= TOLERANCE
+    ours_NV, theirs_NV = logits(ours, TOKENS), theirs(TOKENS).logits.flatten(0, 1)
+    assert distance(ours_NV, theirs_NV) <= TOLERANCE
     F.cross_entropy(theirs(TOKENS[:, :-1]).logits.flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
     expected_gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    found_gradients = hf_weights(shape, gradients(ours))
-    assert found_gradients.keys() == expected_gradients.keys()
-    for name, gradient in found_gradients.items():
+    our_gradients = hf_weights(shape, gradients(ours))
+    assert our_gradients.keys() == expected_gradients.keys()
+    for name, gradient in our_gradients.items():
         assert distance(gradient, expected_gradients[name]) <= TOLERANCE, name
 
 

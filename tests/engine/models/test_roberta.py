@@ -89,14 +89,14 @@ def test_the_papers_students_have_the_papers_sizes(preset: str, millions: float)
 def test_logits_and_gradients_equal_hugging_faces() -> None:
     ours = new_model()
     theirs = theirs_of(ours)
-    found = ours(TOKENS) @ ours.head.T + ours.head_bias
-    assert distance(found, theirs(TOKENS).logits.flatten(0, 1)) <= 1e-5
+    logits_NV = ours(TOKENS) @ ours.head.T + ours.head_bias
+    assert distance(logits_NV, theirs(TOKENS).logits.flatten(0, 1)) <= 1e-5
     ours, theirs = ours.double(), theirs.double()
     F.cross_entropy(theirs(TOKENS).logits.flatten(0, 1)[ROWS], TARGETS).backward()
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    found_gradients = gradients(ours)
-    assert {hf_name(name) for name in found_gradients} == expected.keys()
-    for name, gradient in found_gradients.items():
+    our_gradients = gradients(ours)
+    assert {hf_name(name) for name in our_gradients} == expected.keys()
+    for name, gradient in our_gradients.items():
         if not name.endswith("key.bias"):  # it shifts all scores of a query alike: its gradient is rounding
             assert distance(gradient, expected[hf_name(name)]) <= 1e-10, name
 
@@ -132,7 +132,7 @@ def test_forward_mode_reaches_every_parameter_and_the_heads_bias(dropout: float)
     generator = torch.Generator().manual_seed(7)
     direction = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in point.items()}
     batch = Batch(TOKENS, TARGETS, ROWS, samples_B=torch.arange(3))
-    student: Any = SimpleNamespace(config=SimpleNamespace(seed=1), shape=shape)
+    student: Any = SimpleNamespace(config=SimpleNamespace(seed=1, dropout=dropout), shape=shape)
     student = FunctionalStudent(student)
 
     def logits(moved: float) -> Tensor:
