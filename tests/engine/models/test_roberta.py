@@ -4,8 +4,6 @@ B sequences, L positions, N = B·L tokens, D hidden, V vocabulary.
 """
 
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -132,8 +130,7 @@ def test_forward_mode_reaches_every_parameter_and_the_heads_bias(dropout: float)
     generator = torch.Generator().manual_seed(7)
     direction = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in point.items()}
     batch = Batch(TOKENS, TARGETS, ROWS, samples_B=torch.arange(3))
-    student: Any = SimpleNamespace(config=SimpleNamespace(seed=1, dropout=dropout), shape=shape)
-    student = FunctionalStudent(student)
+    student = FunctionalStudent(shape, seed=1)
 
     def logits(moved: float) -> Tensor:
         hidden, weight, bias = student.at({n: p + moved * direction[n] for n, p in point.items()}, batch)
