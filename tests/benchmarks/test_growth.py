@@ -25,10 +25,10 @@ def write(path: Path, axis: str, values: list[int], power: float, **changes: obj
 def test_exponents(tmp_path: Path):
     series = growth.read(str(write(tmp_path / "v.csv", "vocabulary", [32000, 8000, 64000], 0.75)))
     assert list(series.x) == [8000, 32000, 64000]
-    told = growth.describe(series)
-    assert "step ∝ V^0.75" in told
-    assert "memory beyond state ∝ V^2.00" in told
-    assert "as many steps" not in told
+    description = growth.describe(series)
+    assert "step ∝ V^0.75" in description
+    assert "memory beyond state ∝ V^2.00" in description
+    assert "as many steps" not in description
 
 
 @pytest.mark.parametrize(("power", "verdict"), [(1.0, "1.00, at most 1.1"), (1.2, "1.52, ABOVE 1.1")])
@@ -39,9 +39,9 @@ def test_students_beside_as_many_alone(power: float, verdict: str, tmp_path: Pat
 def test_teachers_from_none(tmp_path: Path):
     path = write(tmp_path / "k.csv", "teachers", [0, 1, 2], 1.0, void="True")
     path.write_text(path.read_text().replace("7.0,7.0,7.0", "9,9,9").replace("0.0,0.0,0.0", "2,2,2"))
-    told = growth.describe(growth.read(str(path)))  # 2, 9 and 14: 2.33 + 6 K
-    assert "step +2.57 of it for each teacher" in told
-    assert told.startswith("VOID")
+    description = growth.describe(growth.read(str(path)))  # 2, 9 and 14: 2.33 + 6 K
+    assert "step +2.57 of it for each teacher" in description
+    assert description.startswith("VOID")
 
 
 def test_ranks(tmp_path: Path):

@@ -40,10 +40,10 @@ def prepared(case: Case) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def reference_ways(case: Case) -> dict[str, Way]:
-    found = {"reference": Way(case.ours, backend="reference"), "eager": Way(case.eager)} | case.peers
+    named_ways = {"reference": Way(case.ours, backend="reference"), "eager": Way(case.eager)} | case.peers
     if case.single_pass is not None:
-        found["single pass"] = Way(single_pass=case.single_pass, backend="reference", overwrites=True)
-    return found
+        named_ways["single pass"] = Way(single_pass=case.single_pass, backend="reference", overwrites=True)
+    return named_ways
 
 
 @pytest.mark.parametrize("dtype", ops.DTYPES.values(), ids=ops.DTYPES)
@@ -72,8 +72,13 @@ def test_what_computes_something_else_is_refused():
     def in_eager_and_wrong(*tensors: Tensor) -> list[Tensor]:
         return [loss + 0.01 for loss in case.eager(*tensors)]
 
-    found = {"attached": Way(attached), "fails": Way(fails), "wrong": Way(in_eager_and_wrong), "right": Way(case.eager)}
-    refused = ops.refusals(case, found, *prepared(case))
+    named_ways = {
+        "attached": Way(attached),
+        "fails": Way(fails),
+        "wrong": Way(in_eager_and_wrong),
+        "right": Way(case.eager),
+    }
+    refused = ops.refusals(case, named_ways, *prepared(case))
     assert refused.keys() == {"attached", "fails", "wrong"}
     assert "differs from float64 by" in refused["attached"]
     assert refused["fails"] == "RuntimeError: no such instruction"

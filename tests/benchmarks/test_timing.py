@@ -1,4 +1,4 @@
-"""The fair clock's arithmetic, with a clock that says what it is told, and its measure of memory."""
+"""The fair clock: its arithmetic under a clock that returns given times, and its measure of memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +50,7 @@ def test_quantiles():
     ("again", "spread", "void"),
     [
         ([1.0] * 10, 0.0, False),
-        ([1.14] * 10, 0.14, False),  # a bias by place is a spread too
+        ([1.14] * 10, 0.14, False),  # A bias that depends on the position is a spread too.
         ([1.16] * 10, 0.16, True),
         ([1 / 1.16] * 10, 0.16, True),
         ([1.0] * 9 + [9.0], 0.0, False),  # a round with a hiccup

@@ -90,3 +90,18 @@ def test_top_operations_know_calls_and_flops() -> None:
     rows = {line.split()[0]: line.split()[1:] for line in table if line.strip()}
     assert rows["aten::mm"][-2:] == ["2", "2.048"], "calls, and 2 · 2·8·16·4 FLOPs in thousands"
     assert rows["aten::sum"][-2:] == ["1", "--"]
+
+
+def test_where_a_gpu_has_worked_its_time_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    with profile(activities=[ProfilerActivity.CPU]) as finished:
+        _ = torch.ones(300, 300) @ torch.ones(300, 300)
+        torch.ones(2).neg()
+    averages = finished.key_averages()
+    for event in averages:  # as torch leaves them where a GPU was traced
+        event.use_device = "cuda"
+        event.self_device_time_total = 7.0 if event.key == "aten::neg" else 0.0
+    monkeypatch.setattr(finished, "key_averages", lambda: averages)
+    by_device, by_cpu = top_operations(finished).split("\n\n")[:2]
+    first_rows = [next(line for line in table.splitlines() if "aten::" in line) for table in (by_device, by_cpu)]
+    assert "aten::neg" in first_rows[0]
+    assert "aten::neg" not in first_rows[1]
