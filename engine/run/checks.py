@@ -192,8 +192,6 @@ def _check_outer(config: Config) -> None:
         raise UserError(
             f"outer.min_weight={outer.min_weight}: expected between 0 and 1/{students}, the equal weight; lower it"
         )
-    if outer.every is not None and students == 1:
-        raise UserError("outer.every: there is one student and nothing to weigh; drop it, or add a student")
     if outer.every is None:
         for setting in fields(outer):
             name, value = setting.name, getattr(outer, setting.name)
