@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile
 
 from engine.compute.profiling import top_operations
@@ -97,9 +98,10 @@ def test_where_a_gpu_has_worked_its_time_comes_first(monkeypatch: pytest.MonkeyP
         _ = torch.ones(300, 300) @ torch.ones(300, 300)
         torch.ones(2).neg()
     averages = finished.key_averages()
-    for event in averages:  # as torch leaves them where a GPU was traced
+    for event in averages:  # as torch leaves them where a GPU was traced, on which aten::neg is a kernel
         event.use_device = "cuda"
-        event.self_device_time_total = 7.0 if event.key == "aten::neg" else 0.0
+        if event.key == "aten::neg":
+            event.device_type, event.self_device_time_total = DeviceType.CUDA, 7.0
     monkeypatch.setattr(finished, "key_averages", lambda: averages)
     by_device, by_cpu = top_operations(finished).split("\n\n")[:2]
     first_rows = [next(line for line in table.splitlines() if "aten::" in line) for table in (by_device, by_cpu)]
