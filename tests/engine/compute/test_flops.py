@@ -7,7 +7,6 @@ whole squares for attention.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -131,7 +130,6 @@ def test_a_token_of_the_text(shape: Shape) -> None:
 @pytest.mark.parametrize("shape", [LLAMA, GPT_2, replace(GPT_2, dropout=0.1), ROBERTA], ids=str)
 def test_an_update_of_the_outer_loop(shape: Shape, terms: Literal["all", "direct"]) -> None:
     shapes = [shape, replace(shape, layers=1, hidden=8, heads=2)]
-    students: list[Any] = [SimpleNamespace(config=SimpleNamespace(seed=0), shape=s) for s in shapes]
     torch.manual_seed(0)
     parameters = [{n: p.detach() for n, p in new_model(s).named_parameters()} for s in shapes]
     rows_N = None if shape.causal else ROWS
@@ -143,7 +141,7 @@ def test_an_update_of_the_outer_loop(shape: Shape, terms: Literal["all", "direct
     weighting = LossWeighting(ObjectiveConfig(weighted=True), 2, torch.device("cpu"))
 
     def update() -> None:
-        functional = [FunctionalStudent(student) for student in students]
+        functional = [FunctionalStudent(s) for s in shapes]
         omega_S = torch.tensor([0.4, 0.6], dtype=torch.float64)
         hypergradient(functional, parameters, parameters, [0.1, 0.1], step, step, omega_S, weighting, terms=terms)
 
