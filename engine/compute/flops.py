@@ -100,11 +100,9 @@ def outer_update(
     total = sum((_held_out_gradient(shape, held_out, config) for shape in shapes), Flops())
     if config.terms == "direct":
         return total
-    students = len(shapes)
     if divergence == "forward":  # the tangents of S students times the probabilities of S students
-        products = 2 * students**2 * shapes[0].vocab_size * train.valid
+        products = 2 * len(shapes) ** 2 * shapes[0].vocab_size * train.valid
         total += Flops(products, products)
-    total += Flops(2 * students**3, 2 * students**3)  # the derivatives weighted by those of the coefficients
     for shape in shapes:  # Each product becomes three: its value, and two for its tangent. Attention is not fused here.
         head = 3 * _head(shape, train.valid)
         total += Flops(3 * _body(shape, train) + head, 3 * _body(shape, train, squares=True) + head)
