@@ -1,6 +1,5 @@
 """The process group of a run's ranks, the device and the threads of each rank, and how a rank's process ends."""
 
-import atexit
 import ctypes
 import os
 import platform
@@ -17,7 +16,12 @@ import torch
 import torch.distributed as dist
 
 from engine.system.errors import OtherRankError, UserError, disk_refuses
-from engine.system.private_api import add_to_shared_counter, process_groups
+from engine.system.private_api import (
+    add_to_shared_counter,
+    process_groups,
+    run_exit_functions,
+    skip_shared_memory_build,
+)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt, from malloc.h
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # the longest that ranks wait while rank 0 prepares a large text
@@ -146,8 +150,7 @@ def init_distributed() -> Runtime:
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    # DeepSpeed would compile its shared-memory all-reduce first: half a minute for what only inference calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_build()
     if not dist.is_initialized():
         deepspeed.init_distributed(
             "nccl" if device.type == "cuda" else "gloo",
@@ -180,7 +183,7 @@ def exit_process(code: int = 0) -> NoReturn:
         leave()
     if not has_gloo_threads:
         sys.exit(code)
-    atexit._run_exitfuncs()  # what Python itself would do first
+    run_exit_functions()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -7,7 +7,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# A disk that is full or not ours to write to, and paths through a file or to a folder where a file should be.
+_DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
 
 class UserError(Exception):
@@ -19,7 +20,7 @@ class OtherRankError(Exception):
 
 
 def disk_refuses(error: BaseException) -> bool:
-    """Returns whether `error` says that a disk is full, read-only or not ours to write to."""
+    """Returns whether `error` says that a disk is full, read-only or not ours to write to, or a path cannot be."""
     return isinstance(error, OSError) and error.errno in _DISK_REFUSES
 
 

@@ -1,13 +1,15 @@
-"""Every private name of torch that the rooms below `students` depend on, with what breaks when it changes.
+"""Every private name of Python, torch or DeepSpeed outside training, with what breaks when it changes.
 
 What is public is called where it is needed. The private names that training depends on are in engine.students.zero.
 The pins in pyproject.toml hold all of them still.
 """
 
+import atexit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -29,6 +31,22 @@ def process_groups() -> list[dist.ProcessGroup]:
     (tests/engine/system/test_distributed.py).
     """
     return list(distributed_c10d._world.pg_map)
+
+
+def skip_shared_memory_build() -> None:
+    """Keeps DeepSpeed from compiling its shared-memory all-reduce at start: half a minute for what only inference calls.
+
+    If `deepspeed.ops.__compatible_ops__` were gone, every command would fail at its start.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def run_exit_functions() -> None:
+    """Runs what was registered with atexit, as Python does first when it ends.
+
+    If `atexit._run_exitfuncs` were gone, ranks under gloo would fail at their end.
+    """
+    atexit._run_exitfuncs()
 
 
 def add_to_shared_counter(key: str) -> int:
