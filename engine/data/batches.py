@@ -97,30 +97,32 @@ class TokenFile:
         return min(self.length, len(self.tokens) - 1 - start) - self.drop_last_target
 
     def target_count(self, start: int, sample: int) -> int:
-        """Returns how many targets the sequence has that begins at `start` and is number `sample` of all epochs.
-
-        It is `token_count`, but where tokens are masked (engine.data.masking).
-        """
+        """Returns how many targets the sequence from `start` has; only masking reads its number, `sample`."""
         return self.token_count(start)
 
     def batch(self, starts: Sequence[int], device: torch.device, samples: Sequence[int] = ()) -> Batch:
-        """Returns the sequences that begin at `starts`; only masking reads their numbers, `samples`.
-
-        A sequence near the file's end is read from so much earlier that it is whole; what stands before its start is
-        context, and is not predicted again.
-        """
-        latest = len(self.tokens) - 1 - self.length
-        sequences = [self.tokens[min(s, latest) : min(s, latest) + self.length + 1] for s in starts]
-        tokens = torch.from_numpy(np.stack(sequences).astype(np.int64))
+        """Returns the sequences that begin at `starts`; only masking reads their numbers, `samples`."""
+        sequences, contexts = self._read(starts, self.length + 1)
+        tokens = torch.from_numpy(sequences)
         targets_BL = tokens[:, 1:].clone()
-        for row, start in enumerate(starts):
-            targets_BL[row, : max(0, start - latest)] = IGNORED
+        for targets_L, context in zip(targets_BL, contexts, strict=True):
+            targets_L[:context] = IGNORED
         kl_mask_N = None
         if self.drop_last_target:
             kl_mask_N = to_device((targets_BL != IGNORED).flatten(), device)
             targets_BL[:, -1] = IGNORED
         tokens_BL = to_device(tokens[:, :-1].contiguous(), device)
         return Batch(tokens_BL, to_device(targets_BL.flatten(), device), kl_mask_N=kl_mask_N)
+
+    def _read(self, starts: Sequence[int], length: int) -> tuple[np.ndarray, list[int]]:
+        """Returns sequences of `length` tokens, int64 [B, length], and how many tokens in front of each are context.
+
+        A sequence near the file's end is read from so much earlier that it is whole. What stands before its start is
+        context, and is not predicted again.
+        """
+        begins = [min(start, len(self.tokens) - length) for start in starts]
+        sequences = np.stack([self.tokens[begin : begin + length] for begin in begins])
+        return sequences.astype(np.int64), [start - begin for start, begin in zip(starts, begins, strict=True)]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

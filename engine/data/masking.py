@@ -34,21 +34,21 @@ class Masking:
         self._ordinary = np.setdiff1d(np.arange(vocab_size), [mask, *special])
         self._may_hide = np.isin(np.arange(vocab_size), self._ordinary)
 
-    def hide(self, tokens_L: np.ndarray, sample: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens with some hidden, and which are to be predicted (bool [L]); those before `first` stay."""
+    def hide(self, tokens_L: np.ndarray, sample: int, context: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens with some hidden, and which are to be predicted (bool [L]); the first `context` stay."""
         rng = np.random.default_rng([self.seed, _MASK, sample])
         chosen_L, fate_L = rng.random((2, len(tokens_L)))
         predicted_L = (chosen_L < MASKED_SHARE) & self._may_hide[tokens_L]
-        predicted_L[:first] = False
+        predicted_L[:context] = False
         hidden_L = np.where(predicted_L & (fate_L < MASKED), self.mask, tokens_L)
         random_L = predicted_L & (fate_L >= MASKED) & (fate_L < MASKED + RANDOM)
         return np.where(random_L, rng.choice(self._ordinary, len(tokens_L)), hidden_L), predicted_L
 
     def batch(
-        self, tokens_BL: np.ndarray, samples: Sequence[int], device: torch.device, firsts: Sequence[int] | None = None
+        self, tokens_BL: np.ndarray, samples: Sequence[int], device: torch.device, contexts: Sequence[int] | None = None
     ) -> Batch:
         """Returns sequences with tokens hidden; the batch's rows and targets are those to predict."""
-        sequences = zip(tokens_BL, samples, firsts or [0] * len(samples), strict=True)
+        sequences = zip(tokens_BL, samples, contexts or [0] * len(samples), strict=True)
         hidden, predicted = zip(*(self.hide(*sequence) for sequence in sequences), strict=True)
         rows_N = np.stack(predicted).ravel().nonzero()[0]
         return Batch(
@@ -71,18 +71,10 @@ class MaskedFile(TokenFile):
         return min(self.length, len(self.tokens) - start)
 
     def target_count(self, start: int, sample: int) -> int:
-        tokens_L, first = self._read(start)
-        return int(self.masking.hide(tokens_L, sample, first)[1].sum())
+        (tokens_L,), (context,) = self._read([start], self.length)
+        return int(self.masking.hide(tokens_L, sample, context)[1].sum())
 
     def batch(self, starts: Sequence[int], device: torch.device, samples: Sequence[int] = ()) -> Batch:
         """Returns the sequences that begin at `starts`, masked by their numbers, `samples`."""
-        sequences, firsts = zip(*map(self._read, starts), strict=True)
-        return self.masking.batch(np.stack(sequences), samples, device, firsts)
-
-    def _read(self, start: int) -> tuple[np.ndarray, int]:
-        """Returns a whole sequence and the position in it from which tokens may be hidden.
-
-        Near the file's end the sequence is read from so much earlier that it is whole.
-        """
-        begin = min(start, len(self.tokens) - self.length)
-        return self.tokens[begin : begin + self.length], start - begin
+        tokens_BL, contexts = self._read(starts, self.length)
+        return self.masking.batch(tokens_BL, samples, device, contexts)

@@ -15,19 +15,23 @@ Words are white-space tokens of the cleaned text (`words_in_source`: of the text
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from engine.config.loading import as_dict, build, flatten
 from engine.config.settings import DataConfig
 from engine.data import sources
 from engine.data import tokenizer as tokenization
-from engine.data.cleaning.babies import normalize
-from engine.data.cleaning.baby_llama import CLEANERS, clean, cleaner_for
+from engine.data.cleaning.babies import NORMALIZERS
+from engine.data.cleaning.baby_llama import CLEANERS, cleaner_for
 from engine.data.grammar import generator as grammar
 from engine.data.sources import Source
 from engine.data.split import Document, Splits, split
@@ -38,7 +42,7 @@ from engine.system.files import sha256, written_aside
 FORMAT = 3  # Of the folder. It is raised when the same settings and text would give other files.
 MANIFEST = "manifest.json"
 SIXTEEN_BITS = 1 << 16  # The largest vocabulary whose ids fit into uint16.
-BATCH_CHARACTERS = 1_000_000  # So many characters are encoded at once.
+BATCH_CHARACTERS = 1_000_000  # About so many characters are encoded at once.
 PAIRS_PER_PHENOMENON = 100
 COUNTS = ("documents", "lines", "words", "characters", "tokens")  # What is counted in a source file and in a split.
 
@@ -77,7 +81,8 @@ class Prepared:
 def prepare(config: DataConfig, *, log: Log = print) -> Prepared:
     """Returns the prepared folder for `config`, and makes it first where there is none.
 
-    `log` is called with a line about each stage as it begins. Raises UserError, with nothing written, for text that is
+    `log` is called with a line about each stage as it begins, and the slow ones show their progress where stderr is a
+    terminal. Raises UserError, with nothing written, for text that is
     missing, empty, not UTF-8 or too short to hold any out, for a vocabulary size that the text does not allow, and for
     a prepared folder whose files have changed.
     """
@@ -166,9 +171,9 @@ def _read(source: Source, config: DataConfig, log: Log) -> tuple[dict[str, str],
             if cleaner is None:
                 unmatched.append(file.name)
             elif config.cleaner == "babies":
-                text = normalize(text, cleaner)
+                text = "\n".join(NORMALIZERS[cleaner](text))
             else:
-                text = clean(text, cleaner, quirks=config.quirks)
+                text = CLEANERS[cleaner](text, config.quirks)
         texts[file.name] = text
         files.append(entry)
     if unmatched:
@@ -185,7 +190,7 @@ def _write(folder: Path, splits: Splits, files: list[dict[str, Any]], config: Da
     assert vocab_size is not None
     log(f"training a tokenizer of {vocab_size:,} tokens on {words:,} words")
     (folder / "tokenizer").mkdir(parents=True)
-    texts = (document.text for document in splits.train)
+    texts = (document.text for document in _with_progress(splits.train, "training a tokenizer"))
     tokenizer = tokenization.train(texts, config.tokenizer, vocab_size, folder / "tokenizer", boundary=config.boundary)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= SIXTEEN_BITS else "<u4")
     counts = {}
@@ -212,8 +217,11 @@ def _encode(documents: list[Document], files: int, tokenizer: Tokenizer, dtype: 
     """Writes a split's token file and returns its counts, int64 [files, COUNTS]."""
     before, after = ([], "\n\n") if tokenizer.boundary is None else ([tokenizer.boundary], "")
     counts = np.zeros((files, len(COUNTS)), np.int64)
+    ends = accumulate(len(document.text) for document in documents)
+    shown = _with_progress(documents, f"encoding {path.stem}")
     with path.open("wb") as stream:
-        for batch in _batches(documents):
+        for _, group in groupby(shown, key=lambda _: next(ends) // BATCH_CHARACTERS):
+            batch = list(group)
             for document, ids in zip(batch, tokenizer.encode_batch([d.text + after for d in batch]), strict=True):
                 tokens = np.array(before + ids, dtype)
                 stream.write(tokens.tobytes())
@@ -222,18 +230,9 @@ def _encode(documents: list[Document], files: int, tokenizer: Tokenizer, dtype: 
     return counts
 
 
-def _batches(documents: list[Document]) -> Iterator[list[Document]]:
-    """Yields the documents in groups of about BATCH_CHARACTERS characters."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _with_progress(documents: list[Document], stage: str) -> Iterable[Document]:
+    """Returns the documents; where stderr is a terminal, a bar on it shows how many of them have been read."""
+    return track(documents, stage, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 def _write_pairs(documents: list[Document], seed: int, path: Path) -> None:

@@ -93,8 +93,7 @@ def load(folder: Path) -> Tokenizer:
     for name in FILES:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; name a folder that recipes/prepare.py or an export wrote")
-    definition, settings = ((folder / name).read_text(encoding="utf-8") for name in FILES)
-    return Tokenizer(definition, settings)
+    return Tokenizer(*((folder / name).read_text(encoding="utf-8") for name in FILES))
 
 
 def train(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, folder: Path, *, boundary: bool) -> Tokenizer:

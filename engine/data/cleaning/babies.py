@@ -9,7 +9,7 @@ file's last paragraph is kept, and lines do not begin with [TAB].
 import html
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 WRAPPED = 100  # In characters: a paragraph without a longer line is taken for wrapped.
@@ -35,11 +35,6 @@ _LOOSE = re.compile(r" (?:n't|[^\w\s([{\"])|[^\w\s'\"]\S|[([{$£€] ", re.IGNOR
 _PLACES = re.compile(r"is a (?:commune\. It is|commune found|city in|village in|municipality in|town in)")
 _PENN = {"-LRB-": "(", "-LCB-": "{", "-LSB-": "[", "-RRB-": ")", "-RCB-": "}", "-RSB-": "]"}
 _PENN |= {"`` ": '"', "``": '"', " ''": '"', "''": '"'}
-
-
-def normalize(text: str, name: str) -> str:
-    """Returns `text`, a whole file, normalised as the corpus called `name` is."""
-    return "\n".join(NORMALIZERS[name](text))
 
 
 def repaired(line: str) -> str:
@@ -88,25 +83,20 @@ def _quotes(line: str) -> str:
     return '"'.join(parts)
 
 
-def _without_repeats(lines: Iterable[str]) -> Iterator[str]:
-    """Yields the lines without those that repeat the one before."""
-    return (line for line, _ in groupby(lines))
-
-
 def _talk(text: str) -> Iterator[str]:
     """Conversations: speakers' labels (*MOT:, A:) go, as in ELC-BERT's code, lines are tidied, and each line becomes an
     utterance with a capital, in quotes."""
     lines = (tidied(line) for line in _LABEL.sub("", text).split("\n"))
-    return _without_repeats(
-        f'"{line[0].upper()}{line[1:]}"' if line else "" for line in lines if line not in (".", "!", "?")
-    )
+    utterances = (f'"{line[0].upper()}{line[1:]}"' if line else "" for line in lines if line not in (".", "!", "?"))
+    return (line for line, _ in groupby(utterances))  # A line that repeats the one before goes.
 
 
 def _subtitles(text: str) -> Iterator[str]:
     """Subtitles and telephone calls: labels and leading dashes go, lines are repaired, and each line becomes an
     utterance in quotes, except speakers' names and what stands in brackets or quotes already."""
     lines = (repaired(re.sub(r"^\s*- ?", "", line)) for line in _LABEL.sub("", text).split("\n"))
-    return _without_repeats(line if _no_utterance(line) else f'"{line}"' for line in lines)
+    utterances = (line if _no_utterance(line) else f'"{line}"' for line in lines)
+    return (line for line, _ in groupby(utterances))
 
 
 def _no_utterance(line: str) -> bool:
@@ -174,6 +164,7 @@ def _lines(text: str) -> Iterator[str]:
     return (repaired(line) for line in text.split("\n"))
 
 
+# Each takes the text of a whole file and yields the lines of the normalised text.
 NORMALIZERS: dict[str, Callable[[str], Iterator[str]]] = {
     "aochildes": _talk,
     "bnc_spoken": _talk,

@@ -17,11 +17,6 @@ def cleaner_for(stem: str) -> str | None:
     return name if name in CLEANERS else None
 
 
-def clean(text: str, name: str, *, quirks: bool = False) -> str:
-    """Returns `text`, a whole file, cleaned by the cleaner called `name`."""
-    return CLEANERS[name](text, quirks)
-
-
 def _unchanged(text: str, quirks: bool) -> str:
     """The text stays as it is."""
     return text
@@ -76,6 +71,7 @@ def _wikipedia(text: str, quirks: bool) -> str:
     return _glued(text[1:], quirks) if quirks else text
 
 
+# Each takes the text of a whole file and whether it has the quirks, and returns the cleaned text.
 CLEANERS: dict[str, Callable[[str, bool], str]] = {
     "aochildes": _spaces,
     "bnc_spoken": _bnc_spoken,

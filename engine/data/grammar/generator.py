@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from engine.data.grammar.lexicon import NOUNS, TOPICS, VERBS, Noun, Verb, noun, read_table, verb
+from engine.data.grammar.lexicon import NOUNS, TOPICS, VERBS, noun, read_table, verb
 from engine.data.grammar.syntax import START, rules
 from engine.system.errors import UserError
 
@@ -116,10 +116,7 @@ class Entropy:
 
     @property
     def nats_per_word(self) -> float:
-        """The least loss, in nats per white-space word, that any model of this text can reach on average.
-
-        It includes the prediction of the ends of lines and of documents.
-        """
+        """The least mean loss that any model can reach, in nats per white-space word; it predicts line ends as well."""
         return self.nats_per_document / self.words_per_document
 
 
@@ -181,9 +178,9 @@ def _contrasts() -> dict[str, list[Contrast]]:
 def _expand(frames: list[str], irregular: bool = False, **words: Any) -> list[Contrast]:
     """Returns the contrasts that one entry of minimal_pairs.yaml stands for."""
 
-    def forms(inflect: Callable[[str], Noun | Verb], entries: str, a: str, b: str) -> dict[tuple[str, str], float]:
+    def forms(inflect: Callable[[str], dict[str, str]], entries: str, a: str, b: str) -> dict[tuple[str, str], float]:
         inflected = [inflect(entry) for entry in entries.split() if "/" in entry or not irregular]
-        return {(getattr(word, a), getattr(word, b)): 1 / (rank + 3) for rank, word in enumerate(inflected)}
+        return {(word[a], word[b]): 1 / (rank + 3) for rank, word in enumerate(inflected)}
 
     match words:
         case {"words": [first, second]}:

@@ -30,37 +30,19 @@ FRAGMENTS: list[str] = _LEXICON["fragments"]
 TOPICS = {name: Topic(**topic) for name, topic in _LEXICON["topics"].items()}
 
 
-@dataclass(frozen=True)
-class Noun:
-    """The forms of a noun: singular and plural."""
-
-    sg: str
-    pl: str
-
-
-@dataclass(frozen=True)
-class Verb:
-    """The forms of a verb; `s` is the third person singular."""
-
-    base: str
-    s: str
-    past: str
-    ing: str
-
-
-def noun(entry: str) -> Noun:
-    """Returns both forms of a noun given as `dog` or `mouse/mice`."""
+def noun(entry: str) -> dict[str, str]:
+    """Returns the singular, `sg`, and the plural, `pl`, of a noun given as `dog` or `mouse/mice`."""
     sg, _, irregular = entry.partition("/")
-    return Noun(sg, irregular or _with_s(sg))
+    return {"sg": sg, "pl": irregular or _with_s(sg)}
 
 
-def verb(entry: str) -> Verb:
-    """Returns all forms of a verb given as `jump` or `run/ran`."""
+def verb(entry: str) -> dict[str, str]:
+    """Returns the forms of a verb given as `jump` or `run/ran`; `s` is the third person singular."""
     base, _, irregular = entry.partition("/")
     stem = base + base[-1] if re.fullmatch(r"[^aeiou]*[aeiou][^aeiouwxy]", base) else base  # hop, hopping
     past = re.sub("eed$", "ed", re.sub("([^aeiou])yed$", r"\1ied", stem + "ed"))
     s = "has" if base == "have" else _with_s(base)
-    return Verb(base, s, irregular or past, re.sub("(?<!e)e$", "", stem) + "ing")
+    return {"base": base, "s": s, "past": irregular or past, "ing": re.sub("(?<!e)e$", "", stem) + "ing"}
 
 
 def _with_s(word: str) -> str:

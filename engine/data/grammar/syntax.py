@@ -60,12 +60,11 @@ def rules(topic: str) -> Rules:
     }
 
 
-def _add(table: Rules, section: str, features: dict[str, Any] | None = None, weight: float = 1) -> None:
-    """Adds a section of rules.yaml to the rules, with its features filled in and its weights multiplied by `weight`."""
-    features = features or {}
+def _add(table: Rules, section: str, factor: float = 1, /, **features: str) -> None:
+    """Adds a section of rules.yaml to the rules, with its features filled in and its weights multiplied by `factor`."""
     for symbol, expansions in TEMPLATES[section].items():
         weights = table.setdefault(symbol.format_map(features), {})
-        weights |= {expansion.format_map(features): weight * w for expansion, w in expansions.items()}
+        weights |= {expansion.format_map(features): factor * weight for expansion, weight in expansions.items()}
 
 
 def _words(topic: str) -> Rules:
@@ -82,11 +81,11 @@ def _words(topic: str) -> Rules:
     table: Rules = {symbol: weigh(entries) for symbol, entries in lexicon.WORDS.items()}
     for c, entries in lexicon.VERBS.items():
         for form in FORMS:
-            table[f"V.{c}.{form}"] = {getattr(verb(entry), form): w for entry, w in weigh(entries).items()}
+            table[f"V.{c}.{form}"] = {verb(entry)[form]: w for entry, w in weigh(entries).items()}
     nouns = {c: weigh(entries) for c, entries in lexicon.NOUNS.items()}
     nouns["thing"] = _blend((80, nouns["thing"]), (20, nouns["wear"]))
     for c, n in product(nouns, NUMBERS):
-        table[f"N.{c}.{n}"] = {getattr(noun(entry), n): w for entry, w in nouns[c].items()}
+        table[f"N.{c}.{n}"] = {noun(entry)[n]: w for entry, w in nouns[c].items()}
     for c in NOUN_CLASSES:
         described = _blend((60, table[f"Adj.{c}"]), (40, table["Adj.size"]))
         table[f"A.{c}"] = _blend(
@@ -94,21 +93,16 @@ def _words(topic: str) -> Rules:
             (30, {_article(f"{word} N.{c}.sg"): w for word, w in described.items()}),
         )
     table["Pred.it"] = _blend((60, table["Pred.thing"]), (40, table["Pred.food"]))
-    for auxiliary in ("is", "are", "was", "were", "do", "does", "did", "could"):
-        table[f"Not.{auxiliary}"] = {f"{auxiliary} not": 1, f"{auxiliary}n't": 3}
-    table["Not.am"], table["Not.can"] = {"am not": 1}, {"cannot": 1, "can't": 3}
-    table["Sound"] = {}
+    _add(table, "negations")
     for animal, sound in lexicon.SOUNDS.items():
-        weight, singular, plural = nouns["animal"][animal], noun(animal).sg, noun(animal).pl
-        table["Sound"][f"what does the {singular} say Ask / the {singular} says {sound} !"] = 3 * weight
-        table["Sound"][f"what do the {plural} say Ask / the {plural} say {sound} !"] = weight
-    counted = [(noun(entry), w) for entry, w in nouns["animal"].items()]
-    table["Count"] = {f"one {x.sg} , two {x.pl} , three {x.pl} !": w for x, w in counted}
+        _add(table, "sounds", nouns["animal"][animal], sound=sound, **noun(animal))
+    for animal, weight in nouns["animal"].items():
+        _add(table, "counting", weight, **noun(animal))
     return table
 
 
 def _blend(*parts: tuple[float, Weights]) -> Weights:
-    """Returns a mixture of distributions, each with its share, in which an expansion of several parts is there once."""
+    """Returns a mixture of distributions; what several of them have is there once, so no text has two derivations."""
     blend: Weights = {}
     for share, weights in parts:
         total = sum(weights.values())
@@ -123,49 +117,49 @@ def _article(phrase: str) -> str:
 
 def _add_noun_phrases(table: Rules) -> None:
     for c, n in product(NOUN_CLASSES, NUMBERS):
-        _add(table, "described_noun", {"c": c, "n": n})
+        _add(table, "described_noun", c=c, n=n)
         if c not in ("m", "f"):
-            _add(table, "coloured_noun", {"c": c, "n": n})
+            _add(table, "coloured_noun", c=c, n=n)
     for c in NOUN_CLASSES:
-        _add(table, "simple_noun_phrase", {"c": c})
+        _add(table, "simple_noun_phrase", c=c)
     for c, n in product(("animal", "m", "f", "thing", "food"), NUMBERS):
-        _add(table, "noun_phrase", {"c": c, "n": n, "modified": c if c in ("thing", "food") else "anim"})
+        _add(table, "noun_phrase", c=c, n=n, modified=c if c in ("thing", "food") else "anim")
     _add(table, "any_living")
     for n, a in NUMBERS.items():
-        _add(table, "modifiers", {"n": n, "a": a})
+        _add(table, "modifiers", n=n, a=a)
     _add(table, "names_and_roles")
     for c, adjective in (("solid", "food"), ("drink", "drink")):
-        _add(table, "mass", {"c": c, "adjective": adjective})
+        _add(table, "mass", c=c, adjective=adjective)
 
 
 def _add_verb_phrases(table: Rules) -> None:
     for form in FORMS:
-        _add(table, "verb_phrases", {"form": form})
+        _add(table, "verb_phrases", form=form)
         if form != "ing":
-            _add(table, "states", {"form": form})
+            _add(table, "states", form=form)
     for t, agreement in AGREEMENT.items():
         for a, verbs in agreement.items():
-            _add(table, "finite", {"t": t, "a": a, **verbs})
+            _add(table, "finite", t=t, a=a, **verbs)
     for t, (n, a), c in product(AGREEMENT, NUMBERS.items(), ("thing", "food", "it")):
         features = {"t": t, "n": n, "c": c, **AGREEMENT[t][a]}
-        _add(table, "inert", features)
+        _add(table, "inert", **features)
         if c != "food":
-            _add(table, "inert_moves", features)
+            _add(table, "inert_moves", **features)
     for c, (a, weight) in product(("anim", "thing", "food"), (("1", 20), ("3", 45), ("pl", 35))):
-        _add(table, "gapped", {"c": c, "a": a, **AGREEMENT["now"][a]}, weight)
+        _add(table, "gapped", weight, c=c, a=a, **AGREEMENT["now"][a])
 
 
 def _add_clauses(table: Rules) -> None:
     for t, weight in (("now", 60), ("then", 40)):
-        _add(table, "clause", {"t": t}, weight)
-        _add(table, "clause_parts", {"t": t})
+        _add(table, "clause", weight, t=t)
+        _add(table, "clause_parts", t=t)
         for subject in TEMPLATES["subjects"]:
-            _add(table, "reflexive", {"t": t, **subject, **AGREEMENT[t][subject["a"]]}, subject["weight"])
+            _add(table, "reflexive", subject["weight"], t=t, **subject, **AGREEMENT[t][subject["a"]])
     _add(table, "place")
 
 
 def _add_questions(table: Rules) -> None:
-    table |= {"YesNo": {}, "Wh": {}}
+    table |= {"YesNo": {}, "Wh": {}}  # These stand first in the order of the symbols.
     for subject in TEMPLATES["subjects"]:
         for question in TEMPLATES["yes_no_questions"]:
             agreement, auxiliary = AGREEMENT[question["t"]], question["auxiliary"]
@@ -176,12 +170,12 @@ def _add_questions(table: Rules) -> None:
                 "asked": agreement[subject["a"]][auxiliary],
                 "answered": agreement[subject["pronoun_a"]][auxiliary],
             }
-            _add(table, "yes_no", features)
+            _add(table, "yes_no", **features)
             if auxiliary == "be":
-                _add(table, "yes_no_with_be", features)
-            _add(table, "yes_no_turn", features, question["weight"] * subject["weight"])
-        _add(table, "wh_turn", subject, subject["weight"])
+                _add(table, "yes_no_with_be", **features)
+            _add(table, "yes_no_turn", question["weight"] * subject["weight"], **features)
+        _add(table, "wh_turn", subject["weight"], **subject)
         for t, agreement in AGREEMENT.items():
             pronoun_be = agreement[subject["pronoun_a"]]["be"]
-            _add(table, "wh", {"t": t, "pronoun_be": pronoun_be, **subject, **agreement[subject["a"]]})
+            _add(table, "wh", t=t, pronoun_be=pronoun_be, **subject, **agreement[subject["a"]])
     _add(table, "other_wh_turns")

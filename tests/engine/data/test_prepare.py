@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -110,6 +111,19 @@ def test_preparing_again_does_nothing(config: DataConfig):
     assert {path: path.stat().st_mtime_ns for path in Path(config.folder).rglob("*")} == before
     by_path = prepare(DataConfig(path=str(again.folder)), log=lines.append)
     assert (by_path.identity, by_path.tokenizer.hash) == (again.identity, again.tokenizer.hash)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_alone(terminal: bool, config: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    output = io.StringIO()
+    monkeypatch.setattr(output, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", output)
+    monkeypatch.setenv("TERM", "xterm")
+    prepare(dataclasses.replace(config, seed=7), log=lambda _: None)
+    shown = output.getvalue()
+    for stage in ("training a tokenizer", "encoding train", "encoding validation"):
+        assert (stage in shown) == terminal
+    assert terminal or not shown
 
 
 def test_other_settings_or_text_are_prepared_beside(config: DataConfig):

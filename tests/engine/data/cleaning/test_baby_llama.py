@@ -1,6 +1,6 @@
 import pytest
 
-from engine.data.cleaning.baby_llama import CLEANERS, clean, cleaner_for
+from engine.data.cleaning.baby_llama import CLEANERS, cleaner_for
 
 
 @pytest.mark.parametrize(
@@ -25,8 +25,8 @@ from engine.data.cleaning.baby_llama import CLEANERS, clean, cleaner_for
     ],
 )
 def test_each_cleaner_does_what_is_published(name: str, text: str, cleaned: str, with_quirks: str):
-    assert clean(text, name) == cleaned
-    assert clean(text, name, quirks=True) == with_quirks
+    assert CLEANERS[name](text, False) == cleaned
+    assert CLEANERS[name](text, True) == with_quirks
 
 
 def test_the_cleaner_is_chosen_by_file_name():
