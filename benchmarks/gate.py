@@ -31,7 +31,7 @@ from engine.students.cohort import Cohort, Verdict
 from engine.students.gradients import Tally
 from engine.students.outer_loop import OuterLoop
 from engine.students.student import Student
-from engine.teachers.frozen import Teachers
+from engine.teachers.teachers import Teachers
 
 T = TypeVar("T")
 
@@ -116,18 +116,18 @@ class Gate:
 
 def engine_loop(config: Config, gate: Gate) -> None:
     """Trains by `engine.train.train`, as every recipe does, and waits at the gate before every step."""
-    steps_of_run, record_of_run, phases = Run.steps, Run.record, gate.phases
+    steps_of_run, after_step_of_run, phases = Run.steps, Run.after_step, gate.phases
 
     def steps(run: Run) -> Iterator[Step]:
         return gate.between(steps_of_run(run))
 
-    def record(run: Run, step: Step, tally: Tally, verdict: Verdict) -> None:
-        record_of_run(run, step, tally, verdict)
+    def after_step(run: Run, step: Step, tally: Tally, verdict: Verdict) -> None:
+        after_step_of_run(run, step, tally, verdict)
         gate.losses = tally.losses_S.tolist()
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Run, "steps", steps))
-        stack.enter_context(mock.patch.object(Run, "record", record))
+        stack.enter_context(mock.patch.object(Run, "after_step", after_step))
         for owner, name, phase in (
             (Teachers, "__call__", "teachers"),
             (Student, "body", "bodies"),
@@ -136,7 +136,7 @@ def engine_loop(config: Config, gate: Gate) -> None:
             (Cohort, "update", "optimizer"),
             (OuterLoop, "before_step", "outer"),
             (OuterLoop, "after_step", "outer"),
-            (Run, "record", "record"),
+            (Run, "after_step", "record"),
         ):
             stack.enter_context(mock.patch.object(owner, name, phases.wrapped(getattr(owner, name), phase)))
         for name in COLLECTIVES:  # before DeepSpeed takes them

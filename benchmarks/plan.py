@@ -40,7 +40,7 @@ from engine.compute.hardware import listed_peak
 from engine.compute.memory import peak_memory as estimated_memory
 from engine.config.loading import build, read_yaml
 from engine.config.settings import Config
-from engine.data.masking import MASKED_SHARE
+from engine.data.masking import PREDICTED_SHARE
 from engine.models.base import Shape
 from engine.models.families import parameter_count, shape_of
 from engine.models.llama import LlamaShape
@@ -160,7 +160,7 @@ def optimizer_bytes(precision: str) -> int:
 def workload_of(shape: Shape, sequences: float, length: int) -> Workload:
     """Returns the workload of a number of sequences, which need not be whole; a masked model predicts few tokens."""
     tokens = round(sequences * length)
-    rows = tokens if shape.causal else round(tokens * MASKED_SHARE)
+    rows = tokens if shape.causal else round(tokens * PREDICTED_SHARE)
     return Workload(tokens // length, length, rows, rows, tokens)
 
 
@@ -185,7 +185,7 @@ def plans(job: Job, cluster: Cluster, rates: np.ndarray) -> list[Plan]:
     """Returns a plan per stage, with the largest micro-batch that fits, or the smallest where none does."""
     stage_plans, share = [], max(1, job.batch // cluster.ranks)
     for stage in STAGES:
-        if job.precision == "bf16" and stage == 0:  # engine.run.checks refuses it.
+        if job.precision == "bf16" and stage == 0:  # engine.run.check_settings refuses it.
             continue
         for micro in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
             small = replace(job, micro_batch=micro)

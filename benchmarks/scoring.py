@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import timing
 from engine.data import tokenizer as tokenization
-from engine.evaluation.scoring import MAX_LOGITS, collate, model_log_probabilities, plan_batches
+from engine.evaluation.log_probabilities import MAX_LOGITS, collate, model_log_probabilities, plan_batches
 from engine.evaluation.tasks import minimal_pairs
 from engine.evaluation.zero_shot import ZeroShot
 from engine.models.base import initial_weights

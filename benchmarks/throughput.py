@@ -61,7 +61,7 @@ from engine.models.huggingface import shape_of_folder
 from engine.system.distributed import exit_process
 from engine.system.errors import UserError
 from engine.system.provenance import device_name, git_commit
-from engine.teachers.frozen import STORAGE, folder_of
+from engine.teachers.teachers import STORAGE, folder_of
 
 CPU = torch.device("cpu")
 MEBIBYTE = 2**20

@@ -1,10 +1,10 @@
-"""The one loop. Pretraining, distillation and mutual learning differ in streams and coefficients alone."""
+"""The one loop. Recipes differ only in their students, their teachers and the coefficients of the loss."""
 
 from contextlib import ExitStack
 
 from engine.config.settings import Config
 from engine.run.build import build_run
-from engine.run.checks import check
+from engine.run.check_settings import check
 from engine.students.gradients import accumulate
 from engine.system.distributed import init_distributed
 from engine.system.signals import StopSignal
@@ -13,7 +13,7 @@ from engine.system.signals import StopSignal
 def train(config: Config) -> None:
     """Trains the students of `config`, or goes on where the run of that name stopped.
 
-    Raises UserError for whatever a user can mend, before anything is written where that can be known before.
+    Raises UserError for a user's mistake, if possible before anything is written.
     """
     runtime = init_distributed()
     check(config)
@@ -25,10 +25,11 @@ def train(config: Config) -> None:
         for step in run.steps():
             outer_loop.before_step(step, cohort)
             tally = accumulate(cohort, step, coefficients, teachers)
+            # Here the loop waits for the device, once: all students step, or none.
             verdict = cohort.update(tally.losses_S, tally.ce_S, run.learning_rates(step), stop=bool(stop))
             coefficients = outer_loop.after_step(step, cohort, coefficients, verdict)
-            run.record(step, tally, verdict)  # It writes the step down, and evaluates and saves where that is due.
+            run.after_step(step, tally, verdict)  # It records the step, and evaluates and saves where that is due.
             if verdict.stop:
-                run.pause()
+                run.stop()
                 return
         run.finish()

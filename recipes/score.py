@@ -32,7 +32,7 @@ if __name__ == "__main__":
     with report_errors():
         config = settings(sys.argv[1:])
         # These imports bring torch, which takes seconds: a mistake in the settings is reported before.
-        from engine.evaluation.scores import score_model
+        from engine.evaluation.score_model import score_model
         from engine.system.distributed import exit_process
 
         score_model(config)

@@ -46,7 +46,7 @@ def main() -> None:
 
 def score_run(arguments: argparse.Namespace, task: str, arm: str, seed: str) -> list[dict[str, Any]]:
     """Returns the CSV's rows for one task and run."""
-    from engine.evaluation.scores import score_model  # It imports torch, which --help does not need.
+    from engine.evaluation.score_model import score_model  # It imports torch, which --help does not need.
 
     run = arguments.folder / f"{arm.replace(' ', '-')}-{seed}"
     folder = str(arguments.folder / "scores" / task)

@@ -31,7 +31,7 @@ from engine.students.student import Student, student_model
 from engine.system.distributed import Runtime, init_distributed
 from engine.system.errors import report_errors
 from engine.teachers import cache as teacher_cache
-from engine.teachers.frozen import NO_TEACHERS, Teachers, hash_teachers, load_teachers
+from engine.teachers.teachers import NO_TEACHERS, Teachers, hash_teachers, load_teachers
 from kernels import Projected, TopK, linear_ensemble_kl
 
 KEPT_TOKENS = (8, 32, 128)

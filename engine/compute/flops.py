@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from engine.config.settings import OuterConfig
 from engine.data.batches import Step
-from engine.data.masking import MASKED_SHARE
+from engine.data.masking import PREDICTED_SHARE
 from engine.models.base import Shape
 
 
@@ -89,7 +89,7 @@ def inference(shape: Shape, work: Workload, *, unfused: bool = False) -> Flops:
 def training_per_token(shape: Shape, length: int) -> int:
     """Returns the model FLOPs of training per token of text, rounded. A masked model predicts a share of the tokens."""
     tokens = 20 * length  # 15% of this is a whole number.
-    rows = tokens if shape.causal else round(tokens * MASKED_SHARE)
+    rows = tokens if shape.causal else round(tokens * PREDICTED_SHARE)
     return round(training(shape, Workload(20, length, rows, rows, tokens)).model / tokens)
 
 

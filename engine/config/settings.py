@@ -1,7 +1,8 @@
 """Every setting that a user can change, as frozen dataclasses.
 
 `engine.config.loading` fills them from YAML and the command line. The sentence below a setting is its documentation:
-`--settings` prints it (`engine.config.describe`). Where settings contradict one another, `engine.run.checks` says so.
+`--settings` prints it (`engine.config.describe`). `engine.run.check_settings` refuses settings that contradict one
+another.
 """
 
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class DataConfig:
     words: Count | None = None
     """Words to generate (null: 1,000,000 of the grammar), or the most words of other text to use (null: all)."""
     cleaner: Literal["none", "baby-llama", "babies"] = "none"
-    """Cleans each file by its name, as Baby Llama or as When Babies Teach Babies did."""
+    """Chooses a cleaner for each file by the file's name: those of Baby Llama or of When Babies Teach Babies."""
     quirks: bool = False
     """true also reproduces the quirks of Baby Llama's published notebook; it needs cleaner=baby-llama."""
     boundary: bool = True
@@ -86,7 +87,7 @@ class StudentConfig:
     ffn: Count
     """Inner width of the feed-forward layers."""
     preset: str | None = None
-    """Name of a published shape (engine.config.presets), which gives layers to ffn; what is set beside it wins."""
+    """Name of a published shape (engine.config.presets). What is set explicitly overrides it."""
     kv_heads: Count | None = None
     """Number of key and value heads of a llama; null takes as many as heads."""
     tied: bool = True
@@ -137,9 +138,13 @@ class ObjectiveConfig:
 
     Student i pays
 
-        ce_weight·CE_i + T²·[peer_weight/(S−1)·Σ_{j≠i} KL(p_j ‖ p_i) + teacher_weight·Σ_k ω_k·KL(q_k ‖ p_i)]
+        ce_weight·CE_i + T²·[peer_weight/(S−1)·Σ_{j≠i} KL(p_j ‖ p_i) + teacher_weight·Σ_k ν_k·KL(q_k ‖ p_i)]
 
-    Peers p and teachers q are constants; ω are the teachers' weights, which sum to 1. Baby Llama (Timiryasov & Tastet
+    Peers p and teachers q are constants; ν are the teachers' weights, which sum to 1. With weighted = true it is
+
+        S·ω_i·ce_weight·CE_i + T²·[Σ_{j≠i} S·ω_j·peer_weight·KL(p_j ‖ p_i) + teacher_weight·Σ_k ν_k·KL(q_k ‖ p_i)]
+
+    with the students' weights ω, which sum to 1. Baby Llama (Timiryasov & Tastet
     2023) has ce_weight = α and teacher_weight = 1 − α; deep mutual learning (Zhang et al. 2018) has ce_weight =
     peer_weight = 1; weighted mutual learning (Iyer 2024) has weighted = true, ce_weight = 1 − α and peer_weight = α.
     """
@@ -152,9 +157,9 @@ class ObjectiveConfig:
     teacher_weight: NonNegative = 1.0
     """Weight of the divergence from the teachers."""
     weighted: bool = False
-    """true gives each student i a weight ω_i, summing to 1: S·ω_i·ce_weight, and S·ω_j·peer_weight for peer j."""
+    """true multiplies student i's ce_weight by S·ω_i, and weighs peer j by S·ω_j·peer_weight, not divided by S−1."""
     mix: Literal["logits", "each"] = "logits"
-    """logits makes one teacher of the weighted mean of all raw logits; each learns from every teacher separately."""
+    """logits: the weighted mean of the teachers' raw logits is one teacher. each: every teacher is one of its own."""
     temperature: Positive = 1.0
     """Temperature T of the distributions in the divergences."""
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
@@ -162,7 +167,7 @@ class ObjectiveConfig:
     reduction: Literal["token", "sequence"] = "token"
     """token averages divergences over tokens; sequence sums them over a sequence, as the papers' code does."""
     kl_everywhere: bool = False
-    """true counts divergences also at a sequence's last position, which has no target, as the papers' code does."""
+    """true drops the target of a sequence's last position but counts divergences there, as the papers' code does."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. In fp32 results do not depend on micro_batch, zero_stage, recompute, compile or the number of ranks."""
+    """The loop. In fp32, micro_batch, zero_stage, recompute, compile and the number of ranks change only rounding."""
 
     __pydantic_config__ = STRICT
     steps: Count = 500
@@ -256,9 +261,9 @@ class EvaluationConfig:
     tokens: Count = 100_000
     """Tokens of the validation split to evaluate on, evenly spread over it."""
     pairs: str = "auto"
-    """Minimal pairs: auto takes the prepared folder's own, none has none, otherwise a file or folder of *.jsonl."""
+    """Minimal pairs: auto takes those of the prepared folder, none leaves them out; or a file or folder of *.jsonl."""
     every_words: Count | None = None
-    """Words of text between two further evaluations; null makes none."""
+    """Evaluate also every so many words of text; null does not."""
     tasks: tuple[str, ...] = ()
     """Zero-shot tasks to score every student and their ensemble on, by name (engine.evaluation.tasks)."""
     data: str | None = None
@@ -320,7 +325,7 @@ class Config:
 
     @property
     def masked(self) -> bool:
-        """Whether the students predict masked tokens rather than the next one (engine.run.checks refuses a mixture)."""
+        """Whether the students predict masked tokens rather than the next one (a mixture is refused)."""
         return any(student.family == "roberta" for student in self.students)
 
 

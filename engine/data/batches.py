@@ -3,8 +3,8 @@
 What a step reads depends on the seed and the step's number alone. The stream of tokens is cut into chunks of L tokens;
 the last one is shorter. An epoch visits every chunk once, in an order drawn from the seed and the epoch's number, so
 with fixed chunks every token but the very first is predicted once. Let G be the number of sequences in a step, over all
-ranks: step t reads the samples (t−1)·G to t·G of the endless sequence of epochs. Ranks and micro-batches only divide a
-step among themselves, so neither changes what is learnt, and a resumed run needs only the number of its step.
+ranks: step t reads the samples (t−1)·G to t·G − 1 of the endless sequence of epochs. Ranks and micro-batches only
+divide a step among themselves, so neither changes what is learnt, and a resumed run needs only its step's number.
 
 Shapes: B sequences, L positions, N = B·L tokens.
 """
@@ -64,37 +64,37 @@ class WordStarts:
     def __init__(self, surfaces: Sequence[str]) -> None:
         """Takes what each token adds to a text (`Tokenizer.surfaces`); special tokens stand between words."""
         after_space = [sum(a.isspace() and not b.isspace() for a, b in pairwise(text)) for text in surfaces]
-        self._words_inside = np.array(after_space)  # Words that begin in the token behind white space of its own.
-        self._begins_solid = np.array([text != "" and not text[0].isspace() for text in surfaces])
-        self._ends_open = np.array([text == "" or text[-1].isspace() for text in surfaces])
+        self._words_inside = np.array(after_space)  # Words that start after white space inside the token.
+        self._starts_with_text = np.array([text != "" and not text[0].isspace() for text in surfaces])
+        self._ends_with_space = np.array([text == "" or text[-1].isspace() for text in surfaces])
 
     def count(self, tokens: np.ndarray) -> int:
         """Returns how many words begin in tokens[1:]."""
-        begins = self._ends_open[tokens[:-1]] & self._begins_solid[tokens[1:]]
+        begins = self._ends_with_space[tokens[:-1]] & self._starts_with_text[tokens[1:]]
         return int(self._words_inside[tokens[1:]].sum() + begins.sum())
 
 
 class TokenFile:
     """A memory-mapped file of token ids, read in sequences of `length` tokens whose targets are the next tokens."""
 
-    def __init__(self, path: Path, dtype: str, length: int, *, drop_last_target: bool = False) -> None:
+    def __init__(self, path: Path, dtype: str, length: int, *, kl_everywhere: bool = False) -> None:
         """Opens the file. Raises UserError where it holds less than one sequence.
 
-        `drop_last_target` serves `objective.kl_everywhere`. In Baby Llama's code a sequence's last position has no
+        `kl_everywhere` is the setting objective.kl_everywhere. In Baby Llama's code a sequence's last position has no
         target, because the targets are shifted inside the sequence, but its divergence from the teachers counts.
         """
         self.tokens = np.memmap(path, dtype=dtype, mode="r")
-        self.length, self.drop_last_target = length, drop_last_target
+        self.length, self.kl_everywhere = length, kl_everywhere
         if len(self.tokens) <= length:
             raise UserError(
                 f"{path} holds {len(self.tokens):,} tokens, too few for one sequence of train.length={length}: "
                 "give more text (or raise data.validation, for a held-out split), or a smaller train.length"
             )
-        self.chunks = -(-(len(self.tokens) - 1 - drop_last_target) // length)
+        self.chunks = -(-(len(self.tokens) - 1 - kl_everywhere) // length)
 
     def token_count(self, start: int) -> int:
-        """Returns how many tokens a sequence from `start` predicts: one at each position, fewer at the file's end."""
-        return min(self.length, len(self.tokens) - 1 - start) - self.drop_last_target
+        """Returns how many new tokens of text the sequence from `start` covers; fewer at the file's end."""
+        return min(self.length, len(self.tokens) - 1 - start) - self.kl_everywhere
 
     def target_count(self, start: int, sample: int) -> int:
         """Returns how many targets the sequence from `start` has; only masking reads its number, `sample`."""
@@ -108,7 +108,7 @@ class TokenFile:
         for targets_L, context in zip(targets_BL, contexts, strict=True):
             targets_L[:context] = IGNORED
         kl_mask_N = None
-        if self.drop_last_target:
+        if self.kl_everywhere:
             kl_mask_N = to_device((targets_BL != IGNORED).flatten(), device)
             targets_BL[:, -1] = IGNORED
         tokens_BL = to_device(tokens[:, :-1].contiguous(), device)

@@ -14,8 +14,8 @@ import torch
 
 from engine.data.batches import Batch, TokenFile, to_device
 
-MASKED_SHARE = 0.15  # Share of the tokens that are predicted.
-MASKED, RANDOM = 0.8, 0.1  # Shares of those that become the mask, or any token; the rest stay as they are.
+PREDICTED_SHARE = 0.15  # Share of the tokens that are predicted.
+REPLACED_BY_MASK, REPLACED_AT_RANDOM = 0.8, 0.1  # Shares of these; the rest stay as they are.
 _MASK = 2  # The random stream of masks, beside those of engine.data.batches.
 
 
@@ -37,11 +37,12 @@ class Masking:
     def hide(self, tokens_L: np.ndarray, sample: int, context: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Returns the tokens with some hidden, and which are to be predicted (bool [L]); the first `context` stay."""
         rng = np.random.default_rng([self.seed, _MASK, sample])
-        chosen_L, fate_L = rng.random((2, len(tokens_L)))
-        predicted_L = (chosen_L < MASKED_SHARE) & self._may_hide[tokens_L]
+        uniform_L, replacement_L = rng.random((2, len(tokens_L)))
+        predicted_L = (uniform_L < PREDICTED_SHARE) & self._may_hide[tokens_L]
         predicted_L[:context] = False
-        hidden_L = np.where(predicted_L & (fate_L < MASKED), self.mask, tokens_L)
-        random_L = predicted_L & (fate_L >= MASKED) & (fate_L < MASKED + RANDOM)
+        becomes_mask_L = predicted_L & (replacement_L < REPLACED_BY_MASK)
+        hidden_L = np.where(becomes_mask_L, self.mask, tokens_L)
+        random_L = predicted_L & ~becomes_mask_L & (replacement_L < REPLACED_BY_MASK + REPLACED_AT_RANDOM)
         return np.where(random_L, rng.choice(self._ordinary, len(tokens_L)), hidden_L), predicted_L
 
     def batch(
@@ -67,7 +68,7 @@ class MaskedFile(TokenFile):
         self.chunks = -(-len(self.tokens) // length)
 
     def token_count(self, start: int) -> int:
-        """Returns how many tokens of a sequence may be hidden: all, but fewer at the file's end."""
+        """Returns how many new tokens of text the sequence covers; fewer at the file's end."""
         return min(self.length, len(self.tokens) - start)
 
     def target_count(self, start: int, sample: int) -> int:

@@ -11,9 +11,9 @@ from engine.config.settings import EvaluationConfig
 from engine.data.batches import HeldOutData
 from engine.data.tokenizer import Tokenizer
 from engine.evaluation.held_out import validation_losses
-from engine.evaluation.results import SetScore, TaskScore, pooled
+from engine.evaluation.log_probabilities import cohort_log_probabilities
+from engine.evaluation.metrics import SetScore, TaskScore, pooled
 from engine.evaluation.samples import samples
-from engine.evaluation.scoring import cohort_log_probabilities
 from engine.evaluation.zero_shot import ZeroShot
 from engine.reporting.records import StudentEvaluation
 from engine.students.cohort import Cohort

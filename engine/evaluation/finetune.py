@@ -32,16 +32,16 @@ import torch.nn.functional as F
 from engine.config.settings import FinetuneConfig, ObjectiveConfig, OptimizerConfig, StudentConfig, TrainConfig
 from engine.data.batches import IGNORED, Batch, Step
 from engine.data.tokenizer import Tokenizer
-from engine.evaluation.results import SetScore, TaskScore, binomial_error
-from engine.evaluation.scoring import TokenTree, collate, plan_batches, single_text
+from engine.evaluation.log_probabilities import TokenTree, collate, plan_batches, single_text
+from engine.evaluation.metrics import SetScore, TaskScore, binomial_error
 from engine.evaluation.tasks import folder_of, json_lines
 from engine.models.base import LanguageModel
 from engine.models.classifier import DROPOUT, Classifier
 from engine.models.families import new_model
-from engine.students import schedule
 from engine.students.coefficients import LossWeighting
 from engine.students.cohort import Cohort
 from engine.students.gradients import accumulate
+from engine.students.schedule import schedule_factor
 from engine.students.student import Student, set_weights
 from engine.system.distributed import Runtime
 from engine.system.errors import UserError
@@ -242,7 +242,7 @@ def _matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
 class _Job:
     """The training of a copy of the model on one set with one seed.
 
-    Every example is a tree of one text, whose one target is its label (engine.evaluation.scoring).
+    Every example is a tree of one text, whose one target is its label (engine.evaluation.log_probabilities).
     """
 
     def __init__(
@@ -325,7 +325,7 @@ class _Job:
                 micro_batches=self._batches(examples, epoch),
             )
             tally = accumulate(cohort, step, self.coefficients)
-            rate = settings.learning_rate * schedule.factor(self.optimizer, number, self.steps)
+            rate = settings.learning_rate * schedule_factor(self.optimizer, number, self.steps)
             if cohort.update(tally.losses_S, tally.ce_S, [rate], stop=False).skipped:
                 raise UserError(
                     f"{self.dataset.name}: loss not finite in epoch {epoch + 1}: lower finetune.learning_rate"

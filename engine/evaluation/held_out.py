@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.data.batches import IGNORED, HeldOutData
-from engine.evaluation.scoring import cohort_target_log_probabilities
+from engine.evaluation.log_probabilities import cohort_target_log_probabilities
 from engine.students.cohort import Cohort
 from engine.system.distributed import Runtime
 

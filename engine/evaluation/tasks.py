@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.evaluation.results import SetScore, accuracy, correlation, explained_variance
+from engine.evaluation.metrics import SetScore, accuracy, correlation, explained_variance
 from engine.system.errors import UserError
 
 EYE_TRACKING = ("RTfirstfix", "RTfirstpass", "RTgopast", "RTrightbound")

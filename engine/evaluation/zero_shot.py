@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from itertools import chain
 
 from engine.data.tokenizer import Tokenizer
-from engine.evaluation.results import TaskScore
-from engine.evaluation.scoring import LogProbabilities, causal_trees, common_prefix_length, masked_copies, score_texts
+from engine.evaluation.log_probabilities import (
+    LogProbabilities,
+    causal_trees,
+    common_prefix_length,
+    masked_copies,
+    score_texts,
+)
+from engine.evaluation.metrics import TaskScore
 from engine.evaluation.tasks import Task
 from engine.system.distributed import Runtime
 from engine.system.errors import UserError
@@ -32,7 +38,7 @@ class ZeroShot:
         share: bool,
         masked: bool = False,
     ) -> None:
-        """Encodes the questions; `share` has texts share their prefixes (engine.evaluation.scoring.causal_trees).
+        """Encodes the questions; `share` has texts share their prefixes, as `causal_trees` says.
 
         Raises UserError for a text longer than `max_length` allows, and where masked models have no mask token.
         """

@@ -3,6 +3,7 @@
 B sequences, L positions, N rows to predict, D hidden, V vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -19,7 +20,7 @@ from kernels import Projected
 class Shape:
     """The numbers that describe a model. Raises UserError where they do not fit one another.
 
-    What families differ in is a class attribute or a property, so that nobody needs to ask for the family.
+    Families differ in class attributes and properties, so that other code asks for those and not for the family.
     """
 
     layers: int
@@ -29,7 +30,7 @@ class Shape:
     vocab_size: int
     max_length: int
     tied: bool = True
-    dropout: float = 0.0  # of embeddings, attention weights and both branches
+    dropout: float = 0.0  # of embeddings, attention weights, and the attention and feed-forward branches
     norm_eps: float = 1e-5
 
     family: ClassVar[str]
@@ -37,7 +38,10 @@ class Shape:
     causal: ClassVar[bool] = True  # whether a position sees only those before it; otherwise tokens are masked
     shares_prefixes: ClassVar[bool] = False  # whether the family has `LanguageModel.tree_states`
     mlp_matrices: ClassVar[int] = 2  # matrices [hidden, ffn] of one block
-    foreign_settings: ClassVar[tuple[str, ...]] = ("kv_heads", "rope_theta")  # of StudentConfig, of other families
+    foreign_settings: ClassVar[tuple[str, ...]] = (
+        "kv_heads",
+        "rope_theta",
+    )  # fields of StudentConfig that the family lacks
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
@@ -86,20 +90,17 @@ class Shape:
         return 0
 
     @property
-    def of_weights(self) -> Self:
-        """This shape with one value for all that the weights do not depend on.
-
-        Two shapes fit the same weights if these are equal.
-        """
+    def weight_shape(self) -> Self:
+        """This shape without what its weights do not depend on; models of equal weight shapes share weight files."""
         return replace(self, dropout=0.0)
 
     @property
     def ends_in_product(self) -> bool:
-        """Whether a block ends in a matrix product whose result no backward pass needs; recomputation then omits it."""
+        """Whether a block ends in a matrix product, whose result recomputation omits: no backward pass needs it."""
         return self.dropout == 0
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, ABC):
     """A model whose forward pass stops at the hidden state: its logits are hidden · `head`ᵀ + `head_bias`.
 
     The loss multiplies by the head itself, so that logits never exist for a whole batch.
@@ -111,14 +112,14 @@ class LanguageModel(nn.Module):
         self.shape, self.recompute = shape, recompute
 
     @property
+    @abstractmethod
     def embedding(self) -> nn.Embedding:
         """The embedding of the tokens."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def head(self) -> Tensor:
         """The weight [V, D] that makes logits of hidden states."""
-        raise NotImplementedError
 
     @property
     def head_bias(self) -> Tensor | None:
@@ -143,7 +144,7 @@ class LanguageModel(nn.Module):
     def tree_states(
         self, tokens_BL: Tensor, position_ids_BL: Tensor, subtree_ends_BL: Tensor, rows_U: Tensor
     ) -> Tensor:
-        """Returns the hidden states [U, D] of texts that share prefixes (engine.evaluation.scoring).
+        """Returns the hidden states [U, D] of texts that share prefixes (engine.evaluation.log_probabilities).
 
         Only families whose `shape.shares_prefixes` is true have it.
 
@@ -171,9 +172,9 @@ def check_length(tokens_BL: Tensor, max_length: int) -> int:
 def initial_weights(model: nn.Module, layers: int, seed: int) -> None:
     """Draws a model's weights on the CPU, from the seed alone.
 
-    Matrices come from N(0, 0.02²), norms are one and biases zero, as in LLaMA's and GPT-2's references. The two
-    projections that write into the residual stream are scaled by 1/√(2·layers), so that its variance does not grow
-    with depth (Radford et al. 2019).
+    Matrices come from N(0, 0.02²), norms are one and biases zero, as in LLaMA's and GPT-2's references. In these two
+    families the projections that write into the residual stream are scaled by 1/√(2·layers), so that its variance does
+    not grow with depth (Radford et al. 2019); RoBERTa's are not.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

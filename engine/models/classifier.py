@@ -31,6 +31,10 @@ class Classifier(LanguageModel):
         self.body = body
 
     @property
+    def embedding(self) -> nn.Embedding:
+        return self.body.embedding
+
+    @property
     def head(self) -> Tensor:
         return self.out.weight
 

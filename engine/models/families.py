@@ -1,4 +1,10 @@
-"""The model families by name: from a student's settings to its shape, from a shape to a model."""
+"""The model families by name: from a student's settings to its shape, from a shape to a model.
+
+A new family needs a module beside this one with its Shape and its LanguageModel (engine.models.base), an entry in both
+tables below, its name in StudentConfig.family and SearchConfig.family, an entry in `_FORMATS` of
+engine.models.huggingface, and in `engine.models.base.initial_weights` the names of its projections into the residual
+stream. FLOPs, checks and evaluation ask the Shape and need nothing; engine.compute.memory estimates by `mlp_matrices`.
+"""
 
 from typing import Any
 

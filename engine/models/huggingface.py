@@ -247,7 +247,7 @@ def _read(
     Raises UserError, beginning with `key`, where they are not a model's, not finite, or do not fit the shape `wanted`.
     """
     shape = shape_of_folder(folder, key)
-    if wanted is not None and shape.of_weights != wanted.of_weights:
+    if wanted is not None and shape.weight_shape != wanted.weight_shape:
         raise UserError(f"{key}: its shape {shape} is not the student's {wanted}: make the settings equal")
     try:
         stored = load_file(folder / "model.safetensors")

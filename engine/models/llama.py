@@ -47,7 +47,7 @@ class LlamaShape(Shape):
         return {"kv_heads": kv_heads, "rope_theta": student.rope_theta or cls.rope_theta}
 
     @property
-    def of_weights(self) -> Self:
+    def weight_shape(self) -> Self:
         return replace(self, max_length=1)
 
     @property

@@ -30,9 +30,9 @@ class StudentStep(TypedDict):
     loss: float  # what was minimised: a·CE + Σ w·T²·KL
     ce: float  # nats per token, temperature 1
     grad_norm: float  # before clipping
-    lr: float
+    lr: float  # learning rate
     tokens_per_second: float  # over the time of its forward and backward pass and its update, without the joint loss
-    model_flops_per_second: float  # over the same time; recomputation does not count
+    model_flops_per_second: float  # over the wall time since the last record; recomputation does not count
     clipped: bool
 
 
@@ -42,7 +42,7 @@ class StepRecord(TypedDict):
     epoch: float
     tokens: int  # seen since the run began, over all ranks
     words: NotRequired[int]  # that begin in these tokens (engine.data.batches.WordStarts)
-    seconds: float  # of this step
+    seconds: float  # per step, the mean since the last record
     tokens_per_second: float  # over all ranks, all students trained
     model_flops: NotRequired[int]  # since the run began: students, teachers and outer loop (engine.compute.flops)
     hardware_flops: NotRequired[int]

@@ -29,7 +29,7 @@ from engine.models.huggingface import import_weights, shape_of_folder
 from engine.reporting.metrics_log import MetricsLog
 from engine.reporting.progress import Progress
 from engine.run import checkpoint
-from engine.run.checks import check_profile, number_of_steps
+from engine.run.check_settings import check_profile, number_of_steps
 from engine.run.folder import RunFolder
 from engine.run.recorder import Recorder
 from engine.run.run import Run
@@ -42,7 +42,7 @@ from engine.system.distributed import Runtime
 from engine.system.errors import UserError
 from engine.system.provenance import git_commit
 from engine.teachers import cache
-from engine.teachers.frozen import NO_TEACHERS, STORAGE, Teachers, folder_of, hash_teachers, load_teachers
+from engine.teachers.teachers import NO_TEACHERS, STORAGE, Teachers, folder_of, hash_teachers, load_teachers
 
 HELD_OUT_SEED = 0  # of the held-out text's masks, in every run
 
@@ -76,8 +76,8 @@ def build_run(config: Config, runtime: Runtime, stack: ExitStack) -> Run:
 
     teacher_shapes = [shape_of_folder(folder_of(t), f"teachers: {t.path}") for t in config.teachers]
     if not state.usage.students:
-        cached = (teacher_shapes, Workload.whole(train_file.chunks, config.train.length)) if config.cache else None
-        state = replace(state, usage=_new_usage(config, cached))
+        text = Workload.whole(train_file.chunks, config.train.length)
+        state = replace(state, usage=_new_usage(config, (teacher_shapes, text) if config.cache else None))
     topology = f"{runtime.world_size} rank(s), ZeRO {config.train.stage(runtime.world_size)}"
     previous_topology, state = state.topology, replace(state, topology=topology)
     peak = _peak_flops(config, runtime)
@@ -126,9 +126,10 @@ def _configured_tasks(evaluation: EvaluationConfig) -> list[Task]:
 def _token_file(config: Config, prepared: Prepared, path: Path, seed: int) -> TokenFile:
     dtype, length, tokenizer = prepared.manifest["dtype"], config.train.length, prepared.tokenizer
     if not config.masked:
-        drop_last = config.objective.kl_everywhere and path == prepared.train
-        return TokenFile(path, dtype, length, drop_last_target=drop_last)
-    assert tokenizer.mask is not None, "engine.run.checks wants data.tokenizer.mask"
+        # The held-out loss counts every target.
+        kl_everywhere = config.objective.kl_everywhere and path == prepared.train
+        return TokenFile(path, dtype, length, kl_everywhere=kl_everywhere)
+    assert tokenizer.mask is not None, "engine.run.check_settings wants data.tokenizer.mask"
     return MaskedFile(path, dtype, length, Masking(tokenizer.vocab_size, tokenizer.mask, tokenizer.special, seed))
 
 
@@ -187,7 +188,7 @@ def _evaluator(
 
 
 def _state(config: Config, prepared: Prepared, folder: RunFolder, source: Path | None) -> RunState:
-    """Returns the state of the checkpoint, or a new one. UserError where data or teachers are others than before."""
+    """Returns the state of the checkpoint, or a new one. UserError where data or teachers have changed."""
     teachers = hash_teachers(config)
     if source is None:
         return RunState(prepared.identity, teachers)
@@ -258,7 +259,7 @@ def _open_folder(
     with runtime.main_process_first():
         if runtime.is_main_process:
             folder.path.mkdir(parents=True, exist_ok=True)
-            # Only rank 0's node: on another, the same number is another process. A rank that is told tells all.
+            # Only the process ids of rank 0's node: elsewhere the same id is a different process. One rank tells all.
             folder.lock([pid for host, pid in ranks if host == socket.gethostname()], stack)
             loading.save(config, folder.config, git_commit=git_commit())
             log = stack.enter_context(MetricsLog(folder.path, state.metrics_position))

@@ -12,10 +12,10 @@ from engine.config.settings import Config, DataConfig
 from engine.models.base import Shape
 from engine.models.families import parameter_count, shape_of
 from engine.models.huggingface import shape_of_folder
-from engine.run.checks import check, number_of_steps
+from engine.run.check_settings import check, number_of_steps
 from engine.system.errors import UserError
 from engine.system.formatting import format_count
-from engine.teachers.frozen import folder_of
+from engine.teachers.teachers import folder_of
 
 TOKENS_PER_WORD = 1.4  # of English with a vocabulary of 16,000; read only where the text is not prepared
 BYTES_PER_WORD = 5.4
@@ -70,7 +70,7 @@ def _memory_table(config: Config, students: dict[str, Shape], teachers: dict[str
         needed = [peak_memory(config, students, teachers, tokens, ranks, stage, kind) for stage in range(4)]
         cells = [f"{bytes_ / 2**30:8.2f}" for bytes_ in needed]
         if config.train.precision == "bf16":
-            cells[0] = "–".rjust(8)  # engine.run.checks refuses it.
+            cells[0] = "–".rjust(8)  # engine.run.check_settings refuses it.
         lines.append("  ".join([str(ranks).rjust(8), str(micro_batch).rjust(6), *cells]))
     return lines
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from engine.config.settings import Config
 from engine.run import checkpoint
-from engine.run.checks import check_same
+from engine.run.check_settings import check_same
 from engine.system.errors import UserError
 
 

@@ -21,7 +21,7 @@ from engine.students.cohort import Cohort, Verdict
 from engine.students.gradients import Tally
 from engine.students.outer_loop import OuterUpdate
 from engine.system.distributed import Runtime
-from engine.teachers.frozen import Teachers
+from engine.teachers.teachers import Teachers
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from engine.run.folder import RunFolder
 from engine.run.recorder import Recorder
 from engine.run.state import RunState, random_state
 from engine.run.summary import final_table, summarise
-from engine.students import schedule
 from engine.students.cohort import Cohort, Verdict
 from engine.students.gradients import Tally
 from engine.students.outer_loop import OuterLoop
+from engine.students.schedule import learning_rate
 from engine.system.distributed import Runtime
 from engine.system.errors import UserError
-from engine.teachers.frozen import Teachers
+from engine.teachers.teachers import Teachers
 
 MILESTONES = [digit * 10**decade for decade in (6, 7, 8) for digit in range(1, 10)] + [10**9]  # words
 
@@ -47,34 +47,34 @@ class Run:
     total_steps: int
     evaluator: Evaluator
     teachers: Teachers
-    teacher_shapes: Sequence[Shape]  # of the teachers that predict in a step; none where a cache is read
+    teacher_shapes: Sequence[Shape]  # shapes of the teachers that run in each step; empty with a cache
     cohort: Cohort
     outer_loop: OuterLoop
     recorder: Recorder
     state: RunState
-    peak_flops: float | None  # FLOP/s of all ranks' devices at most, where known
+    peak_flops: float | None  # the most FLOP/s of all ranks' devices together; None where unknown
     stack: ExitStack  # closes what is open while the run trains
 
     def steps(self) -> Iterator[Step]:
         """Yields the steps that are left, profiled where the settings ask for it."""
         steps = self.teachers.read_ahead(self.data.steps(self.state.step + 1, self.total_steps))
-        chosen, memory = self.config.run.profile, self.config.run.memory_snapshot
-        return profiling.profiled(steps, chosen, self.folder.path / "profile", self.runtime, memory=memory)
+        profiled_steps, memory = self.config.run.profile, self.config.run.memory_snapshot
+        return profiling.profiled(steps, profiled_steps, self.folder.path / "profile", self.runtime, memory=memory)
 
     def learning_rates(self, step: Step) -> list[float]:
         """Returns each student's learning rate in the step, [S]."""
-        factor = schedule.factor(self.config.optimizer, step.number, self.total_steps)
-        return [student.config.learning_rate * factor for student in self.cohort]
+        optimizer, steps = self.config.optimizer, self.total_steps
+        return [learning_rate(student.config, optimizer, step.number, steps) for student in self.cohort]
 
-    def record(self, step: Step, tally: Tally, verdict: Verdict) -> None:
+    def after_step(self, step: Step, tally: Tally, verdict: Verdict) -> None:
         """Counts the step, writes it down, and evaluates and saves where that is due; a collective call.
 
         Raises UserError where too many steps in a row were skipped.
         """
-        before, self.state = self.state, self._state_after(step, verdict)
-        milestones = self._milestones_passed(before)
+        previous, self.state = self.state, self._state_after(step, verdict)
+        milestones = self._milestones_passed(previous)
         last = step.number == self.total_steps
-        evaluate = last or step.number % self.config.evaluation.every == 0 or self._words_passed(before)
+        evaluate = last or step.number % self.config.evaluation.every == 0 or self._word_evaluation_due(previous)
         save = last or verdict.stop or step.number % self.config.checkpoint.every == 0
         if verdict.skipped or evaluate or save or milestones or step.number % self.config.run.log_every == 0:
             self._record_step(step, tally, verdict)
@@ -117,13 +117,13 @@ class Run:
         seconds = 0.0 if update is None else update.seconds
         return self.state.usage.add_step(cost, tokens=step.tokens, words=step.words, outer_seconds=seconds)
 
-    def _milestones_passed(self, before: RunState) -> list[int]:
-        wanted = MILESTONES if self.config.checkpoint.milestones else ()
-        return [words for words in wanted if before.words < words <= self.state.words]
+    def _milestones_passed(self, previous: RunState) -> list[int]:
+        milestones = MILESTONES if self.config.checkpoint.milestones else ()
+        return [words for words in milestones if previous.words < words <= self.state.words]
 
-    def _words_passed(self, before: RunState) -> bool:
+    def _word_evaluation_due(self, previous: RunState) -> bool:
         every = self.config.evaluation.every_words
-        return every is not None and before.words // every < self.state.words // every
+        return every is not None and previous.words // every < self.state.words // every
 
     def _record_step(self, step: Step, tally: Tally, verdict: Verdict) -> None:
         measured = self.recorder.measure(tally)
@@ -162,8 +162,9 @@ class Run:
         with self.runtime.main_process_first():
             if self.runtime.is_main_process:
                 for student, weights in zip(self.cohort, states, strict=True):
-                    place = folder / student.name / name
-                    export_student(place, student.config, weights, self.prepared.tokenizer, self.state.usage)
+                    export_student(
+                        folder / student.name / name, student.config, weights, self.prepared.tokenizer, self.state.usage
+                    )
         text = f"{name}: every student exported after {self.state.words:,} words, {self.state.tokens:,} tokens"
         self.recorder.event(self.state.step, text)
 
@@ -173,8 +174,8 @@ class Run:
         keep = self.config.checkpoint.keep
         checkpoint.save(self.folder.checkpoints, self.cohort, self.state, self.runtime, keep=keep)
 
-    def pause(self) -> None:
-        """Ends a run that was asked to stop, whose checkpoint is written, and says how to go on."""
+    def stop(self) -> None:
+        """Writes the report of a run that was asked to stop and has saved its checkpoint, and says how to resume it."""
         with self.runtime.main_process_first():
             if self.runtime.is_main_process:
                 write_report(self.folder.path)

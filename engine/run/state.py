@@ -14,7 +14,7 @@ class RunState:
     """Everything that a run needs to go on, beside its students. `engine.run.run.Run` owns it; others only read it."""
 
     data: str  # hash of the prepared data
-    teachers: tuple[str, ...] = ()  # one hash per teacher's folder (engine.teachers.frozen)
+    teachers: tuple[str, ...] = ()  # one hash per teacher's folder (engine.teachers.teachers)
     topology: str = ""  # ranks and ZeRO stage, for the record: what is stored depends on neither
     step: int = 0  # steps finished
     tokens: int = 0  # tokens of text read

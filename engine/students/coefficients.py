@@ -32,9 +32,9 @@ class LossWeighting:
     Attributes:
         students: S.
         teacher_weights: the weights of the K teacher streams, which sum to 1.
-        targets_per_sequence: the papers' code averages cross-entropy over tokens, but sums divergences over a
-            sequence's positions and averages them over sequences alone (KLDivLoss, `batchmean`). With
-            objective.reduction = sequence, divergences therefore weigh this many times more.
+        targets_per_sequence: the targets in one sequence. With objective.reduction = sequence divergences are
+            multiplied by it: the papers' code averages cross-entropy over tokens, but sums divergences over a
+            sequence's positions and averages them over sequences alone (KLDivLoss, `batchmean`).
     """
 
     objective: ObjectiveConfig

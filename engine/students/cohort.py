@@ -23,8 +23,8 @@ from engine.system.distributed import Runtime
 class Verdict:
     """How a step ended, the same on every rank."""
 
-    gradient_norms: list[float]  # per student, before clipping; NaN or infinite where that student's were not finite
-    not_finite: list[int]  # students that caused a loss or gradient that is not finite; if there are any, none stepped
+    gradient_norms: list[float]  # per student, before clipping; NaN or infinite if the gradient is not finite
+    not_finite: list[int]  # indices of the students whose loss or gradient is not finite; if any, no student stepped
     stop: bool  # whether some rank was asked to stop
 
     @property
@@ -62,18 +62,19 @@ class Cohort(Sequence[Student]):
     def update(self, losses_S: Tensor, ce_S: Tensor, learning_rates: Sequence[float], *, stop: bool) -> Verdict:
         """Has every student step, or none if a loss or gradient of one is not finite on any rank; a collective call.
 
-        One collective and one wait for the device decide it, and carry the wish to stop along.
+        One all-reduce, and one wait for the device, tell every rank the norms, which losses are not finite, and whether
+        a rank was asked to stop.
 
         Args:
             losses_S, ce_S: this rank's losses and cross-entropies, summed over micro-batches.
         """
         squares_S = torch.stack([student.squared_gradient_norm() for student in self])
         # Multiplied by zero, what is finite vanishes, and what is not becomes NaN.
-        flags = torch.cat([squares_S + 0.0 * losses_S.float(), 0.0 * ce_S.float(), squares_S.new_tensor([stop])])
-        *numbers, stopping_ranks = self._runtime.all_reduce_sum(flags)
-        norms = [math.sqrt(square) if square >= 0 else math.nan for square in numbers[: len(self)]]
+        packed = torch.cat([squares_S + 0.0 * losses_S.float(), 0.0 * ce_S.float(), squares_S.new_tensor([stop])])
+        *sums, stopping_ranks = self._runtime.all_reduce_sum(packed)
+        norms = [math.sqrt(square) if square >= 0 else math.nan for square in sums[: len(self)]]
         # Through the divergence one student's NaN reaches the losses of all; a cross-entropy is a student's own.
-        not_finite = [i for i, zero_or_nan in enumerate(numbers[len(self) :]) if zero_or_nan != 0]
+        not_finite = [i for i, zero_or_nan in enumerate(sums[len(self) :]) if zero_or_nan != 0]
         not_finite = not_finite or [i for i, norm in enumerate(norms) if not math.isfinite(norm)]
         for student, learning_rate, norm in zip(self, learning_rates, norms, strict=True):
             if not_finite:

@@ -15,7 +15,10 @@ from kernels import LinearEnsembleKL, Projected, TopK, linear_ensemble_kl
 
 
 class Tally:
-    """The losses of a step's micro-batches, summed on this rank. They stay on the device until something is logged."""
+    """A step's losses on this rank, over its micro-batches. They stay on the device until something is logged.
+
+    losses_S are the normalised losses that the students minimise; ce_S and kl_SR are sums over tokens, in nats.
+    """
 
     def __init__(self, students: int, device: torch.device) -> None:
         self.losses_S = torch.zeros(students, dtype=torch.float64, device=device)

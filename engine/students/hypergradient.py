@@ -80,7 +80,7 @@ class FunctionalStudent(nn.Module):
         stream = self.model.project(self.model(batch.tokens_BL, batch.rows_N, seeds_B))
         return tuple(tensor for tensor in stream if tensor is not None)
 
-    def at(self, parameters: Parameters, batch: Batch) -> tuple[Tensor, ...]:
+    def forward_with(self, parameters: Parameters, batch: Batch) -> tuple[Tensor, ...]:
         """Returns what `forward` does, with these parameters."""
         named = {f"model.{name}": value for name, value in parameters.items()}
         return functional_call(self, named, (batch,))
@@ -88,9 +88,9 @@ class FunctionalStudent(nn.Module):
     def tangent(
         self, parameters: Parameters, direction: Parameters, batch: Batch
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Returns what `at` does, and its derivative in `direction`. The fused kernels have no forward mode."""
+        """Returns what `forward_with` does and its derivative in `direction`: fused kernels have no forward mode."""
         with kernels.backend("reference"), sdpa_kernel(SDPBackend.MATH), torch_linear():
-            output, tangent = jvp(lambda point: self.at(point, batch), (parameters,), (direction,))[:2]
+            output, tangent = jvp(lambda point: self.forward_with(point, batch), (parameters,), (direction,))[:2]
             return output, tangent
 
 
@@ -152,7 +152,7 @@ def _held_out_gradient(
     for student in students:
         student.eval()
     for batch in step.micro_batches:
-        outputs = [student.at(named, batch) for student, named in zip(students, leaves, strict=True)]
+        outputs = [student.forward_with(named, batch) for student, named in zip(students, leaves, strict=True)]
         batch_loss = _ensemble_loss(outputs, omega_S, batch.targets_N, step.valid_tokens)
         loss += batch_loss.detach()
         batch_gradients = torch.autograd.grad(batch_loss, inputs, materialize_grads=True)
@@ -186,7 +186,7 @@ def _inner_derivatives(
 ) -> Tensor:
     """Returns this rank's part of ⟨direction_k, ∂La_ik/∂θ_k⟩, [S, S]: one Jacobian-vector product per student."""
     S = len(students)
-    # At ω = 1 every coefficient is its own derivative by the one ω_i that it is proportional to.
+    # Each student coefficient is c·ω_i for one i, so its value at ω = 1 is its derivative.
     coefficients = weighting.coefficients(torch.ones(S, device=weighting.device))
     ce_S = torch.zeros(S, dtype=torch.float64, device=weighting.device)
     kl_SS = ce_S.new_zeros(S, S)
@@ -202,12 +202,13 @@ def _inner_derivatives(
                 logits.append(F.linear(hidden[rows], weight, *bias))
                 logits_dot.append(F.linear(hidden_dot[rows], weight, *bias_dot) + F.linear(hidden[rows], weight_dot))
             targets_n = batch.targets_N[rows]
-            ce, kl = _directional(torch.stack(logits), torch.stack(logits_dot), targets_n, coefficients)
+            ce, kl = _loss_derivatives(torch.stack(logits), torch.stack(logits_dot), targets_n, coefficients)
             ce_S += ce
             kl_SS += kl
     inner_SS = (coefficients.ce_weight.double() * ce_S).diag()
     if coefficients.kl_weight is not None:
-        kl_weight_SS = coefficients.kl_weight[:, :S].double()  # by ω_j in student k's divergence from j, at [k, j]
+        # At [k, j] stands what ω_j multiplies in student k's divergence from student j.
+        kl_weight_SS = coefficients.kl_weight[:, :S].double()
         inner_SS += coefficients.temperature**2 * (kl_weight_SS * kl_SS).T
     return inner_SS / step.valid_tokens
 
@@ -220,7 +221,7 @@ def _chunks(outputs: Sequence[tuple[Tensor, ...]], targets_N: Tensor) -> Iterato
         yield from valid_N.split(max(1, CHUNK_BYTES[targets_N.device.type] // bytes_per_row))
 
 
-def _directional(
+def _loss_derivatives(
     z_SnV: Tensor, dot_SnV: Tensor, targets_n: Tensor, coefficients: LossCoefficients
 ) -> tuple[Tensor, Tensor]:
     """Returns the derivatives of Σ_n CE_k [S] and Σ_n KL_kj [S, S] as student k's logits alone move along their

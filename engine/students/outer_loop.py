@@ -23,8 +23,8 @@ from engine.students.student import Student
 class OuterUpdate:
     """One update of ω, for the record."""
 
-    omega: list[float]  # after it
-    loss: float  # L2, nats per token, before it
+    omega: list[float]  # ω after the update
+    loss: float  # L2 before the update, nats per token
     gradient: dict[str, list[float]]  # the terms direct, own and peers, which add up to the hypergradient
     shares: dict[str, float]  # each term's share in what moved ω
     step_size: float
@@ -59,7 +59,7 @@ class OuterLoop:
         Args:
             steps: the steps of the whole run.
             weighting: the loss that the students pay, as a function of ω.
-            held_out: the held-out split, read as training data is: update u takes its step u. None: ω stays.
+            held_out: the held-out split, cut into steps like training data; update u reads step u. None: ω is constant.
             state: a checkpoint's, to go on from.
         """
         self._config, self._steps, self._weighting, self._held_out = config, steps, weighting, held_out
@@ -131,7 +131,7 @@ class OuterLoop:
 
 
 def inner_step_size(student: Student) -> float:
-    """Returns γ, what the last step multiplied the gradient by: the learning rate, less where clipping acted.
+    """Returns γ, what the last step multiplied the gradient by: the learning rate over the clipping divisor.
 
     AdamW's own scaling is left out: the paper's inner step is plain SGD.
     """

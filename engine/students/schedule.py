@@ -1,12 +1,17 @@
-"""Learning-rate schedules, as factors of each student's own rate. They are functions of the step and hold no state."""
+"""Where the learning rate is decided: each student's own rate, times its schedule. There is no state to save."""
 
 import math
 
-from engine.config.settings import OptimizerConfig
+from engine.config.settings import OptimizerConfig, StudentConfig
 
 
-def factor(optimizer: OptimizerConfig, step: int, steps: int) -> float:
-    """Returns what multiplies a student's learning rate at `step` of `steps`, counted from 1.
+def learning_rate(student: StudentConfig, optimizer: OptimizerConfig, step: int, steps: int) -> float:
+    """Returns a student's learning rate at `step` of `steps`, counted from 1."""
+    return student.learning_rate * schedule_factor(optimizer, step, steps)
+
+
+def schedule_factor(optimizer: OptimizerConfig, step: int, steps: int) -> float:
+    """Returns what multiplies the highest learning rate at `step` of `steps`, counted from 1.
 
     The warmup rises linearly and reaches 1 at its last step. Then cosine and linear fall to `min_lr_ratio` at the last
     step; trapezoid stays at 1 and falls linearly over the last `decay_fraction` of all steps; constant stays.

@@ -55,7 +55,8 @@ class Student:
             eps=optimizer.eps,
             fused=True,
         )
-        self.clip, self.divisor = optimizer.clip, torch.ones((), device=runtime.device)
+        self.clip = optimizer.clip
+        self.divisor = torch.ones((), device=runtime.device)  # AdamW divides every gradient by it.
         zero.set_divisor(self.optimizer, self.divisor)
         self.engine: Any = deepspeed.initialize(
             model=model.to(runtime.device),
@@ -82,7 +83,7 @@ class Student:
         return self.model.project(hidden_ND)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulates the gradient of `loss`; the last micro-batch of a step also reduces it over the ranks.
+        """Accumulates the gradient of `loss`; after the last micro-batch of a step, reduces it over the ranks.
 
         ZeRO divides by the number of ranks, but the loss is normalised by the tokens of all of them: hence the factor.
         """
@@ -101,8 +102,8 @@ class Student:
         with self.clock.running():
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            excess = (gradient_norm + 1e-6) / self.clip if self.clip > 0 else 1.0
-            self.divisor.fill_(max(1.0, excess))
+            norm_over_clip = (gradient_norm + 1e-6) / self.clip if self.clip > 0 else 1.0
+            self.divisor.fill_(max(1.0, norm_over_clip))
             self.engine.step()
 
     def discard_gradients(self) -> None:

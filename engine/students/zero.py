@@ -35,7 +35,7 @@ def engine_settings(train: TrainConfig, parameters: int, world_size: int) -> dic
         "gradient_clipping": 0.0,  # The default is 1; `Student.step` clips within the optimizer's one pass.
         # DeepSpeed need not look for infinities and wait for them: `Cohort.update` does, for all students at once.
         "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": False},
-        # With fp32 here, bf16 at stage 1 would get another optimizer, which does not work for several engines.
+        # If this were fp32, bf16 at stage 1 would get another optimizer, which does not work for several engines.
         "data_types": {"grad_accum_dtype": "bf16" if train.precision == "bf16" else "fp32"},
         "zero_optimization": {
             "stage": stage,
@@ -141,7 +141,7 @@ def full_tensor(parameter: nn.Parameter, optimizer: torch.optim.AdamW, stage: in
 def set_full_tensor(
     parameter: nn.Parameter, optimizer: torch.optim.AdamW, stage: int, kind: str, value: Tensor
 ) -> None:
-    """Sets what `full_tensor` returns."""
+    """Overwrites the whole tensor that `full_tensor` returns with `value`."""
     if stage == 0:
         target = parameter.detach() if kind == "weight" else optimizer.state[parameter][kind]
         target.copy_(value)
@@ -155,7 +155,7 @@ def set_full_tensor(
 def torch_linear() -> Iterator[None]:
     """Puts torch's own F.linear back in place for the block.
 
-    Once an engine is under ZeRO 3, DeepSpeed has its own there for the whole process, and that one has no forward mode
+    Once an engine is under ZeRO 3, DeepSpeed replaces F.linear for the whole process, and that one has no forward mode
     of differentiation. If `torch._C._nn.linear` moved, the outer loop would fail at its first update.
     """
     linear, F.linear = F.linear, torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]

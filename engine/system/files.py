@@ -28,7 +28,7 @@ def written_aside(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """
     remove_abandoned(path.parent)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    made = [parent for parent in path.parents if not parent.exists()]
+    missing_parents = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
@@ -49,7 +49,7 @@ def written_aside(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     finally:
         remove(aside)
         with suppress(OSError):  # A folder that is not empty stays.
-            for parent in made:
+            for parent in missing_parents:
                 parent.rmdir()
 
 

@@ -34,7 +34,7 @@ def process_groups() -> list[dist.ProcessGroup]:
 
 
 def skip_shared_memory_build() -> None:
-    """Keeps DeepSpeed from compiling its shared-memory all-reduce at start: half a minute for what only inference calls.
+    """Keeps DeepSpeed from compiling its shared-memory all-reduce, half a minute for what only inference calls.
 
     If `deepspeed.ops.__compatible_ops__` were gone, every command would fail at its start.
     """

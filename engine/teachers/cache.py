@@ -32,7 +32,7 @@ from engine.data.prepare import Prepared
 from engine.system.distributed import Runtime
 from engine.system.errors import UserError
 from engine.system.files import remove_abandoned, written_aside
-from engine.teachers.frozen import Teachers, load_teachers, teacher_streams
+from engine.teachers.teachers import Teachers, load_teachers, teacher_streams
 from kernels import Projected, TopK
 
 FORMAT = 2
@@ -91,7 +91,7 @@ def cached_teachers(
     cannot be written.
 
     Args:
-        teacher_hashes: as `engine.teachers.frozen.hash_teachers` returns them.
+        teacher_hashes: as `engine.teachers.teachers.hash_teachers` returns them.
     """
     assert config.cache is not None
     folder, chunks, vocab_size = Path(config.cache.path), data.file.chunks, prepared.tokenizer.vocab_size

@@ -9,7 +9,7 @@ from benchmarks import cases
 from benchmarks.cases import Case
 from engine.data.prepare import prepare
 from engine.models.huggingface import import_weights
-from engine.run.checks import check
+from engine.run.check_settings import check
 from engine.system.errors import UserError
 
 

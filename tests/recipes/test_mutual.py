@@ -228,7 +228,7 @@ def test_a_run_that_is_being_trained_is_left_alone(trained: Path) -> None:
 
 def test_processes_to_signal_are_those_of_this_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On another one their numbers are other processes'."""
-    all_gather, seen, record = Runtime.all_gather, [], Run.record
+    all_gather, seen, record = Runtime.all_gather, [], Run.after_step
 
     def with_another_node(self: Runtime, value: object) -> list[object]:
         elsewhere = [("elsewhere", 1)] if isinstance(value, tuple) else []
@@ -239,7 +239,7 @@ def test_processes_to_signal_are_those_of_this_node(tmp_path: Path, monkeypatch:
         record(self, *arguments)
 
     monkeypatch.setattr(Runtime, "all_gather", with_another_node)
-    monkeypatch.setattr(Run, "record", recording)
+    monkeypatch.setattr(Run, "after_step", recording)
     train(tiny(tmp_path, "train.steps=2"))
     assert seen == [f"{os.getpid()}\n"] * 2
 

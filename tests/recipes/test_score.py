@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from engine.config.settings import StudentConfig, TokenizerConfig
 from engine.data import tokenizer as tokenization
 from engine.data.grammar.generator import generate, minimal_pairs
-from engine.evaluation.scores import score_model
+from engine.evaluation.score_model import score_model
 from engine.models.base import initial_weights
 from engine.models.huggingface import export_model
 from engine.models.llama import Llama, LlamaShape

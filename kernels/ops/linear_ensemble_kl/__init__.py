@@ -16,7 +16,7 @@ from kernels.ops.linear_ensemble_kl.precomputed_gradients import LossWithGradien
 
 
 class Projected(NamedTuple):
-    """A stream of logits hidden·weightᵀ + bias that are not computed yet. D may differ between streams.
+    """Hidden states and a head, which stand for the logits hidden·weightᵀ + bias. D may differ between streams.
 
     hidden: [N, D], weight: [V, D], bias: [V] or None. Each is of any floating-point dtype.
     """
@@ -144,7 +144,9 @@ def _check_streams(students: Sequence[Projected], teachers: Sequence[Projected |
         hidden, weight, bias = stream
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}"
         if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-            raise ValueError(f"{name} has {shapes}: expected [N, D] and [V, D]; flatten the tokens, gather the head")
+            raise ValueError(
+                f"{name} has {shapes}: expected [N, D] and [V, D]; pass hidden as [N, D], and gather a sharded head"
+            )
         if len(hidden) != len(first.hidden) or len(weight) != len(first.weight):
             raise ValueError(
                 f"{name} has {shapes}: expected N = {len(first.hidden)} and V = {len(first.weight)}, as student 0 has;"

@@ -85,7 +85,7 @@ def test_teacher_students_and_outer_loop_apart(tmp_path: Path, monkeypatch: pyte
     summary = json.loads((tmp_path / "runs" / "whole" / "summary.json").read_text())
     assert "joules" not in summary["usage"]
 
-    finished, record = [], Run.record
+    finished, record = [], Run.after_step
     with monkeypatch.context() as patch:
 
         def killed_after_3(run: Run, step: Any, *rest: Any) -> None:
@@ -94,7 +94,7 @@ def test_teacher_students_and_outer_loop_apart(tmp_path: Path, monkeypatch: pyte
             if step.number == 3:
                 raise KeyboardInterrupt
 
-        patch.setattr(Run, "record", killed_after_3)
+        patch.setattr(Run, "after_step", killed_after_3)
         with pytest.raises(KeyboardInterrupt):
             train(config(tmp_path, "broken", **learnt))
     train(config(tmp_path, "broken", **learnt))
@@ -121,13 +121,13 @@ def test_filling_a_cache_is_counted_once(tmp_path: Path) -> None:
 
 
 def test_of_masked_text_what_is_predicted_reaches_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, record = [], Run.record
+    steps, record = [], Run.after_step
 
     def recorded(run: Run, step: Any, *rest: Any) -> None:
         steps.append(step)
         record(run, step, *rest)
 
-    monkeypatch.setattr(Run, "record", recorded)
+    monkeypatch.setattr(Run, "after_step", recorded)
     train(config(tmp_path, "masked", "data.tokenizer.mask=true", "students.0.family=roberta"))
     usage = usage_of(tmp_path / "runs" / "masked").students["one"]
     shape = RobertaShape(1, 16, 2, 32, 400, 32)

@@ -206,7 +206,7 @@ def test_a_dropped_last_target_leaves_the_positions_divergence(tmp_path: Path) -
     for tokens in (33, 34, 35):  # These are four whole sequences, one target more, and two.
         path = tmp_path / f"{tokens}.bin"
         np.arange(tokens, dtype="<u2").tofile(path)
-        file, plain = TokenFile(path, "<u2", 8, drop_last_target=True), TokenFile(path, "<u2", 8)
+        file, plain = TokenFile(path, "<u2", 8, kl_everywhere=True), TokenFile(path, "<u2", 8)
         assert file.chunks == {33: 4, 34: 4, 35: 5}[tokens]
         for start in range(0, 8 * file.chunks, 8):
             batch, whole = file.batch([start], CPU), plain.batch([start], CPU)

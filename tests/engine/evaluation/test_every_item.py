@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.evaluation.scoring import model_log_probabilities
+from engine.evaluation.log_probabilities import model_log_probabilities
 from engine.evaluation.tasks import Task, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
 from engine.models.huggingface import load_model

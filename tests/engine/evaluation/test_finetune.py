@@ -12,8 +12,8 @@ from engine.data.batches import IGNORED
 from engine.data.tokenizer import Tokenizer
 from engine.evaluation import finetune as module
 from engine.evaluation.finetune import Dataset, Examples, finetune, read_datasets
-from engine.evaluation.results import TaskScore
-from engine.evaluation.scoring import TokenTree, TreeBatch
+from engine.evaluation.log_probabilities import TokenTree, TreeBatch
+from engine.evaluation.metrics import TaskScore
 from engine.models.base import LanguageModel
 from engine.models.families import new_model
 from engine.models.llama import Llama

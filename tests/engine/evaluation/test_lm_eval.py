@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.data.grammar.generator import minimal_pairs
-from engine.evaluation.scoring import model_log_probabilities
+from engine.evaluation.log_probabilities import model_log_probabilities
 from engine.evaluation.tasks import Question, Task, accuracies
 from engine.evaluation.zero_shot import ZeroShot
 from engine.models.huggingface import load_model

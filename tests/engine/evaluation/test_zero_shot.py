@@ -11,7 +11,7 @@ from engine.config.settings import TokenizerConfig
 from engine.data import tokenizer as tokenization
 from engine.data.grammar.generator import generate, minimal_pairs
 from engine.data.tokenizer import Tokenizer
-from engine.evaluation.scoring import model_log_probabilities
+from engine.evaluation.log_probabilities import model_log_probabilities
 from engine.evaluation.tasks import Question, Task, accuracies, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
 from engine.models.huggingface import export_model, load_model

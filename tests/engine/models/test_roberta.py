@@ -133,7 +133,7 @@ def test_forward_mode_reaches_every_parameter_and_the_heads_bias(dropout: float)
     student = FunctionalStudent(shape, seed=1)
 
     def logits(moved: float) -> Tensor:
-        hidden, weight, bias = student.at({n: p + moved * direction[n] for n, p in point.items()}, batch)
+        hidden, weight, bias = student.forward_with({n: p + moved * direction[n] for n, p in point.items()}, batch)
         return hidden @ weight.T + bias
 
     (hidden, weight, _), (hidden_dot, weight_dot, bias_dot) = student.tangent(point, direction, batch)

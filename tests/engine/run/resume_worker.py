@@ -54,18 +54,18 @@ def config(folder: Path, name: str, *overrides: str) -> Config:
 @contextmanager
 def at_step(number: int, act: Callable[[], None]) -> Any:
     """Do something when step `number` has been recorded."""
-    original = Run.record
+    original = Run.after_step
 
     def record(self: Run, step: Step, tally: Tally, verdict: Verdict) -> None:
         original(self, step, tally, verdict)
         if step.number == number:
             act()
 
-    Run.record = record
+    Run.after_step = record
     try:
         yield
     finally:
-        Run.record = original
+        Run.after_step = original
 
 
 def die() -> None:

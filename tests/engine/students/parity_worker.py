@@ -28,7 +28,7 @@ from engine.students.cohort import Cohort
 from engine.students.gradients import accumulate
 from engine.students.student import Student, decay_groups, student_model
 from engine.system.distributed import Runtime, exit_process, init_distributed
-from engine.teachers.frozen import Teachers, teacher_shares, teacher_streams
+from engine.teachers.teachers import Teachers, teacher_shares, teacher_streams
 from kernels import linear_ensemble_kl
 
 VOCABULARY, LENGTH, BATCH, STEPS = 61, 16, 8, 20

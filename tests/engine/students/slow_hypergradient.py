@@ -31,7 +31,7 @@ def inner_derivatives(
     inner_SS = torch.zeros(S, S, dtype=torch.float64, device=weighting.device)
     leaves = [{name: p.detach().requires_grad_() for name, p in named.items()} for named in parameters]
     for batch in step.micro_batches:
-        streams = [Projected(*s.train().at(named, batch)) for s, named in zip(students, leaves, strict=True)]
+        streams = [Projected(*s.train().forward_with(named, batch)) for s, named in zip(students, leaves, strict=True)]
         for i in range(S):
             at_unit = weighting.coefficients(units[i])
             assert at_zero.kl_weight is not None

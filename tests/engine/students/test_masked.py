@@ -11,7 +11,7 @@ import torch
 from engine.config.loading import build
 from engine.config.settings import Config, FinetuneConfig, ScoreConfig
 from engine.data.grammar.generator import minimal_pairs
-from engine.evaluation.scores import score_model
+from engine.evaluation.score_model import score_model
 from engine.run import checkpoint
 from engine.run.run import Run
 from engine.system.errors import UserError
@@ -65,14 +65,14 @@ def refusal(config: Config) -> str:
 
 def test_weighted_mutual_learning_learns_and_resumes_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(settings(tmp_path, "whole"))
-    record = Run.record
+    record = Run.after_step
 
     def die(self: Run, step: Any, *rest: Any) -> None:
         if step.number == 6:
             raise KeyboardInterrupt
         record(self, step, *rest)
 
-    monkeypatch.setattr(Run, "record", die)
+    monkeypatch.setattr(Run, "after_step", die)
     with pytest.raises(KeyboardInterrupt):
         train(settings(tmp_path, "broken"))
     monkeypatch.undo()

@@ -23,7 +23,7 @@ from engine.config.loading import build
 from engine.config.settings import Config, ObjectiveConfig, OuterConfig
 from engine.data.batches import IGNORED, Batch, Step
 from engine.models.llama import Llama, LlamaShape
-from engine.run.checks import check
+from engine.run.check_settings import check
 from engine.students import hypergradient as hypergradient_module
 from engine.students.coefficients import LossWeighting
 from engine.students.hypergradient import FunctionalStudent, Hypergradient, Parameters, hypergradient

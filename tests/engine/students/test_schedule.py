@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from engine.config.settings import OptimizerConfig
-from engine.students.schedule import factor
+from engine.students.schedule import schedule_factor
 
 STEPS, WARMUP = 100, 10
 SCHEDULES = ("cosine", "linear", "trapezoid", "constant")
@@ -13,7 +13,7 @@ SCHEDULES = ("cosine", "linear", "trapezoid", "constant")
 def factors(schedule: Any, **changed: Any) -> dict[int, float]:
     settings: dict[str, Any] = dict(warmup=WARMUP, decay_fraction=0.2, min_lr_ratio=0.1, schedule=schedule)
     optimizer = OptimizerConfig(**settings | changed)
-    return {step: factor(optimizer, step, STEPS) for step in range(1, STEPS + 1)}
+    return {step: schedule_factor(optimizer, step, STEPS) for step in range(1, STEPS + 1)}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """Caches that several ranks and several runs fill at once, disks that refuse, and parts that are damaged; run as a
-script, one of two ranks. (test_frozen.py shows that a cache stands in for its teachers.)"""
+script, one of two ranks. (test_teachers.py shows that a cache stands in for its teachers.)"""
 
 import errno
 import os

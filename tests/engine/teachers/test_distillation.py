@@ -13,7 +13,7 @@ from engine.data.batches import IGNORED, Batch
 from engine.models.base import LanguageModel
 from engine.models.families import new_model, shape_of
 from engine.students.coefficients import LossWeighting
-from engine.teachers.frozen import Teachers, teacher_shares, teacher_streams
+from engine.teachers.teachers import Teachers, teacher_shares, teacher_streams
 from kernels import Projected, linear_ensemble_kl
 
 B, L, V = 3, 12, 61

@@ -19,7 +19,7 @@ from engine.run import checkpoint
 from engine.run.run import Run
 from engine.system.errors import UserError
 from engine.teachers import cache as teacher_cache
-from engine.teachers.frozen import Teachers
+from engine.teachers.teachers import Teachers
 from engine.train import train
 from kernels import Projected
 
@@ -148,9 +148,9 @@ def test_dropout_and_teachers_resume_bit_for_bit(folder: Path, monkeypatch: pyte
             raise Killed
 
     train(config("through"))
-    record = Run.record
+    record = Run.after_step
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "record", dying)
+        patch.setattr(Run, "after_step", dying)
         with pytest.raises(Killed):
             train(config("broken"))
     train(config("broken"))

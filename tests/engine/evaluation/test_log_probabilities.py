@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from engine.evaluation import scoring
-from engine.evaluation.scoring import (
+from engine.evaluation import log_probabilities
+from engine.evaluation.log_probabilities import (
     TokenTree,
     TreeBatch,
     causal_trees,
@@ -77,8 +77,8 @@ def naive(models: Sequence[Llama], omega: Sequence[float] | None = None) -> list
 def test_scores_equal_those_of_one_text_at_a_time(
     models: list[Llama], runtime: Runtime, monkeypatch: pytest.MonkeyPatch, share: bool, tokens_per_batch: int
 ) -> None:
-    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", tokens_per_batch)
-    monkeypatch.setattr(scoring, "MAX_LOGITS", 3 * 360)  # several chunks of hidden states
+    monkeypatch.setattr(log_probabilities, "TOKENS_PER_BATCH", tokens_per_batch)
+    monkeypatch.setattr(log_probabilities, "MAX_LOGITS", 3 * 360)  # several chunks of hidden states
     with torch.no_grad():
         scores_SI = score_texts(trees_of(share=share), TEXTS, model_log_probabilities(models), runtime, padding=True)
     expected = torch.tensor([naive([models[0]]), naive([models[1]]), naive(models)], dtype=torch.float64)
@@ -123,8 +123,8 @@ def test_what_texts_begin_with_is_computed_once() -> None:
 def test_texts_of_which_much_is_common_stay_together_up_to_a_bound(
     models: list[Llama], runtime: Runtime, monkeypatch: pytest.MonkeyPatch, longest: int
 ) -> None:
-    monkeypatch.setattr(scoring, "TOKENS_PER_TREE", 4)
-    monkeypatch.setattr(scoring, "LONGEST_TREE", longest)
+    monkeypatch.setattr(log_probabilities, "TOKENS_PER_TREE", 4)
+    monkeypatch.setattr(log_probabilities, "LONGEST_TREE", longest)
     trees = trees_of(share=True)
     assert (max(len(s.tokens) for s in trees) > 6) is (longest > 4)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_texts_of_which_much_is_common_stay_together_up_to_a_bound(
 
 @pytest.mark.parametrize("padding", [True, False])
 def test_batches_hold_every_tree_once_within_their_bound(monkeypatch: pytest.MonkeyPatch, padding: bool) -> None:
-    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 20)
+    monkeypatch.setattr(log_probabilities, "TOKENS_PER_BATCH", 20)
     trees = [causal_trees([list(range(length))], [1], share=False)[0] for length in (5, 9, 3, 5, 5, 30, 9, 2)]
     rounds = plan_batches(trees, 1, padding=padding)
     assert sorted(i for indices in rounds for i in indices) == list(range(8))
@@ -148,16 +148,17 @@ def test_batches_hold_every_tree_once_within_their_bound(monkeypatch: pytest.Mon
 def test_two_ranks_score_every_text_once(
     models: list[Llama], runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "TOKENS_PER_TREE", 4)
-    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 6)  # some batches of one tree: nothing for one of the ranks
-    log_probabilities = model_log_probabilities(models)
+    monkeypatch.setattr(log_probabilities, "TOKENS_PER_TREE", 4)
+    # Some batches hold one tree, and so nothing for one of the ranks.
+    monkeypatch.setattr(log_probabilities, "TOKENS_PER_BATCH", 6)
+    score_with = model_log_probabilities(models)
     with torch.no_grad():
-        alone = score_texts(trees_of(share=True), TEXTS, log_probabilities, runtime, padding=True)
+        alone = score_texts(trees_of(share=True), TEXTS, score_with, runtime, padding=True)
         from_rank_0: list[Tensor] = []
 
         def score_on(rank: int) -> Tensor:
             rank_of_two = replace(runtime, rank=rank, world_size=2)
-            return score_texts(trees_of(share=True), TEXTS, log_probabilities, rank_of_two, padding=True)
+            return score_texts(trees_of(share=True), TEXTS, score_with, rank_of_two, padding=True)
 
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: from_rank_0.append(sums.clone()))
         with pytest.raises(ValueError, match="some tokens were scored by no rank or by several"):
@@ -189,7 +190,7 @@ def test_logits_of_any_size(scale: float) -> None:
 
 
 def test_pseudo_log_likelihood_equals_a_naive_loop(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 40)
+    monkeypatch.setattr(log_probabilities, "TOKENS_PER_BATCH", 40)
     mask = 3
     torch.manual_seed(0)
     shape: dict[str, Any] = {
@@ -207,12 +208,12 @@ def test_pseudo_log_likelihood_equals_a_naive_loop(runtime: Runtime, monkeypatch
         tree for i, ids in enumerate(sentences) for tree in masked_copies(ids, range(1, len(ids) - 1), mask, text_id=i)
     ]
 
-    def log_probabilities(batch: TreeBatch) -> Tensor:
+    def score_with(batch: TreeBatch) -> Tensor:
         logits = model(input_ids=batch.tokens_BL).logits.flatten(0, 1)[batch.rows_U]
         return logits.log_softmax(-1)[batch.state_ids_N, batch.targets_N][None]
 
     with torch.no_grad():
-        scores_I = score_texts(trees, len(sentences), log_probabilities, runtime, padding=False)[0]
+        scores_I = score_texts(trees, len(sentences), score_with, runtime, padding=False)[0]
         expected = []
         for ids in sentences:
             total = 0.0

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from engine.evaluation.results import TaskScore, accuracy, correlation, explained_variance
+from engine.evaluation.metrics import TaskScore, accuracy, correlation, explained_variance
 
 
 def test_ties_are_right_for_babylm_and_wrong_in_the_strict_count() -> None:

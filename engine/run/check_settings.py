@@ -10,7 +10,7 @@ from engine.models.huggingface import require_folder
 from engine.run import checkpoint
 from engine.system.distributed import Runtime
 from engine.system.errors import UserError
-from engine.teachers.frozen import folder_of
+from engine.teachers.teachers import folder_of
 
 MAX_STREAMS = 8  # of one loss (kernels.linear_ensemble_kl)
 
@@ -217,7 +217,9 @@ def _check_optimizer(config: Config) -> None:
 
 def _check_warmup(config: Config, steps: int) -> None:
     if config.optimizer.warmup >= steps:
-        raise UserError(f"optimizer.warmup={config.optimizer.warmup} is not less than train.steps={steps}: lower it")
+        raise UserError(
+            f"optimizer.warmup={config.optimizer.warmup} is not less than the run's train.steps={steps}: lower it"
+        )
 
 
 def _check_evaluation(config: Config) -> None:

@@ -3,8 +3,8 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
-from engine.evaluation.results import TaskScore, accuracy
-from engine.evaluation.scores import score_table, write_scores
+from engine.evaluation.metrics import TaskScore, accuracy
+from engine.evaluation.score_model import score_table, write_scores
 
 
 def test_what_is_written_can_be_read(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from engine.config.loading import as_dict, read_yaml
 from engine.config.settings import ScoreConfig
 from engine.data.tokenizer import Tokenizer
 from engine.evaluation.finetune import CLASSIFICATION, finetune, read_datasets
-from engine.evaluation.results import SetScore, TaskScore
-from engine.evaluation.scoring import model_log_probabilities
+from engine.evaluation.log_probabilities import model_log_probabilities
+from engine.evaluation.metrics import SetScore, TaskScore
 from engine.evaluation.tasks import ZERO_SHOT, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
 from engine.models.base import LanguageModel
