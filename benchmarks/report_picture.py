@@ -15,7 +15,6 @@ from pathlib import Path
 from PIL import Image
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-COLOURS = 64  # The page has few, and a small palette makes a small file.
 
 
 def picture(report: Path, to: Path, width: int, height: int) -> None:
@@ -41,7 +40,7 @@ def picture(report: Path, to: Path, width: int, height: int) -> None:
             check=True,
             capture_output=True,
         )
-        Image.open(shot).convert("RGB").quantize(COLOURS).save(to, optimize=True)
+        Image.open(shot).convert("RGB").save(to, optimize=True)  # A palette would merge two students' colours.
 
 
 def main() -> None:
