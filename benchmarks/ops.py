@@ -29,9 +29,10 @@ B sequences, L positions, N tokens, D hidden, H heads, V vocabulary, S students,
 import argparse
 import csv
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -266,22 +267,15 @@ def linear_ensemble_kl(
 
 
 def rms_norm(device: torch.device, dtype: torch.dtype, tokens: int, hidden: int) -> Case:
-    def inputs(generator: Generator) -> list[Tensor]:
-        return [normal(generator, shape, device, dtype).requires_grad_() for shape in ((tokens, hidden), (hidden,))]
-
     def functional(x: Tensor, weight: Tensor) -> Tensors:
         return (torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6),)
 
-    tensor_bytes = tokens * hidden * dtype.itemsize
-    return Case(
-        "rms_norm",
-        f"N={tokens} D={hidden} {short(dtype)}",
-        inputs,
-        eager.rms_norm,
-        lambda x, weight: (kernels.rms_norm(x, weight),),
-        phases(forward=2 * tensor_bytes, backward=3 * tensor_bytes),
-        peers={"F.rms_norm": Way(functional)} | liger(device, "rms_norm"),
-    )
+    def ours(x: Tensor, weight: Tensor) -> Tensors:
+        return (kernels.rms_norm(x, weight),)
+
+    shapes, label = ((tokens, hidden), (hidden,)), f"N={tokens} D={hidden}"
+    case = elementwise(device, dtype, "rms_norm", label, shapes, eager.rms_norm, ours, forward=2, backward=3)
+    return replace(case, peers={"F.rms_norm": Way(functional)} | case.peers)
 
 
 def rms_norm_residual(device: torch.device, dtype: torch.dtype, tokens: int, hidden: int) -> Case:
@@ -290,20 +284,13 @@ def rms_norm_residual(device: torch.device, dtype: torch.dtype, tokens: int, hid
     Its backward pass reads their sum and two cotangents, and writes one gradient.
     """
 
-    def inputs(generator: Generator) -> list[Tensor]:
-        shapes = ((tokens, hidden), (tokens, hidden), (hidden,))
-        return [normal(generator, shape, device, dtype).requires_grad_() for shape in shapes]
+    def ours(x: Tensor, residual: Tensor, weight: Tensor) -> Tensors:
+        return kernels.rms_norm(x, weight, residual=residual)
 
-    tensor_bytes = tokens * hidden * dtype.itemsize
-    return Case(
-        "rms_norm",
-        f"residual N={tokens} D={hidden} {short(dtype)}",
-        inputs,
-        eager.rms_norm_residual,
-        lambda x, residual, weight: kernels.rms_norm(x, weight, residual=residual),
-        phases(forward=4 * tensor_bytes, backward=4 * tensor_bytes),
-        peers=liger(device, "rms_norm_residual"),
-    )
+    shapes, label = ((tokens, hidden), (tokens, hidden), (hidden,)), f"residual N={tokens} D={hidden}"
+    plain = eager.rms_norm_residual
+    case = elementwise(device, dtype, "rms_norm", label, shapes, plain, ours, forward=4, backward=4)
+    return replace(case, peers=liger(device, "rms_norm_residual"))
 
 
 def rotary(device: torch.device, dtype: torch.dtype, batch: int, length: int, heads: int, width: int) -> Case:
@@ -332,19 +319,37 @@ def rotary(device: torch.device, dtype: torch.dtype, batch: int, length: int, he
 
 
 def swiglu(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> Case:
-    def inputs(generator: Generator) -> list[Tensor]:
-        return [normal(generator, (tokens, width), device, dtype).requires_grad_() for _ in range(2)]
+    def ours(gate: Tensor, up: Tensor) -> Tensors:
+        return (kernels.swiglu(gate, up),)
 
-    tensor_bytes = tokens * width * dtype.itemsize
-    return Case(
-        "swiglu",
-        f"N={tokens} F={width} {short(dtype)}",
-        inputs,
-        eager.swiglu,
-        lambda gate, up: (kernels.swiglu(gate, up),),
-        phases(forward=3 * tensor_bytes, backward=5 * tensor_bytes),
-        peers=liger(device, "swiglu"),
-    )
+    shapes, label = ((tokens, width), (tokens, width)), f"N={tokens} F={width}"
+    return elementwise(device, dtype, "swiglu", label, shapes, eager.swiglu, ours, forward=3, backward=5)
+
+
+def elementwise(
+    device: torch.device,
+    dtype: torch.dtype,
+    op: str,
+    label: str,
+    shapes: Sequence[tuple[int, ...]],
+    plain: Callable[..., Tensors],
+    ours: Callable[..., Tensors],
+    *,
+    forward: int,
+    backward: int,
+) -> Case:
+    """Returns the case of an operation on normally distributed inputs of `shapes`, all differentiated.
+
+    Args:
+        forward, backward: how many tensors of the first shape the pass reads and writes.
+    """
+
+    def inputs(generator: Generator) -> list[Tensor]:
+        return [normal(generator, shape, device, dtype).requires_grad_() for shape in shapes]
+
+    tensor_bytes = math.prod(shapes[0]) * dtype.itemsize
+    moved = phases(forward=forward * tensor_bytes, backward=backward * tensor_bytes)
+    return Case(op, f"{label} {short(dtype)}", inputs, plain, ours, moved, peers=liger(device, op))
 
 
 def attention(

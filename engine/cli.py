@@ -15,12 +15,9 @@ C = TypeVar("C")
 
 
 def run_recipe(script: str, description: str | None, require: Callable[[Config], None] = lambda config: None) -> None:
-    """Trains as the command line says.
+    """Trains as the command line says. The YAML file beside `script` has the recipe's settings.
 
-    Args:
-        script: the recipe's own path; the YAML file beside it has the default settings.
-        description: the text of `--help`.
-        require: raises UserError where the settings are not this recipe's.
+    `require` raises UserError where the settings are not this recipe's.
     """
     with report_errors():
         parser = argument_parser(Config, description, Path(script).with_suffix(".yaml"))
@@ -49,29 +46,18 @@ def load(cls: type[C], argv: Sequence[str], *, description: str | None, default:
 
 
 def argument_parser(cls: type, description: str | None, default: Path) -> argparse.ArgumentParser:
-    """Returns the parser that every recipe has.
-
-    Args:
-        cls: the dataclass of the settings, which `--settings` prints.
-        default: the YAML file that is read without `--config`.
-    """
+    """Returns the parser that every recipe has: `--settings` prints `cls`, and `default` is read without `--config`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    class PrintSettings(argparse.Action):
+        def __call__(self, *_: object) -> None:
+            print(describe(cls), end="")
+            parser.exit()
+
     parser.add_argument("--config", type=Path, default=default, help=f"YAML file of settings (default: {default.name})")
     parser.add_argument(
-        "--settings", action=_PrintSettings, cls=cls, nargs=0, help="print every setting, its default and meaning"
+        "--settings", action=PrintSettings, nargs=0, help="print every setting, its default and meaning"
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # The launcher passes it.
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=1000 students.0.layers=8")
     return parser
-
-
-class _PrintSettings(argparse.Action):
-    """Prints the settings as YAML and ends, as `--help` does."""
-
-    def __init__(self, *args: object, cls: type, **options: object) -> None:
-        super().__init__(*args, **options)  # pyright: ignore[reportArgumentType]
-        self._cls = cls
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(describe(self._cls), end="")
-        parser.exit()

@@ -1,11 +1,7 @@
 """Chooses the backend that runs an op: auto, triton, native or reference.
 
-An op is a folder `kernels/ops/<op>`. Its backends are the modules of that name inside: `reference.py` and, where they
-exist, `triton.py` and `native.py`, which calls `native.cpp`. Each module defines the same function, so a backend is
-added to an op by adding its module, without registering anything.
-
-The backend is chosen when an op is called. Its backward pass belongs to it, so the choice also holds when autograd runs
-the backward pass in another thread, or after `backend(name)` has been called again.
+The backends of an op are modules of the folder `kernels/ops/<op>`: `reference.py` and, where they exist, `triton.py`
+and `native.py`. Each defines the same function. The backend is chosen when an op is called, for its backward pass too.
 """
 
 import functools
@@ -36,7 +32,7 @@ _INSTALL = {
     "native": "install a C++ compiler and reinstall creche with `pip install --no-build-isolation --no-deps .`",
 }
 
-_process_default: str | None = None  # None: this process has not chosen, so the environment decides.
+_process_default: str | None = None  # None: the environment decides.
 
 
 class backend:

@@ -1,9 +1,8 @@
-"""Chooses how every Triton kernel is launched: one short rule per op returns a frozen `Launch`.
+"""Chooses how every Triton kernel is launched: one short rule per op, justified by `benchmarks/audit.py` (registers,
+spills, load width, occupancy) or by `benchmarks/ops.py` on a GPU. No rule looks at a device: it sees shapes and the
+number of threads in a warp.
 
-Each line of a rule is justified by `benchmarks/audit.py` (registers, spills, load width, occupancy) or by
-`benchmarks/ops.py` on a GPU. No rule looks at a device: it sees shapes and the number of threads in a warp.
-
-Shapes: V vocabulary, S students, K teachers, R = S + K streams.
+Shapes: S students, K teachers, R = S + K streams.
 """
 
 from dataclasses import dataclass
@@ -45,12 +44,9 @@ def ensemble_kl(
     paired: bool = False,
 ) -> Launch:
     """128 threads read 16 bytes of each stream at a time, or 256 threads where there is little to hold in registers. If
-    128 threads can hold the whole row, `block` >= width.
-
-    More threads could hold longer rows. They would read fewer bytes, but on an H100 they take 1.2 to 1.3 times as long
-    as reading the row again, because no other programs fit beside them (LOG.md, 2026-11-22). A tile in one part is also
-    fastest there, but without `parts` and `sweeps` registers spill: with S students a thread holds S·(R − 1) sums. AMD
-    has twice the registers per thread and needs no sweeps.
+    128 threads can hold the whole row, `block` >= width. More threads could hold longer rows, but that is slower than
+    reading the row again (LOG.md, 2026-11-22). Without `parts` and `sweeps` registers spill: with S students a thread
+    holds S·(R − 1) sums. AMD has twice the registers per thread and needs no sweeps.
 
     Args:
         width: The number of columns, padding included. itemsize: The bytes of a logit.
@@ -93,6 +89,5 @@ def rotary(columns: int) -> Launch:
     return Launch(block, warps=min(block // 512, 16))
 
 
-def swiglu() -> Launch:
-    """A thread has 16 elements: two 128-bit loads of each input in 16 bits (one on AMD, whose warps have 64 lanes)."""
-    return Launch(2048, warps=4)
+# A thread has 16 elements: two 128-bit loads of each input in 16 bits (one on AMD, whose warps have 64 lanes).
+SWIGLU = Launch(2048, warps=4)

@@ -4,11 +4,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 
 
 def refuse_name_conflict() -> None:
-    """Checks that the distribution `kernels` is not installed. Its files and ours would overwrite or hide one another,
-    and the order of `sys.path` would decide which of the two `import kernels` finds.
-
-    Raises:
-        ImportError: The distribution is installed.
+    """Raises ImportError if the distribution `kernels` is installed. Its files and ours would overwrite or hide one
+    another, and the order of `sys.path` would decide which of the two `import kernels` finds.
     """
     try:
         version = distribution("kernels").version

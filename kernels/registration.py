@@ -33,7 +33,25 @@ class Op:
         `ctx.needs_input_grad` if an input is a list.
         """
         self._traced.register_autograd(differentiate, setup_context=setup_context)
-        self._function = _function(self._compute, differentiate, setup_context)
+        compute = self._compute
+
+        class Function(torch.autograd.Function):
+            # `forward` takes ctx, because with a separate `setup_context` torch inspects the signature at every call.
+            @staticmethod
+            def forward(ctx: Any, *arguments: Any) -> Any:
+                *flat, lengths = arguments
+                remaining = iter(flat)
+                inputs = [next(remaining) if n is None else [next(remaining) for _ in range(n)] for n in lengths]
+                output = compute(*inputs)
+                setup_context(ctx, inputs, output)
+                return tuple(output) if isinstance(output, list) else output
+
+            @staticmethod
+            def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
+                gradients = differentiate(ctx, *output_gradients)
+                return *_flatten(gradients if isinstance(gradients, tuple) else (gradients,)), None
+
+        self._function = Function
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling() or not _is_plain(inputs):
@@ -52,28 +70,6 @@ class Op:
 
 def op(name: str) -> Callable[[Callable[..., Any]], Op]:
     return lambda compute: Op(name, compute)
-
-
-def _function(
-    compute: Callable[..., Any], differentiate: Callable[..., Any], setup_context: Callable[..., None]
-) -> type[torch.autograd.Function]:
-    class Function(torch.autograd.Function):
-        # `forward` takes ctx, because with a separate `setup_context` torch inspects the signature at every call.
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            *flat, lengths = arguments
-            remaining = iter(flat)
-            inputs = [next(remaining) if n is None else [next(remaining) for _ in range(n)] for n in lengths]
-            output = compute(*inputs)
-            setup_context(ctx, inputs, output)
-            return tuple(output) if isinstance(output, list) else output
-
-        @staticmethod
-        def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
-            gradients = differentiate(ctx, *output_gradients)
-            return *_flatten(gradients if isinstance(gradients, tuple) else (gradients,)), None
-
-    return Function
 
 
 def _flatten(inputs: Sequence[Any]) -> list[Any]:

@@ -9,10 +9,11 @@ those of a run that was stopped.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.config.loading import build, read_yaml
-from engine.config.settings import Config
+from engine.config.settings import Config, StudentConfig
 from engine.data.prepare import prepare
 from engine.run.checkpoint import latest, read_state
 from engine.run.export import export_run
@@ -45,32 +46,32 @@ def main() -> None:
             f"{run} has not been evaluated yet, so no checkpoint or student is best: take --checkpoint last"
         )
     step = chosen_step(arguments.checkpoint, state)
-    names = chosen_students(arguments.student, [student.name for student in config.students], state)
-    for folder in export_run(run, config, prepare(config.data), step, arguments.to, names):
+    students = chosen_students(arguments.student, config.students, state)
+    for folder in export_run(run, config, prepare(config.data), step, arguments.to or run / "students", students):
         print(folder)
 
 
-def chosen_step(checkpoint: str, state: RunState) -> int | None:
-    """Returns the step of the checkpoint that the user asks for; None stands for the last."""
+def chosen_step(checkpoint: str, state: RunState) -> int:
+    """Returns the step of the checkpoint that the user asks for; `state` is that of the last one."""
     if checkpoint == "last":
-        return None
-    if checkpoint == "best":
+        return state.step
+    if checkpoint == "best" and state.best_step is not None:
         return state.best_step
     if not checkpoint.isdecimal():
         raise UserError(f"--checkpoint {checkpoint}: expected best, last, or a step's number")
     return int(checkpoint)
 
 
-def chosen_students(student: str | None, names: list[str], state: RunState) -> list[str]:
-    """Returns the names of the students that the user asks for."""
-    if student is None:
-        return names
-    if student == "best":
+def chosen_students(name: str | None, students: Sequence[StudentConfig], state: RunState) -> Sequence[StudentConfig]:
+    if name is None:
+        return students
+    if name == "best":
         losses = [evaluation["validation_loss"] for evaluation in state.best]
-        return [names[losses.index(min(losses))]]
-    if student not in names:
-        raise UserError(f"--student {student}: expected best, or one of {', '.join(names)}")
-    return [student]
+        return [students[losses.index(min(losses))]]
+    names = [student.name for student in students]
+    if name not in names:
+        raise UserError(f"--student {name}: expected best, or one of {', '.join(names)}")
+    return [students[names.index(name)]]
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ def settings(argv: list[str]) -> ScoreConfig:
     parser = argument_parser(ScoreConfig, __doc__, Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--model", help="folder of a run, or a Hugging Face folder")
     parser.add_argument("--data", help="folder of the evaluation data")
-    parser.add_argument("--tasks", help="names of tasks, separated by commas")
+    parser.add_argument("--tasks", type=lambda names: names.split(","), help="names of tasks, separated by commas")
     arguments = parser.parse_intermixed_args(argv)
-    options = {key: getattr(arguments, key) for key in ("model", "data") if getattr(arguments, key) is not None}
-    if arguments.tasks is not None:
-        options["tasks"] = arguments.tasks.split(",")
-    return build(ScoreConfig, read_yaml(arguments.config) | options, arguments.overrides)
+    options = {key: getattr(arguments, key) for key in ("model", "data", "tasks")}
+    given = {key: value for key, value in options.items() if value is not None}
+    return build(ScoreConfig, read_yaml(arguments.config) | given, arguments.overrides)
 
 
 if __name__ == "__main__":

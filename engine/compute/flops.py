@@ -78,10 +78,7 @@ def training(shape: Shape, work: Workload, *, recompute: bool = False, unfused: 
 
 
 def inference(shape: Shape, work: Workload, *, unfused: bool = False) -> Flops:
-    """Returns the FLOPs of a forward pass and the head, which are a teacher's part in a step.
-
-    To average the logits of several teachers adds nothing.
-    """
+    """Returns the FLOPs of a forward pass and the head, which are a teacher's part in a step."""
     head = _head(shape, work.rows)
     return Flops(_body(shape, work) + head, _body(shape, work, squares=unfused) + head)
 
@@ -97,47 +94,40 @@ def outer_update(
     shapes: Sequence[Shape], train: Workload, held_out: Workload, config: OuterConfig, divergence: str = "forward"
 ) -> Flops:
     """Returns the FLOPs of one update of the students' weights (engine.students.hypergradient)."""
-    total = sum((_held_out_gradient(shape, held_out, config) for shape in shapes), Flops())
-    if config.terms == "direct":
-        return total
-    if divergence == "forward":  # the tangents of S students times the probabilities of S students
+    total = Flops()
+    for shape in shapes:
+        body, head = _body(shape, held_out), _head(shape, held_out.rows)
+        if config.terms == "direct":  # a forward pass, and the gradient of the mixed head
+            total += Flops(body + 2 * head, body + 2 * head)
+            continue
+        total += Flops(3 * (body + head), 3 * (body + head) + _scores(shape, held_out))
+        # Each product becomes three: its value, and two for its tangent. Attention is not fused here.
+        train_head = 3 * _head(shape, train.valid)
+        total += Flops(3 * _body(shape, train) + train_head, 3 * _body(shape, train, squares=True) + train_head)
+    if config.terms == "all" and divergence == "forward":
+        # the tangents of S students times the probabilities of S students
         products = 2 * len(shapes) ** 2 * shapes[0].vocab_size * train.valid
         total += Flops(products, products)
-    for shape in shapes:  # Each product becomes three: its value, and two for its tangent. Attention is not fused here.
-        head = 3 * _head(shape, train.valid)
-        total += Flops(3 * _body(shape, train) + head, 3 * _body(shape, train, squares=True) + head)
     return total
-
-
-def _held_out_gradient(shape: Shape, work: Workload, config: OuterConfig) -> Flops:
-    """Returns a student's part in the gradient of the ensemble's held-out loss."""
-    body, head = _body(shape, work), _head(shape, work.rows)
-    if config.terms == "direct":  # a forward pass, and the gradient of the mixed head
-        return Flops(body + 2 * head, body + 2 * head)
-    return Flops(3 * (body + head), 3 * (body + head) + _scores(shape, work))
 
 
 def _body(shape: Shape, work: Workload, *, squares: bool = False) -> int:
     """Returns the FLOPs of a forward pass up to the hidden state.
 
-    Args:
-        squares: whether attention also multiplies the pairs of positions that a mask hides.
+    `squares`: attention also multiplies the pairs of positions that a mask hides.
     """
-    head_matrices = 2 * shape.head_matrices * work.rows * shape.hidden**2
-    return _blocks(shape, work, squares=squares) + head_matrices
+    return _blocks(shape, work, squares=squares) + 2 * shape.head_matrices * work.rows * shape.hidden**2
 
 
 def _blocks(shape: Shape, work: Workload, *, squares: bool) -> int:
     mlp = shape.mlp_matrices * shape.hidden * shape.ffn
     weights = 2 * shape.hidden * (shape.hidden + shape.kv_hidden) + mlp
-    linear = 2 * shape.layers * work.sequences * work.length * weights
-    return linear + 2 * _scores(shape, work, squares=squares)
+    return 2 * shape.layers * work.sequences * work.length * weights + 2 * _scores(shape, work, squares=squares)
 
 
 def _scores(shape: Shape, work: Workload, *, squares: bool = False) -> int:
     """Returns the FLOPs of one of attention's two products."""
-    length = work.length
-    pairs = length * (length + 1) // 2 if shape.causal and not squares else length**2
+    pairs = work.length * (work.length + 1) // 2 if shape.causal and not squares else work.length**2
     return 2 * shape.layers * work.sequences * pairs * shape.hidden
 
 

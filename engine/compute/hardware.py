@@ -2,7 +2,8 @@
 
 import functools
 import re
-import time
+import timeit
+from contextlib import suppress
 
 import pynvml
 import torch
@@ -27,21 +28,17 @@ SIDE, REPETITIONS = 768, 4
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Returns the most FLOP/s of matrix products in `dtype` on the device; None where it is unknown.
+    """Returns the most FLOP/s of matrix products in `dtype`, fp32 or bf16, on the device; None where it is unknown.
 
     A GPU's in fp32 depends on torch's settings (TF32). A CPU's is measured once a process, with the threads that torch
     has.
     """
     if device.type != "cuda":
         return _measured(dtype)
-    return listed_peak(torch.cuda.get_device_name(device), arithmetic_of(dtype))
-
-
-def arithmetic_of(dtype: torch.dtype) -> str:
-    """Returns the arithmetic, as `PEAKS` names it, that products in `dtype` take on a GPU."""
-    if dtype in (torch.bfloat16, torch.float16):
-        return "bf16"
-    return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    arithmetic = "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if dtype == torch.bfloat16:
+        arithmetic = "bf16"
+    return listed_peak(torch.cuda.get_device_name(device), arithmetic)
 
 
 def listed_peak(name: str, arithmetic: str) -> float | None:
@@ -55,45 +52,30 @@ def listed_peak(name: str, arithmetic: str) -> float | None:
 def _measured(dtype: torch.dtype) -> float:
     left, right = torch.ones(2, SIDE, SIDE, dtype=dtype)  # Random numbers would move the run's generator.
     out = torch.empty_like(left)
-    best = float("inf")
-    for _ in range(REPETITIONS):
-        begin = time.perf_counter()
-        torch.mm(left, right, out=out)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * SIDE**3 / best
+    seconds = timeit.repeat(lambda: torch.mm(left, right, out=out), repeat=REPETITIONS, number=1)
+    return 2 * SIDE**3 / min(seconds)
 
 
 class EnergyMeter:
-    """Measures the energy that this rank's device uses."""
+    """Measures the energy that this rank's device uses. Only NVIDIA's devices report it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._handle = _nvml_handle(device)
+        self._handle: object | None = None
+        if device.type == "cuda" and torch.version.hip is None:
+            with suppress(pynvml.NVMLError):
+                pynvml.nvmlInit()
+                # CUDA_VISIBLE_DEVICES renumbers torch's devices, but not NVML's: the UUID is the same in both.
+                uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
         self._last = self._joules()
 
     def take(self) -> float | None:
-        """Returns the joules since the meter was made or last read; None where the device reports none.
-
-        Only NVIDIA's devices report them.
-        """
-        now, last = self._joules(), self._last
-        self._last = now
-        return None if now is None or last is None else now - last
+        """Returns the joules since the meter was made or last read; None where the device reports none."""
+        last, self._last = self._last, self._joules()
+        return None if self._last is None or last is None else self._last - last
 
     def _joules(self) -> float | None:
-        if self._handle is None:
-            return None
-        try:
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
-        except pynvml.NVMLError:  # Devices older than Volta do not report it.
-            return None
-
-
-def _nvml_handle(device: torch.device) -> object | None:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    try:
-        pynvml.nvmlInit()
-        # CUDA_VISIBLE_DEVICES renumbers torch's devices, but not NVML's: the UUID is the same in both.
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
-    except pynvml.NVMLError:
+        if self._handle is not None:
+            with suppress(pynvml.NVMLError):  # Devices older than Volta do not report it.
+                return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
         return None

@@ -24,9 +24,7 @@ def peak_memory(
     Args:
         students, teachers: shapes by name.
         tokens: how many the rank takes at once, in one micro-batch.
-        ranks: the number of ranks.
-        stage: the ZeRO stage.
-        kind: the kind of the devices, "cpu" or "cuda".
+        kind: of the devices, "cpu" or "cuda".
     """
     train, shapes = config.train, students.values()
     storage = 2 if train.precision == "bf16" else 4  # bytes of a weight, a gradient or an activation
@@ -56,10 +54,7 @@ def peak_memory(
 
 
 def _activations(shape: Shape, length: int) -> int:
-    """Returns the number of elements that a block keeps per token for its backward pass.
-
-    It keeps what enters each product and each nonlinearity.
-    """
+    """Returns the elements per token that a block keeps: what enters each product and each nonlinearity."""
     if shape.mlp_matrices == 3:
         return 7 * shape.hidden + 2 * shape.kv_hidden + 3 * shape.ffn
     attention = 3 * shape.heads * length if shape.dropout else 0  # its weights before and after dropout, and the mask

@@ -1,9 +1,9 @@
-"""Traces of chosen steps: a trace of every rank for Perfetto, its top operations, snapshots of GPU memory.
+"""Traces of chosen steps: a trace of every rank for Perfetto, and its top operations.
 
 runs/<name>/profile/
-    rank-<r>.json.gz         opens in ui.perfetto.dev as it is
-    rank-<r>.txt             the operations that took longest
-    memory-rank-<r>.pickle   opens in pytorch.org/memory_viz; out-of-memory-rank-<r>.pickle likewise
+    rank-<r>.json.gz                opens in ui.perfetto.dev as it is
+    rank-<r>.txt                    the operations that took longest
+    out-of-memory-rank-<r>.pickle   what a GPU's memory held when it ran out; opens in pytorch.org/memory_viz
 """
 
 from collections.abc import Iterator
@@ -11,43 +11,39 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 from engine.data.batches import Step
 from engine.system.distributed import Runtime
-from engine.system.private_api import on_out_of_memory, record_memory, write_memory_snapshot
+from engine.system.private_api import write_snapshot_when_out_of_memory
 
 TOP = 40  # operations in a table
 
 
-def profiled(
-    steps: Iterator[Step], chosen: tuple[int, int] | None, folder: Path, runtime: Runtime, *, memory: bool
-) -> Iterator[Step]:
+def profiled(steps: Iterator[Step], chosen: tuple[int, int] | None, folder: Path, runtime: Runtime) -> Iterator[Step]:
     """Yields the steps as they are, and traces those from the first to the last `chosen`.
 
     A step's trace ends where the next step is asked for or the run stops. Where a GPU's memory runs out, a snapshot of
     what it holds is always written.
-
-    Args:
-        memory: a snapshot of the GPU's memory is also written after the last of the chosen steps.
     """
     if runtime.device.type == "cuda":
-        on_out_of_memory(lambda: _write_snapshot(folder / f"out-of-memory-rank-{runtime.rank}.pickle"))
+        write_snapshot_when_out_of_memory(folder / f"out-of-memory-rank-{runtime.rank}.pickle")
     first, last = chosen or (0, -1)
     profiler: profile | None = None
     try:
         for step in steps:
             if first <= step.number <= last and profiler is None:
-                profiler = _begin(runtime, memory=memory)
+                profiler = profile(record_shapes=True, with_flops=True)
+                profiler.start()
             with nullcontext() if profiler is None else record_function(f"step {step.number}"):
                 yield step
             if step.number == last and profiler is not None:
                 finished, profiler = profiler, None
                 with runtime.raise_on_all_ranks():
-                    _finish(finished, folder, runtime, memory=memory)
+                    _finish(finished, folder, runtime)
     finally:
         if profiler is not None:  # The run stops, perhaps on this rank alone.
-            _finish(profiler, folder, runtime, memory=memory)
+            _finish(profiler, folder, runtime)
 
 
 def top_operations(finished: profile) -> str:
@@ -63,29 +59,10 @@ def top_operations(finished: profile) -> str:
     return "\n\n".join(tables) + "\n"
 
 
-def _begin(runtime: Runtime, *, memory: bool) -> profile:
-    activities = [ProfilerActivity.CPU]
-    if runtime.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-        if memory:
-            record_memory(on=True)
-    profiler = profile(activities=activities, record_shapes=True, with_flops=True)
-    profiler.start()
-    return profiler
-
-
-def _finish(profiler: profile, folder: Path, runtime: Runtime, *, memory: bool) -> None:
+def _finish(profiler: profile, folder: Path, runtime: Runtime) -> None:
     if runtime.device.type == "cuda":
         torch.cuda.synchronize(runtime.device)
     profiler.stop()
     folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(folder / f"rank-{runtime.rank}.json.gz"))
     (folder / f"rank-{runtime.rank}.txt").write_text(top_operations(profiler), encoding="utf-8")
-    if memory and runtime.device.type == "cuda":
-        _write_snapshot(folder / f"memory-rank-{runtime.rank}.pickle")
-        record_memory(on=False)
-
-
-def _write_snapshot(file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_memory_snapshot(file)

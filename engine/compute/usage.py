@@ -18,7 +18,6 @@ from engine.models.base import Shape
 from engine.system.errors import UserError
 
 FILE = "usage.json"
-NO_FLOPS = Flops()
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class ModelUsage:
     hardware_flops: int = 0
     seconds: float = 0.0  # of their own passes, on rank 0; the joint loss is in none of them
 
-    def plus(self, flops: Flops = NO_FLOPS, *, tokens: int = 0, words: int = 0, seconds: float = 0.0) -> "ModelUsage":
-        """Returns the sum of this usage and what is given."""
+    def plus(self, flops: Flops, *, tokens: int, words: int = 0, seconds: float = 0.0) -> "ModelUsage":
         return ModelUsage(
             self.tokens + tokens,
             self.words + words,
@@ -46,11 +44,11 @@ class ModelUsage:
 class StepCost:
     """What one step uses, over all ranks."""
 
-    students: tuple[Flops, ...]
-    teachers: Flops = NO_FLOPS
-    teacher_tokens: int = 0
-    outer: Flops = NO_FLOPS
-    outer_tokens: int = 0
+    students: list[Flops]
+    teachers: Flops
+    teacher_tokens: int
+    outer: Flops
+    outer_tokens: int
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,12 @@ class Usage:
     @property
     def flops(self) -> Flops:
         """The FLOPs of this run alone."""
-        return sum((Flops(part.model_flops, part.hardware_flops) for _, part in self.parts()), NO_FLOPS)
+        return sum((Flops(part.model_flops, part.hardware_flops) for _, part in self.parts()), Flops())
 
     @property
     def inherited_flops(self) -> Flops:
         """The FLOPs of the runs that made the teachers and initial weights, and of theirs in turn, each run once."""
-        return sum((usage.flops for usage in self._ancestors().values()), NO_FLOPS)
+        return sum((usage.flops for usage in self._ancestors().values()), Flops())
 
     def _ancestors(self) -> "dict[str, Usage]":
         """Returns the inherited usages by run. Where two of one run were inherited, the later one counts."""
@@ -105,18 +103,15 @@ class Usage:
         )
 
     def add_time(self, seconds: float, students: Sequence[float], teachers: float, joules: float | None) -> "Usage":
-        """Returns the usage with seconds and joules added.
+        """Returns the usage with the seconds of the run, of each student and of all teachers added, and the joules.
 
-        Args:
-            seconds: the run's.
-            students, teachers: the seconds of each student and of all teachers.
-            joules: None where the devices do not report them.
+        `joules` is None where the devices do not report them.
         """
         pairs = zip(self.students.items(), students, strict=True)
         return replace(
             self,
-            students={name: used.plus(seconds=student_seconds) for (name, used), student_seconds in pairs},
-            teachers=self.teachers.plus(seconds=teachers),
+            students={name: replace(used, seconds=used.seconds + more) for (name, used), more in pairs},
+            teachers=replace(self.teachers, seconds=self.teachers.seconds + teachers),
             seconds=self.seconds + seconds,
             joules=self.joules if joules is None else (self.joules or 0.0) + joules,
         )
@@ -131,13 +126,13 @@ def step_cost(
         teachers: the models that predict in the step; none where their predictions are read from a cache.
         held_out: what an update of the outer loop read in this step; None where there was no update.
     """
-    outer, outer_tokens = NO_FLOPS, 0
+    outer, outer_tokens = Flops(), 0
     if held_out is not None:
         outer = outer_update(students, work, held_out, config.outer, config.objective.divergence)
         outer_tokens = held_out.tokens + (work.tokens if config.outer.terms == "all" else 0)
     return StepCost(
-        tuple(training(shape, work, recompute=config.train.recompute) for shape in students),
-        sum((inference(shape, work) for shape in teachers), NO_FLOPS),
+        [training(shape, work, recompute=config.train.recompute) for shape in students],
+        sum((inference(shape, work) for shape in teachers), Flops()),
         work.tokens if teachers else 0,
         outer,
         outer_tokens,
@@ -150,9 +145,7 @@ def new_usage(
     """Returns the usage of a run that begins.
 
     Args:
-        run: its name and when it began.
-        students: their names.
-        folders: the folders of teachers and initial weights.
+        folders: of teachers and initial weights.
         cached: the shapes of the teachers whose predictions are read from a cache, and the text that they predict; None
             without a cache. What it took to fill the cache counts in full, whichever run did it.
 
@@ -162,7 +155,7 @@ def new_usage(
     teachers = ModelUsage()
     if cached is not None:
         shapes, work = cached
-        teachers = teachers.plus(sum((inference(shape, work) for shape in shapes), NO_FLOPS), tokens=work.tokens)
+        teachers = teachers.plus(sum((inference(shape, work) for shape in shapes), Flops()), tokens=work.tokens)
     return Usage(
         run,
         {name: ModelUsage() for name in students},
@@ -173,10 +166,7 @@ def new_usage(
 
 
 def read_usage(folder: Path) -> Usage | None:
-    """Returns what it took to train the model in a folder; None where the folder has no usage.json.
-
-    Raises UserError where the file is damaged.
-    """
+    """Returns what it took to train a folder's model; None without a usage.json, UserError where it is damaged."""
     path = folder / FILE
     if not path.is_file():
         return None

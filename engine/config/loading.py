@@ -46,7 +46,8 @@ def build(cls: type[C], settings: dict[str, Any], overrides: Sequence[str] = ())
     """
     for override in overrides:
         _apply_override(settings, override)
-    settings = _with_presets(settings)
+    if isinstance(students := settings.get("students"), list):
+        settings = {**settings, "students": [_with_preset(student) for student in students]}
     try:
         return _adapter(cls).validate_python(settings)
     except pydantic.ValidationError as error:
@@ -85,25 +86,21 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     parent: Any = settings
     for depth, (key, next_key) in enumerate(pairwise([*parents, last])):
-        empty: Any = [] if next_key == "0" else {}
-        if isinstance(parent, list):
-            parent = parent[_list_index(parent, key, path, empty)]
-        else:
-            parent = parent.setdefault(key, empty)
+        parent = parent[_key_in(parent, key, path, empty=[] if next_key == "0" else {})]
         if not isinstance(parent, dict | list):
             raise UserError(f"{override!r}: {'.'.join(parents[: depth + 1])} is a value and has no {last!r}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"{override!r}: the value is not YAML; put quotes around text with special signs") from None
-    if isinstance(parent, list):
-        parent[_list_index(parent, last, path, None)] = value
-    else:
-        parent[last] = value
+    parent[_key_in(parent, last, path, empty=None)] = value
 
 
-def _list_index(items: list[Any], key: str, path: str, empty: Any) -> int:
-    """Returns the index that `key` names; the one behind the last item appends `empty` first."""
+def _key_in(items: Any, key: str, path: str, empty: Any) -> Any:
+    """Returns the key of a dictionary, or the index of a list, that `key` names; where it is new, it holds `empty`."""
+    if isinstance(items, dict):
+        items.setdefault(key, empty)
+        return key
     if not key.isdecimal() or int(key) > len(items):
         raise UserError(
             f"{path}: {key!r} is not an index of a list of {len(items)}: expected 0 to {len(items)} "
@@ -114,16 +111,9 @@ def _list_index(items: list[Any], key: str, path: str, empty: Any) -> int:
     return int(key)
 
 
-def _with_presets(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings with the presets of the students filled in; what a student sets itself goes over them."""
-    students = settings.get("students")
-    if not isinstance(students, list):
-        return settings
-    return {**settings, "students": [_with_preset(s) if isinstance(s, dict) else s for s in students]}
-
-
-def _with_preset(student: dict[str, Any]) -> dict[str, Any]:
-    name = student.get("preset")
+def _with_preset(student: Any) -> Any:
+    """Returns a student's settings over those of the preset that it names."""
+    name = student.get("preset") if isinstance(student, dict) else None
     if name is None:
         return student
     if not isinstance(name, str) or name not in PRESETS:
@@ -139,9 +129,8 @@ def _one_line(cls: type, error: pydantic.ValidationError) -> str:
     if first["type"] == "unexpected_keyword_argument":
         known = _keys_at(cls, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        return f"unknown key {key!r}: " + (
-            f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-        )
+        expected = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+        return f"unknown key {key!r}: {expected}"
     if first["type"] == "missing":
         return f"{key} is missing: set it in the YAML file, or as {key}=value"
     return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -18,14 +18,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # BabyLlama-2's teachers and student alike, 345.4M
     "smol-llama-345m": dict(layers=32, hidden=960, heads=15, kv_heads=5, ffn=2560, tied=False, max_length=256),
     # What the search of When Babies Teach Babies found for N/2 to N/5 parameters, where N is RoBERTa-base's number. The
-    # paper does not give the number of heads.
-    **{
-        name: dict(family="roberta", layers=layers, hidden=hidden, heads=8, ffn=3072, max_length=512, dropout=0.1)
-        for name, layers, hidden in (
-            ("babies-60m", 8, 512),  # 59.9M
-            ("babies-43m", 16, 256),  # 42.6M
-            ("babies-28m", 8, 256),  # 27.8M
-            ("babies-24m", 6, 256),  # 24.2M
-        )
-    },
+    # paper does not give the number of heads. They have 59.9M, 42.6M, 27.8M and 24.2M.
+    "babies-60m": dict(family="roberta", layers=8, hidden=512, heads=8, ffn=3072, max_length=512, dropout=0.1),
+    "babies-43m": dict(family="roberta", layers=16, hidden=256, heads=8, ffn=3072, max_length=512, dropout=0.1),
+    "babies-28m": dict(family="roberta", layers=8, hidden=256, heads=8, ffn=3072, max_length=512, dropout=0.1),
+    "babies-24m": dict(family="roberta", layers=6, hidden=256, heads=8, ffn=3072, max_length=512, dropout=0.1),
 }

@@ -28,15 +28,17 @@ Fraction = Annotated[float, pydantic.Field(ge=0, le=1), _Number]
 FractionBelowOne = Annotated[float, pydantic.Field(ge=0, lt=1), _Number]
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # It becomes the name of a folder.
 
-# pydantic reads __pydantic_config__ of a dataclass, and the docstrings below its fields.
-STRICT = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+class Settings:
+    """Settings of one kind: an unknown key is refused, and the docstring below a field describes it."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Settings):
     """How text becomes token ids. The tokenizer is trained on the training split alone."""
 
-    __pydantic_config__ = STRICT
     kind: Literal["sentencepiece", "byte-bpe"] = "sentencepiece"
     """sentencepiece is BPE with byte fallback; byte-bpe is the byte-level BPE of Baby Llama."""
     vocab_size: Count | None = None
@@ -48,10 +50,9 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """Where the text comes from and how it is prepared. Equal settings and text share one prepared folder."""
 
-    __pydantic_config__ = STRICT
     path: str = "grammar"
     """grammar, wikipedia-leads, a folder of *.txt or *.train, a Hugging Face dataset, or a prepared folder."""
     words: Count | None = None
@@ -72,10 +73,9 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(Settings):
     """One student: its shape, its learning rate and its seed."""
 
-    __pydantic_config__ = STRICT
     name: Name
     """Name of the student in records and folders."""
     layers: Count
@@ -111,10 +111,9 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Settings):
     """One frozen model to learn from."""
 
-    __pydantic_config__ = STRICT
     path: str
     """Hugging Face folder of a known family, or the folder of a run that has exported one student."""
     weight: Positive = 1.0
@@ -122,10 +121,9 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(Settings):
     """The teachers' predictions for every fixed chunk of the training text, computed once and kept on disk."""
 
-    __pydantic_config__ = STRICT
     path: str
     """Folder of the cache. It is made where it is missing, and refused where it holds other predictions."""
     k: Count = 32
@@ -133,7 +131,7 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Settings):
     """The loss of the students.
 
     Student i pays
@@ -149,7 +147,6 @@ class ObjectiveConfig:
     peer_weight = 1; weighted mutual learning (Iyer 2024) has weighted = true, ce_weight = 1 − α and peer_weight = α.
     """
 
-    __pydantic_config__ = STRICT
     ce_weight: NonNegative = 1.0
     """Weight of the cross-entropy with the text."""
     peer_weight: NonNegative = 1.0
@@ -171,10 +168,9 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class OuterConfig:
+class OuterConfig(Settings):
     """The students' weights ω, where objective.weighted is true, and how an outer loop learns them on held-out text."""
 
-    __pydantic_config__ = STRICT
     initial: tuple[Positive, ...] | None = None
     """Weights ω at the start, in proportion to one another; null takes equal ones."""
     every: Count | None = None
@@ -192,10 +188,9 @@ class OuterConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW. Weight decay applies to matrices, not to norms and biases."""
 
-    __pydantic_config__ = STRICT
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95)
     """Decay rates of AdamW's first and second moments."""
     eps: Positive = 1e-8
@@ -215,10 +210,9 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """The loop. In fp32, micro_batch, zero_stage, recompute, compile and the number of ranks change only rounding."""
 
-    __pydantic_config__ = STRICT
     steps: Count = 500
     """Number of optimizer steps."""
     epochs: Positive | None = None
@@ -252,10 +246,9 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """What is measured during training."""
 
-    __pydantic_config__ = STRICT
     every: Count = 100
     """Steps between two evaluations; the last step is always evaluated."""
     tokens: Count = 100_000
@@ -275,10 +268,9 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings):
     """When a run is saved. The checkpoint with the best mean validation loss is kept beside the newest ones."""
 
-    __pydantic_config__ = STRICT
     every: Count = 200
     """Steps between two checkpoints; the last step is always saved."""
     keep: Count = 2
@@ -288,10 +280,9 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """Where a run lives, and whether it goes on from its last checkpoint."""
 
-    __pydantic_config__ = STRICT
     name: Name = "mutual"
     """Name of the run's folder."""
     folder: str = "runs"
@@ -302,15 +293,12 @@ class RunConfig:
     """Steps between two lines of metrics.jsonl."""
     profile: tuple[Count, Count] | None = None
     """First and last step to trace with the profiler."""
-    memory_snapshot: bool = False
-    """true also writes a snapshot of a GPU's memory at the end of the profiled steps."""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """One run, whole: what `runs/<name>/config.yaml` holds."""
 
-    __pydantic_config__ = STRICT
     students: tuple[StudentConfig, ...]
     teachers: tuple[TeacherConfig, ...] = ()
     cache: CacheConfig | None = None
@@ -330,18 +318,16 @@ class Config:
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(Settings):
     """Preparation of text alone, without a run (recipes/prepare.py)."""
 
-    __pydantic_config__ = STRICT
     data: DataConfig = DataConfig()
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Settings):
     """Fine-tuning on classification tasks. A null takes the recipe's own value, task by task."""
 
-    __pydantic_config__ = STRICT
     recipe: Literal["babylm-2025", "baby-llama"] = "babylm-2025"
     """Source of the hyperparameters: BabyLM 2025's code or Baby Llama's model card."""
     seeds: tuple[Natural, ...] | None = None
@@ -355,10 +341,9 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(Settings):
     """Scores on evaluation data (recipes/score.py)."""
 
-    __pydantic_config__ = STRICT
     model: str
     """Folder of a run, for its exported students and their ensemble, or a Hugging Face folder of a known family."""
     data: str
@@ -371,10 +356,9 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
-class VaryConfig:
+class VaryConfig(Settings):
     """Where a hyperparameter is looked for: between low and high, or among choices."""
 
-    __pydantic_config__ = STRICT
     low: float = 0.0
     """Smallest value."""
     high: float = 0.0
@@ -386,10 +370,9 @@ class VaryConfig:
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Settings):
     """A search for hyperparameters (recipes/sweep.py)."""
 
-    __pydantic_config__ = STRICT
     base: str
     """YAML file of the run that is varied, a run of recipes/pretrain.py."""
     parameters: dict[str, VaryConfig]
@@ -407,10 +390,9 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Settings):
     """A search for the students that learn together, by their size alone (recipes/search.py)."""
 
-    __pydantic_config__ = STRICT
     method: Literal["exhaustive", "bayesian"] = "exhaustive"
     """exhaustive tries every shape; bayesian is the optimisation of When Babies Teach Babies."""
     students: Count = 4

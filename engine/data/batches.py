@@ -80,8 +80,7 @@ class TokenFile:
     def __init__(self, path: Path, dtype: str, length: int, *, kl_everywhere: bool = False) -> None:
         """Opens the file. Raises UserError where it holds less than one sequence.
 
-        `kl_everywhere` is the setting objective.kl_everywhere. In Baby Llama's code a sequence's last position has no
-        target, because the targets are shifted inside the sequence, but its divergence from the teachers counts.
+        `kl_everywhere` is the setting: Baby Llama's code shifts the targets inside a sequence, so the last has none.
         """
         self.tokens = np.memmap(path, dtype=dtype, mode="r")
         self.length, self.kl_everywhere = length, kl_everywhere
@@ -180,7 +179,7 @@ class TrainingData:
         return int(_permutation(self.seed, epoch, self.file.chunks)[position])
 
     def start_of(self, sample: int) -> int:
-        """Returns the position in the file, in tokens, at which that sample begins."""
+        """Returns the position in the file, in tokens, at which a sample begins."""
         chunk = self.chunk_of(sample)
         start = chunk * self.file.length
         if self.random_offsets:
@@ -191,8 +190,7 @@ class TrainingData:
     def steps(self, first: int, last: int) -> Iterator[Step]:
         """Yields the steps numbered `first` to `last`, both included, from 1."""
         for number in range(first, last + 1):
-            first_sample = (number - 1) * self.batch
-            samples = range(first_sample, first_sample + self.batch)
+            samples = range((number - 1) * self.batch, number * self.batch)
             starts = [self.start_of(sample) for sample in samples]
             first_own = self.rank * self.share  # The first of this rank's samples in the step.
             yield Step(

@@ -1,7 +1,6 @@
 """Masked language modelling: which tokens of a sequence are hidden and are to be predicted (Devlin et al. 2019, 3.1).
 
-What is masked in a sequence depends on the seed and on the sequence's number in the endless sequence of epochs alone:
-every epoch masks anew, and neither the number of ranks, nor the size of a micro-batch, nor a resume changes anything.
+Every epoch masks anew: what is masked in a sequence depends on the seed and on the sequence's number among all samples.
 
 Shapes: B sequences, L positions, N rows to predict.
 """
@@ -68,7 +67,6 @@ class MaskedFile(TokenFile):
         self.chunks = -(-len(self.tokens) // length)
 
     def token_count(self, start: int) -> int:
-        """Returns how many new tokens of text the sequence covers; fewer at the file's end."""
         return min(self.length, len(self.tokens) - start)
 
     def target_count(self, start: int, sample: int) -> int:
@@ -76,6 +74,5 @@ class MaskedFile(TokenFile):
         return int(self.masking.hide(tokens_L, sample, context)[1].sum())
 
     def batch(self, starts: Sequence[int], device: torch.device, samples: Sequence[int] = ()) -> Batch:
-        """Returns the sequences that begin at `starts`, masked by their numbers, `samples`."""
         tokens_BL, contexts = self._read(starts, self.length)
         return self.masking.batch(tokens_BL, samples, device, contexts)

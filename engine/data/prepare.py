@@ -12,12 +12,11 @@ text find the same folder.
 Words are white-space tokens of the cleaned text (`words_in_source`: of the text before). Boundaries count as tokens.
 """
 
-import dataclasses
 import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from engine.data import tokenizer as tokenization
 from engine.data.cleaning.babies import NORMALIZERS
 from engine.data.cleaning.baby_llama import CLEANERS, cleaner_for
 from engine.data.grammar import generator as grammar
-from engine.data.sources import Source
 from engine.data.split import Document, Splits, split
 from engine.data.tokenizer import Tokenizer
 from engine.system.errors import UserError
@@ -56,35 +54,18 @@ class Prepared:
     folder: Path
     manifest: dict[str, Any]
     tokenizer: Tokenizer
-
-    @property
-    def identity(self) -> str:
-        """A hash over the settings and the text that the folder was made from."""
-        return self.manifest["identity"]
-
-    @property
-    def train(self) -> Path:
-        """The training split's token file."""
-        return self.folder / "train.bin"
-
-    @property
-    def validation(self) -> Path:
-        """The held-out split's token file."""
-        return self.folder / "validation.bin"
-
-    @property
-    def pairs(self) -> Path:
-        """The minimal pairs."""
-        return self.folder / "minimal_pairs.jsonl"
+    identity: str  # A hash over the settings and the text that the folder was made from.
+    train: Path  # The splits' token files.
+    validation: Path
+    pairs: Path  # The minimal pairs.
 
 
 def prepare(config: DataConfig, *, log: Log = print) -> Prepared:
     """Returns the prepared folder for `config`, and makes it first where there is none.
 
     `log` is called with a line about each stage as it begins, and the slow ones show their progress where stderr is a
-    terminal. Raises UserError, with nothing written, for text that is
-    missing, empty, not UTF-8 or too short to hold any out, for a vocabulary size that the text does not allow, and for
-    a prepared folder whose files have changed.
+    terminal. Raises UserError, with nothing written, for text that is missing, empty, not UTF-8 or too short to hold
+    any out, for a vocabulary size that the text does not allow, and for a prepared folder whose files have changed.
     """
     if (Path(config.path) / MANIFEST).is_file() and (Path(config.path) / "tokenizer").is_dir():
         return _open_named(config)
@@ -94,10 +75,9 @@ def prepare(config: DataConfig, *, log: Log = print) -> Prepared:
             "data.cleaner=baby-llama"
         )
     source = sources.find(config)
-    vocab_size = config.tokenizer.vocab_size or source.vocab_size
-    config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, vocab_size=vocab_size))
-    if config.path == "grammar":
-        config = dataclasses.replace(config, words=config.words or sources.GRAMMAR_WORDS)
+    tokenizer = replace(config.tokenizer, vocab_size=config.tokenizer.vocab_size or source.vocab_size)
+    words = config.words or (sources.GRAMMAR_WORDS if config.path == "grammar" else None)
+    config = replace(config, tokenizer=tokenizer, words=words)
     identity = _identity(config, source)
     folder = Path(config.folder) / f"{source.name}-{identity[:8]}"
     if folder.exists():
@@ -137,7 +117,15 @@ def _open(folder: Path) -> Prepared:
     for name, digest in hashes.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise UserError(f"{folder / name}: missing or changed since; delete {folder} and prepare again")
-    return Prepared(folder, manifest, tokenization.load(folder / "tokenizer"))
+    return Prepared(
+        folder,
+        manifest,
+        tokenization.load(folder / "tokenizer"),
+        identity=manifest["identity"],
+        train=folder / "train.bin",
+        validation=folder / "validation.bin",
+        pairs=folder / "minimal_pairs.jsonl",
+    )
 
 
 def _open_named(config: DataConfig) -> Prepared:
@@ -153,14 +141,14 @@ def _open_named(config: DataConfig) -> Prepared:
     return prepared
 
 
-def _identity(config: DataConfig, source: Source) -> str:
+def _identity(config: DataConfig, source: sources.Source) -> str:
     """Returns a hash over all that decides what is in the folder; where the text lies does not."""
     settings = {key: value for key, value in flatten(config).items() if key not in ("path", "folder")}
     content = {"format": FORMAT, "settings": settings, "files": {file.name: file.sha256 for file in source.files}}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read(source: Source, config: DataConfig, log: Log) -> tuple[dict[str, str], list[dict[str, Any]]]:
+def _read(source: sources.Source, config: DataConfig, log: Log) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Returns the cleaned text of each file, by name, and its entry in the manifest, without counts yet."""
     texts, files, unmatched = {}, [], []
     for file in source.files:
@@ -209,7 +197,6 @@ def _write(folder: Path, splits: Splits, files: list[dict[str, Any]], config: Da
 
 
 def _named(counts: np.ndarray) -> dict[str, int]:
-    """Returns a row of counts by name."""
     return dict(zip(COUNTS, counts.tolist(), strict=True))
 
 

@@ -33,7 +33,6 @@ from engine.system.errors import UserError
 PAD, BOUNDARY, UNKNOWN, END, MASK = "<pad>", "<s>", "<unk>", "</s>", "<mask>"
 SPACE = "\u2581"  # sentencepiece's mark for a space, in front of every word.
 FIELD_ENDS = ("\n", "\t")
-CHARACTER_COVERAGE = 0.9999  # The commonest characters, up to this share of the text, are tokens; others become bytes.
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -146,10 +145,6 @@ def normalize(text: str, config: TokenizerConfig) -> str:
 
 def _train_sentencepiece(fields: Iterator[str], vocab_size: int, boundary: bool, *, mask: bool) -> bytes:
     """Returns the trained model's file. With a mask, the padding token has id 1, as in RoBERTa."""
-    if mask:
-        bos, pad, unk = (0, 1, 2) if boundary else (-1, 1, 0)
-    else:
-        pad, bos, unk = (0, 1, 2) if boundary else (0, -1, 1)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -158,15 +153,15 @@ def _train_sentencepiece(fields: Iterator[str], vocab_size: int, boundary: bool,
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
-            character_coverage=CHARACTER_COVERAGE,
+            character_coverage=0.9999,  # Share of the text whose characters become tokens; rarer ones become bytes.
             normalization_rule_name="identity",  # `normalize` has done it.
             remove_extra_whitespaces=False,
             max_sentence_length=1 << 30,  # In bytes: longer lines would be left out silently.
             user_defined_symbols=list(FIELD_ENDS),
             control_symbols=[MASK] if mask else [],
-            pad_id=pad,
-            bos_id=bos,
-            unk_id=unk,  # sentencepiece requires one; with byte fallback it never occurs.
+            pad_id=int(mask),
+            bos_id=1 - mask if boundary else -1,
+            unk_id=2 if boundary else 1 - mask,  # sentencepiece requires one; with byte fallback it never occurs.
             eos_id=-1,
             minloglevel=2,
         )
@@ -190,10 +185,8 @@ def _from_sentencepiece(model: bytes, config: TokenizerConfig) -> tokenizers.Tok
     merges = []
     for token in sorted(vocabulary, key=lambda t: -processor.GetScore(vocabulary[t])):
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        merges += sorted(
-            ((left, right) for left, right in splits if left in vocabulary and right in vocabulary),
-            key=lambda split: (vocabulary[split[0]], vocabulary[split[1]]),
-        )
+        known = [split for split in splits if all(part in vocabulary for part in split)]
+        merges += sorted(known, key=lambda split: [vocabulary[part] for part in split])
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token=UNKNOWN, fuse_unk=False)
     )

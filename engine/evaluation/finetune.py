@@ -4,12 +4,8 @@
     <data>/msgs_filtered/<set>.train.json, <set>.validation.json           `sentence` and `label` (Warstadt et al. 2020)
 
 The whole model trains with a new head, which reads the hidden state of the last token, because that has seen all the
-others; for a masked model it reads the first token's state before the layer that predicts. The recipes:
-
-    babylm-2025   the head, optimizer, schedule and hyperparameters of BabyLM 2025's own code, which chooses the epoch
-                  by the validation part: `score` is the best epoch's and `strict_score` the last one's
-    baby-llama    learning rate, batch, epochs and seed of each task as on Baby Llama's model card, the rest as Hugging
-                  Face's trainer has it (linear decay, no weight decay, gradients clipped at 1), and the same head
+others; for a masked model it reads the first token's state before the layer that predicts. The epoch is chosen by the
+validation part, as in BabyLM 2025's own code: `score` is the best epoch's and `strict_score` the last one's.
 
 Every set with every seed is a job: a student in the engine's own step, whose targets are classes instead of tokens. The
 ranks share out each batch. A job that was stopped goes on from its last whole epoch, bit for bit.
@@ -23,7 +19,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +28,7 @@ from engine.config.settings import FinetuneConfig, ObjectiveConfig, OptimizerCon
 from engine.data.batches import IGNORED, Batch, Step
 from engine.data.tokenizer import Tokenizer
 from engine.evaluation.log_probabilities import TokenTree, collate, plan_batches, single_text
-from engine.evaluation.metrics import SetScore, TaskScore, binomial_error
+from engine.evaluation.metrics import SetScore, TaskScore, binomial_error, pearson
 from engine.evaluation.tasks import folder_of, json_lines
 from engine.models.base import LanguageModel
 from engine.models.classifier import DROPOUT, Classifier
@@ -42,7 +37,7 @@ from engine.students.coefficients import LossWeighting
 from engine.students.cohort import Cohort
 from engine.students.gradients import accumulate
 from engine.students.schedule import schedule_factor
-from engine.students.student import Student, set_weights
+from engine.students.student import Student
 from engine.system.distributed import Runtime
 from engine.system.errors import UserError
 from engine.system.files import write_text, written_aside
@@ -71,9 +66,6 @@ MSGS = (  # BabyLM 2023's: five features by themselves, and six pairs of a lingu
 )
 
 
-CLASSIFICATION = tuple(TEXTS)
-
-
 @dataclass(frozen=True)
 class Settings:
     learning_rate: float = 3e-5
@@ -91,13 +83,13 @@ class Recipe:
 
 
 RECIPES = {
-    "babylm-2025": Recipe(
+    "babylm-2025": Recipe(  # the same as in BabyLM 2025's own code
         Settings(),
         {"boolq": Settings(batch=16), "multirc": Settings(batch=16), "wsc": Settings(epochs=30)},
         OptimizerConfig(betas=(0.9, 0.999), weight_decay=0.01, clip=0.0, min_lr_ratio=0.1),
         warmup=0.06,
     ),
-    "baby-llama": Recipe(
+    "baby-llama": Recipe(  # settings as on Baby Llama's model card; the rest is Hugging Face's trainer's
         Settings(5e-5, 64, 6, 12),
         {
             "boolq": Settings(3e-4, 16, 10, 12),
@@ -178,8 +170,8 @@ def finetune(
     """
     recipe = RECIPES[config.recipe]
     say = say if runtime.is_main_process else lambda _: None
-    overrides = {name: getattr(config, name) for name in ("learning_rate", "batch", "epochs")}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
+    names = ("learning_rate", "batch", "epochs")
+    overrides = {name: value for name in names if (value := getattr(config, name)) is not None}
     scores = []
     for dataset in datasets:
         usual = recipe.by_task.get(dataset.task, recipe.usual)
@@ -200,7 +192,6 @@ def finetune(
 
 
 def _identity(model: LanguageModel, dataset: Dataset, recipe: Recipe, settings: Settings) -> str:
-    """Returns a hash of all that decides a job's result."""
     digest = hashlib.sha256(repr((dataset, recipe.optimizer, recipe.warmup, settings)).encode())
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().numpy().tobytes())
@@ -210,12 +201,12 @@ def _identity(model: LanguageModel, dataset: Dataset, recipe: Recipe, settings: 
 def _score(dataset: Dataset, seed: int, predictions: list[list[int]]) -> SetScore:
     """Returns the score of the predictions after every epoch: MSGS by Matthews' correlation, the rest by accuracy.
 
-    The best epoch of MRPC and QQP is that of the highest F1, as in BabyLM 2025.
+    Matthews' correlation is Pearson's of two classes. The best epoch of MRPC and QQP has the highest F1, as in BabyLM.
     """
     labels = np.array(dataset.validation.labels)
-    chooses_epoch = {"msgs": _matthews, "mrpc": _f1, "qqp": _f1}.get(dataset.task, _accuracy)
+    measure = pearson if dataset.task == "msgs" else _accuracy
+    chooses_epoch = _f1 if dataset.task in ("mrpc", "qqp") else measure
     best = max(map(np.array, predictions), key=lambda predicted: chooses_epoch(predicted, labels))
-    measure = _matthews if dataset.task == "msgs" else _accuracy
     score, last = measure(best, labels), measure(np.array(predictions[-1]), labels)
     name, items = f"{dataset.name}, seed {seed}", len(labels)
     if dataset.task == "msgs":
@@ -234,51 +225,44 @@ def _f1(predicted: np.ndarray, labels: np.ndarray) -> float:
     return float(2 * true_positives / max(1, (predicted == 1).sum() + (labels == 1).sum()))
 
 
-def _matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Returns Matthews' correlation of two classes, or 0 where one of them never occurs."""
-    return float(np.corrcoef(predicted, labels)[0, 1]) if predicted.std() > 0 and labels.std() > 0 else 0.0
-
-
+@dataclass
 class _Job:
     """The training of a copy of the model on one set with one seed.
 
     Every example is a tree of one text, whose one target is its label (engine.evaluation.log_probabilities).
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        settings: Settings,
-        recipe: Recipe,
-        model: LanguageModel,
-        tokenizer: Tokenizer,
-        runtime: Runtime,
-        say: Callable[[str], None],
-    ) -> None:
-        self.dataset, self.settings, self.model, self.runtime, self.say = dataset, settings, model, runtime, say
-        self.masked, longest = not model.shape.causal, min(LONGEST, model.shape.max_length)
+    dataset: Dataset
+    settings: Settings
+    recipe: Recipe
+    model: LanguageModel
+    tokenizer: Tokenizer
+    runtime: Runtime
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.masked, longest = not self.model.shape.causal, min(LONGEST, self.model.shape.max_length)
         self.train, self.validation = (
-            _trees(examples, tokenizer, longest, say, dataset.name, at_first=self.masked)
-            for examples in (dataset.train, dataset.validation)
+            _trees(examples, self.tokenizer, longest, self.say, self.dataset.name, at_first=self.masked)
+            for examples in (self.dataset.train, self.dataset.validation)
         )
-        self.steps_per_epoch = -(-len(self.train) // settings.batch)
-        self.steps = settings.epochs * self.steps_per_epoch
-        self.optimizer = replace(recipe.optimizer, warmup=int(recipe.warmup * self.steps))
-        self.coefficients = LossWeighting(ObjectiveConfig(), 1, runtime.device).coefficients()
+        self.steps_per_epoch = -(-len(self.train) // self.settings.batch)
+        self.steps = self.settings.epochs * self.steps_per_epoch
+        self.optimizer = replace(self.recipe.optimizer, warmup=int(self.recipe.warmup * self.steps))
+        self.coefficients = LossWeighting(ObjectiveConfig(), 1, self.runtime.device).coefficients()
         self.history: list[list[int]] = []  # the predictions after every epoch
 
     def run(self, state: Path) -> list[list[int]]:
-        """Trains from the epoch on that `state` holds, and returns the predictions after every epoch; a collective
-        call."""
+        """Trains from the epoch on that `state` holds; returns the predictions after every epoch; a collective call."""
         student, settings = self._student(state), self.settings
         cohort = Cohort([student], self.runtime)
         labels = np.array(self.dataset.validation.labels)
-        while len(self.history) < settings.epochs:
-            loss = self._epoch(cohort, len(self.history))
+        for epoch in range(len(self.history), settings.epochs):
+            loss = self._epoch(cohort, epoch)
             self.history.append(self._predict(cohort))
             accuracy = _accuracy(np.array(self.history[-1]), labels)
             self.say(
-                f"{self.dataset.name}, seed {settings.seed}, epoch {len(self.history)} of {settings.epochs}: "
+                f"{self.dataset.name}, seed {settings.seed}, epoch {epoch + 1} of {settings.epochs}: "
                 f"loss {loss:.4f}, accuracy {accuracy:.2%}"
             )
             saved = {"history": self.history, "student": student.state()}
@@ -288,24 +272,22 @@ class _Job:
         return self.history
 
     def _student(self, state: Path) -> Student:
-        settings, shape = self.settings, self.model.shape
+        shape = self.model.shape
         with torch.random.fork_rng():
             body = new_model(shape)
         body.load_state_dict(self.model.state_dict())
-        classifier = Classifier(body, self.dataset.classes, settings.seed)
-        saved: dict[str, Any] | None = torch.load(state) if state.is_file() else None
-        self.runtime.barrier()  # No rank writes the next state while another still looks for this one.
-        if saved is not None:
-            set_weights(classifier, saved["student"])
-            self.history = saved["history"]
+        rate, seed = self.settings.learning_rate, self.settings.seed
+        classifier = Classifier(body, self.dataset.classes, seed)
         size = shape.layers, shape.hidden, shape.heads, shape.ffn
-        rate, seed = settings.learning_rate, settings.seed
         config = StudentConfig(self.dataset.name, *size, dropout=DROPOUT, learning_rate=rate, seed=seed)
         student = Student(config, classifier, TrainConfig(zero_stage=0), self.optimizer, self.runtime)
         for group in student.optimizer.param_groups:
             group["weight_decay"] = self.optimizer.weight_decay  # In BabyLM 2025's code vectors decay too.
-        if saved is not None:
+        if state.is_file():
+            saved = torch.load(state)
+            self.history = saved["history"]
             student.restore(saved["student"], len(self.history) * self.steps_per_epoch)
+        self.runtime.barrier()  # No rank writes the next state while another still looks for this one.
         return student
 
     def _epoch(self, cohort: Cohort, epoch: int) -> float:
@@ -338,15 +320,17 @@ class _Job:
 
         A rank for which no example is left gets one that does not count, because every rank takes part in a step.
         """
-        batches = []
-        for indices in plan_batches(trees, self.runtime.world_size, padding=not self.masked):
-            mine = [trees[i] for i in indices[self.runtime.rank :: self.runtime.world_size]]
-            if mine:
-                batches.append(self._batch(mine, epoch))
+        batches = [self._batch([trees[i] for i in mine], epoch) for mine in self._shares(trees)]
         if not batches:
             idle = self._batch([trees[0]], epoch)
             batches.append(replace(idle, targets_N=torch.full_like(idle.targets_N, IGNORED)))
         return batches
+
+    def _shares(self, trees: Sequence[TokenTree]) -> list[list[int]]:
+        """Returns this rank's part of every batch, where it has one, as indices of trees."""
+        rank, world_size = self.runtime.rank, self.runtime.world_size
+        batches = plan_batches(trees, world_size, padding=not self.masked)
+        return [indices[rank::world_size] for indices in batches if len(indices) > rank]
 
     def _batch(self, trees: Sequence[TokenTree], epoch: int) -> Batch:
         """Returns examples as a batch. Their dropout depends on their numbers and the epoch."""
@@ -359,13 +343,11 @@ class _Job:
         (student,) = cohort
         predicted = torch.zeros(len(self.validation), dtype=torch.float64, device=self.runtime.device)
         with cohort.evaluating():
-            for indices in plan_batches(self.validation, self.runtime.world_size, padding=not self.masked):
-                mine = indices[self.runtime.rank :: self.runtime.world_size]
-                if mine:
-                    batch = self._batch([self.validation[i] for i in mine], 0)
-                    logits_NC = F.linear(*student.project(student.body(batch)))
-                    finite_N = logits_NC.isfinite().all(-1)  # The largest of NaNs would be class 0.
-                    predicted[mine] = torch.where(finite_N, logits_NC.argmax(-1).double(), torch.nan)
+            for mine in self._shares(self.validation):
+                batch = self._batch([self.validation[i] for i in mine], 0)
+                logits_NC = F.linear(*student.project(student.body(batch)))
+                finite_N = logits_NC.isfinite().all(-1)  # The largest of NaNs would be class 0.
+                predicted[mine] = torch.where(finite_N, logits_NC.argmax(-1).double(), torch.nan)
         classes = self.runtime.all_reduce_sum(predicted)
         if not all(map(math.isfinite, classes)):
             raise UserError(f"{self.dataset.name}: predictions are not finite: lower finetune.learning_rate")

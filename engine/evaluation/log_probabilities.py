@@ -41,14 +41,10 @@ class TokenTree:
 
     tokens: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)  # per token: its position in its own text
-    subtree_ends: list[int] = field(
-        default_factory=list
-    )  # per token: the index behind the last token that attends to it
+    subtree_ends: list[int] = field(default_factory=list)  # per token: as in the table above
     rows: list[int] = field(default_factory=list)  # indices of the tokens whose hidden states predict something
     targets: list[int] = field(default_factory=list)  # the tokens to predict
-    state_ids: list[int] = field(
-        default_factory=list
-    )  # per target: the index into `rows` of the state that predicts it
+    state_ids: list[int] = field(default_factory=list)  # per target: where in `rows` the token is that predicts it
     text_ids: list[int] = field(default_factory=list)  # per target: the text that it belongs to
 
 
@@ -96,21 +92,15 @@ def causal_trees(texts: Sequence[list[int]], scored_from: Sequence[int], *, shar
         tree.subtree_ends.extend([0] * (len(inputs) - common))
         for index in path:
             tree.subtree_ends[index] = len(tree.tokens)
-        _add_targets(tree, i, texts[i], path, max(scored_from[i], 1))
         last_inputs = inputs
+        first = max(scored_from[i], 1)
+        for row, target in zip(path[first - 1 :], texts[i][first:], strict=True):
+            if row not in tree.rows:
+                tree.rows.append(row)
+            tree.state_ids.append(tree.rows.index(row))
+            tree.targets.append(target)
+            tree.text_ids.append(i)
     return trees
-
-
-def _add_targets(tree: TokenTree, text_id: int, text: list[int], path: list[int], first: int) -> None:
-    """Adds the tokens of a text from index `first` on as targets; the token before each of them predicts it."""
-    state_ids = {row: state_id for state_id, row in enumerate(tree.rows)}
-    for row in path[first - 1 :]:
-        if row not in state_ids:
-            state_ids[row] = len(tree.rows)
-            tree.rows.append(row)
-        tree.state_ids.append(state_ids[row])
-    tree.targets.extend(text[first:])
-    tree.text_ids.extend([text_id] * (len(text) - first))
 
 
 def common_prefix_length(texts: Sequence[list[int]]) -> int:
@@ -128,12 +118,8 @@ def single_text(ids: list[int], row: int, target: int, text_id: int) -> TokenTre
 def masked_copies(ids: list[int], scored: Sequence[int], mask: int, text_id: int) -> list[TokenTree]:
     """Returns the copies of a text whose log-probabilities add up to its pseudo-log-likelihood.
 
-    In each copy one token is masked and predicted (Salazar et al. 2020, eq. 1).
-
-    Args:
-        ids: the text's tokens, with those that the model wants before and behind a text.
-        scored: the indices of the tokens to predict.
-        mask: the mask token.
+    In each copy one of the tokens `scored` is masked and predicted (Salazar et al. 2020, eq. 1). `ids` begins and ends
+    with the tokens that the model wants before and behind a text.
     """
     return [single_text([*ids[:i], mask, *ids[i + 1 :]], i, ids[i], text_id) for i in scored]
 
@@ -213,10 +199,7 @@ def collate(trees: Sequence[TokenTree], device: torch.device) -> TreeBatch:
 
 
 def model_log_probabilities(models: Sequence[LanguageModel], omega: Sequence[float] | None = None) -> LogProbabilities:
-    """Returns a function that scores batches by models of one vocabulary and, where there are several, their ensemble.
-
-    `omega` [S] weights the ensemble; None weights all models alike.
-    """
+    """Returns `target_log_probabilities` as a function of a batch, for models of one vocabulary."""
 
     def log_probabilities(batch: TreeBatch) -> Tensor:
         streams = []

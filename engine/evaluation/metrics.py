@@ -83,9 +83,7 @@ def accuracy(
 ) -> SetScore:
     """Returns the share of items whose first answer is the likeliest.
 
-    Args:
-        scores: per item, each answer's log-probability.
-        lengths: per item, each answer's length in tokens, for the baseline.
+    `scores` holds each answer's log-probability per item, `lengths` each answer's length in tokens for the baseline.
     """
     items = len(scores)
     score = sum(item[0] == max(item) for item in scores) / items
@@ -103,10 +101,8 @@ def correlation(
 ) -> SetScore:
     """Returns Spearman's rank correlation with people's judgements; its standard error is from Fisher's z.
 
-    Args:
-        differences: per item, the model's log-probability of the first answer minus that of the second.
-        human: per item, what people prefer.
-        lengths: per item, both answers' lengths in tokens, for the baseline.
+    Per item, `differences` holds the model's log-probability of the first answer minus that of the second, `human` what
+    people prefer, and `lengths` both answers' lengths in tokens for the baseline.
     """
     r, items = _spearman(differences, human), len(human)
     baseline = abs(_spearman([first - second for first, second in lengths], human))
@@ -114,9 +110,12 @@ def correlation(
 
 
 def _spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Returns Spearman's rank correlation, or 0 where all values of x, or of y, are equal."""
-    a, b = (_ranks(np.asarray(values, dtype=float)) for values in (x, y))
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
+    return pearson(_ranks(np.asarray(x, dtype=float)), _ranks(np.asarray(y, dtype=float)))
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Returns Pearson's correlation, or 0 where all values of x, or of y, are equal."""
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from engine.config.loading import as_dict, read_yaml
 from engine.config.settings import ScoreConfig
 from engine.data.tokenizer import Tokenizer
-from engine.evaluation.finetune import CLASSIFICATION, finetune, read_datasets
+from engine.evaluation.finetune import TEXTS, finetune, read_datasets
 from engine.evaluation.log_probabilities import model_log_probabilities
 from engine.evaluation.metrics import SetScore, TaskScore
 from engine.evaluation.tasks import ZERO_SHOT, read_tasks
@@ -40,12 +40,11 @@ def score_model(config: ScoreConfig) -> dict[str, list[TaskScore]]:
     the settings, the model's folder or the tasks' files, before anything is computed.
     """
     for name in config.tasks:
-        if name not in (*ZERO_SHOT, *CLASSIFICATION):
-            known = ", ".join((*ZERO_SHOT, *CLASSIFICATION))
-            raise UserError(f"tasks: {name!r} is not known: expected some of {known}")
+        if name not in (*ZERO_SHOT, *TEXTS):
+            raise UserError(f"tasks: {name!r} is not known: expected some of {', '.join((*ZERO_SHOT, *TEXTS))}")
     model_path, data = Path(config.model), Path(config.data)
     tasks = read_tasks([name for name in config.tasks if name in ZERO_SHOT], data)
-    classification = [read_datasets(name, data) for name in config.tasks if name in CLASSIFICATION]
+    classification = [read_datasets(name, data) for name in config.tasks if name in TEXTS]
     models, tokenizer = load_models(model_path)
     runtime = init_distributed()
     for model in models.values():

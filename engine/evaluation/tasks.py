@@ -30,6 +30,8 @@ from engine.system.errors import UserError
 EYE_TRACKING = ("RTfirstfix", "RTfirstpass", "RTgopast", "RTrightbound")
 CONTROLS = ("Subtlex_log10", "length", "context_length")
 SELF_PACED = "self_paced_reading_time"
+READING_TEXTS = ("item", "word", "prev_item", "prev_word")
+READING_NUMBERS = (*CONTROLS, "prev_length", *EYE_TRACKING, SELF_PACED)
 
 Numbers = Sequence[Sequence[float]]
 
@@ -73,15 +75,13 @@ def json_lines(file: Path, **types: type) -> Iterator[dict]:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
     # JSON may hold line separators that splitlines would split at.
     for number, line in enumerate(text.split("\n") if text else [], 1):
-        item: dict = {}
         try:
             item = json.loads(line)
-            valid = all(isinstance(item[key], kind) and item[key] != "" for key, kind in types.items())
+            if not all(isinstance(item[key], kind) and item[key] != "" for key, kind in types.items()):
+                raise TypeError
         except (json.JSONDecodeError, KeyError, TypeError):
-            valid = False
-        if not valid:
             expected = " and ".join(f"{key} ({kind.__name__})" for key, kind in types.items())
-            raise UserError(f"{file}:{number}: expected {expected} in a JSON object; fetch the file again")
+            raise UserError(f"{file}:{number}: expected {expected} in a JSON object; fetch the file again") from None
         yield item
 
 
@@ -103,10 +103,7 @@ def minimal_pairs(name: str, path: Path, sets: int | None = None) -> Task:
 
 
 def _items(name: str, path: Path, sets: int | None, **types: type) -> Iterator[tuple[Path, int, dict]]:
-    """Yields file, line and item for every item of a JSON-lines file, or of all in a folder.
-
-    Raises UserError where there are no items in a file, or files for another number of sets than `sets`.
-    """
+    """Yields file, line and item for every item of a JSON-lines file, or of all in a folder."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"{name}={path}: expected a file or folder of *.jsonl: fetch it, or leave the task out")
@@ -149,11 +146,11 @@ def _pairs(*choices: str, sets: int) -> Callable[[str, Path], Task]:
 
 
 def _ewok(name: str, data: Path) -> Task:
-    questions = []
     folder = folder_of(name, data, "ewok_filtered", "ewok_fast", "ewok")
-    for _, _, item in _items(name, folder, 11, Context1=str, Target1=str, Target2=str, Domain=str):
-        answers = tuple(f"{item['Context1']} {item[target]}" for target in ("Target1", "Target2"))
-        questions.append(Question(item["Domain"], answers))
+    questions = [
+        Question(item["Domain"], tuple(f"{item['Context1']} {item[target]}" for target in ("Target1", "Target2")))
+        for _, _, item in _items(name, folder, 11, Context1=str, Target1=str, Target2=str, Domain=str)
+    ]
     return Task(name, questions, accuracies)
 
 
@@ -194,8 +191,7 @@ def _reading(name: str, data: Path) -> Task:
     one token.
     """
     rows = _reading_rows(name, folder_of(name, data, "reading") / "reading_data.csv")
-    numeric = (*CONTROLS, "prev_length", *EYE_TRACKING, SELF_PACED)
-    columns = {key: np.array([float(row[key] or "nan") for row in rows]) for key in numeric}
+    columns = {key: np.array([float(row[key] or "nan") for row in rows]) for key in READING_NUMBERS}
     # The published file has an empty context for a sentence that begins with "None", which was read as a gap.
     questions = [Question(name, (row["word"],), row["item"] or "None") for row in rows]
     questions += [Question(name, (row["prev_word"],), row["prev_item"]) for row in rows if row["prev_word"]]
@@ -224,20 +220,17 @@ def _reading_rows(name: str, file: Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(lines))
     if not rows:
         raise UserError(f"{name}: {file} holds no words: fetch it again, or leave the task out")
-    texts = ("item", "word", "prev_item", "prev_word")
     for number, row in enumerate(rows, 2):
-        for key in (*texts, *CONTROLS, "prev_length", *EYE_TRACKING, SELF_PACED):
-            if row.get(key) is None or (key not in texts and not _is_number(row[key] or "0")):
-                expected = "a text" if key in texts else "a number"
-                raise UserError(f"{file}:{number}: {key}={row.get(key)!r}: expected {expected}; fetch the file again")
+        for key in (*READING_TEXTS, *READING_NUMBERS):
+            value = row.get(key)
+            try:
+                valid = value is not None and (key in READING_TEXTS or math.isfinite(float(value or "0")))
+            except ValueError:
+                valid = False
+            if not valid:
+                expected = "a text" if key in READING_TEXTS else "a number"
+                raise UserError(f"{file}:{number}: {key}={value!r}: expected {expected}; fetch the file again")
     return rows
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 ZERO_SHOT: dict[str, Callable[[str, Path], Task]] = {

@@ -1,6 +1,6 @@
 """Zero-shot questions as token ids, prepared once and answered by one model or several as often as wanted.
 
-S models, I texts.
+S models, I texts (i of one question).
 """
 
 from collections.abc import Sequence
@@ -42,22 +42,26 @@ class ZeroShot:
 
         Raises UserError for a text longer than `max_length` allows, and where masked models have no mask token.
         """
-        self.tasks, self.runtime, self.masked, self._max_length = tasks, runtime, masked, max_length
+        self.tasks, self.runtime, self.masked = tasks, runtime, masked
         self.lengths: list[list[int]] = []  # per question, each answer's length in tokens
         texts: list[list[int]] = []
         scored_from: list[int] = []  # per text: where the answers to its question part, or where the only answer begins
         end = [tokenizer.end] if masked and tokenizer.end is not None else []
         boundary = [] if tokenizer.boundary is None else [tokenizer.boundary]
-        contexts = sorted({question.context for task in tasks for question in task.questions if question.context})
-        encoded_contexts = dict(zip(contexts, tokenizer.encode_batch(contexts), strict=True))
         answers = [answer for task in tasks for question in task.questions for answer in question.answers]
         encoded_answers = iter(tokenizer.encode_batch(answers))
         for task in tasks:
             for question in task.questions:
-                before = boundary + encoded_contexts.get(question.context, [])
+                before = boundary + (tokenizer.encode(question.context) if question.context else [])
                 ids = [before + next(encoded_answers) for _ in question.answers]
                 for answer, tokens in zip(question.answers, ids, strict=True):
-                    self._require_fit(task.name, question.context + answer, len(tokens) + len(end))
+                    size = len(tokens) + len(end)
+                    # A causal model only predicts the last token, which so needs no position.
+                    if size > max_length + (not masked):
+                        raise UserError(
+                            f"{task.name}: {question.context + answer!r}: {size} tokens are more than the models' "
+                            f"max_length={max_length}: take a model with a larger one, or leave the task out"
+                        )
                 self.lengths.append([len(tokens) - len(before) for tokens in ids])
                 scored_from += [len(before) if len(ids) == 1 else common_prefix_length(ids)] * len(ids)
                 texts += ids
@@ -73,25 +77,14 @@ class ZeroShot:
             for tree in masked_copies(ids + end, range(len(ids) - length, len(ids)), tokenizer.mask, text_id=i)
         ]
 
-    def _require_fit(self, task: str, text: str, size: int) -> None:
-        # A causal model only predicts the last token, which so needs no position.
-        if size > self._max_length + (not self.masked):
-            raise UserError(
-                f"{task}: {text!r}: {size} tokens are more than the models' max_length={self._max_length}: take a "
-                "model with a larger one, or leave the task out"
-            )
-
     def answers(self, log_probabilities: LogProbabilities) -> list[list[list[float]]]:
         """Returns per model and question each answer's log-probability in nats; a collective call.
 
         A causal model's is counted from where the answers part. Raises UserError where one is not finite.
         """
         scores_SI = score_texts(self.trees, self.texts, log_probabilities, self.runtime, padding=not self.masked)
-        answers = []
-        for scores_I in scores_SI.tolist():
-            scores = iter(scores_I)
-            answers.append([[next(scores) for _ in lengths] for lengths in self.lengths])
-        return answers
+        counts = [len(lengths) for lengths in self.lengths]
+        return [[scores_i.tolist() for scores_i in scores_I.split(counts)] for scores_I in scores_SI]
 
     def scores(self, log_probabilities: LogProbabilities) -> list[list[TaskScore]]:
         """Returns each model's scores of all tasks, last the ensemble's where there are several; a collective call."""

@@ -38,10 +38,8 @@ class Shape:
     causal: ClassVar[bool] = True  # whether a position sees only those before it; otherwise tokens are masked
     shares_prefixes: ClassVar[bool] = False  # whether the family has `LanguageModel.tree_states`
     mlp_matrices: ClassVar[int] = 2  # matrices [hidden, ffn] of one block
-    foreign_settings: ClassVar[tuple[str, ...]] = (
-        "kv_heads",
-        "rope_theta",
-    )  # fields of StudentConfig that the family lacks
+    head_matrices: ClassVar[int] = 0  # matrices [hidden, hidden] between the last block and the logits
+    foreign_settings: ClassVar[tuple[str, ...]] = ("kv_heads", "rope_theta")  # those of StudentConfig it lacks
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
@@ -49,7 +47,7 @@ class Shape:
 
     @classmethod
     def from_settings(cls, student: StudentConfig, vocab_size: int) -> Self:
-        """Returns the shape that a student's settings describe.
+        """Returns the shape that a student's settings describe; a setting that is null takes the family's default.
 
         Raises UserError for a setting that the family does not have.
         """
@@ -85,11 +83,6 @@ class Shape:
         return self.hidden
 
     @property
-    def head_matrices(self) -> int:
-        """Matrices [hidden, hidden] between the last block and the logits."""
-        return 0
-
-    @property
     def weight_shape(self) -> Self:
         """This shape without what its weights do not depend on; models of equal weight shapes share weight files."""
         return replace(self, dropout=0.0)
@@ -106,6 +99,8 @@ class LanguageModel(nn.Module, ABC):
     The loss multiplies by the head itself, so that logits never exist for a whole batch.
     """
 
+    lm_head: Any
+
     def __init__(self, shape: Shape, *, recompute: bool = False) -> None:
         """With `recompute` the backward pass computes the blocks' activations again instead of keeping them."""
         super().__init__()
@@ -117,9 +112,9 @@ class LanguageModel(nn.Module, ABC):
         """The embedding of the tokens."""
 
     @property
-    @abstractmethod
     def head(self) -> Tensor:
         """The weight [V, D] that makes logits of hidden states."""
+        return self.lm_head.weight
 
     @property
     def head_bias(self) -> Tensor | None:
@@ -129,7 +124,17 @@ class LanguageModel(nn.Module, ABC):
     def tie_head(self) -> None:
         """Shares the embedding's weight with the output head, where the shape says so."""
         if self.shape.tied:
-            self.get_submodule("lm_head").weight = self.embedding.weight
+            self.lm_head.weight = self.embedding.weight
+
+    @abstractmethod
+    def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None, dropout_seeds_B: Tensor | None = None) -> Tensor:
+        """Returns the hidden states [N, D] of the rows to predict.
+
+        Args:
+            tokens_BL: [B, L] int64; masked, where the model predicts masked tokens.
+            rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
+            dropout_seeds_B: [B] int64, one seed per sequence (engine.models.dropout); read in training only.
+        """
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """Returns what `block` does; where the model recomputes, only the inputs are kept for the backward pass."""

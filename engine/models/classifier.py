@@ -43,13 +43,7 @@ class Classifier(LanguageModel):
         return self.out.bias
 
     def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None, dropout_seeds_B: Tensor | None = None) -> Tensor:
-        """Returns the hidden states [N, D] of the examples.
-
-        Args:
-            tokens_BL: [B, L] int64, one example per sequence.
-            rows_N: [N] int64, the position in the flattened batch that each example is read off.
-            dropout_seeds_B: [B] int64, one seed per example (engine.models.dropout); read in training only.
-        """
+        """Returns the hidden states [N, D] of the examples, one per sequence; each is read off its place in rows_N."""
         dropout_seeds_B = seeds_in_use(dropout_seeds_B, DROPOUT, training=self.training)
         x_ND = self.body.states(tokens_BL, rows_N, dropout_seeds_B)
         x_ND = F.gelu(self.dense(F.layer_norm(x_ND, x_ND.shape[-1:])))

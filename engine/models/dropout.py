@@ -18,12 +18,7 @@ _GOLDEN = 0x9E3779B9  # 2^32/φ: its multiples spread evenly.
 
 
 def dropout_seeds(seed: int, samples_B: Tensor) -> Tensor:
-    """Returns one seed per sequence, [B] int64.
-
-    Args:
-        seed: the model's.
-        samples_B: [B] int64, the sequences' numbers, which differ in every step.
-    """
+    """Returns one seed per sequence, [B] int64, from the model's and the sequences' numbers, which differ each step."""
     return _mix(samples_B + seed * _GOLDEN % 2**63)
 
 

@@ -78,18 +78,7 @@ class GPT2(LanguageModel):
     def embedding(self) -> nn.Embedding:
         return self.wte
 
-    @property
-    def head(self) -> Tensor:
-        return self.lm_head.weight
-
     def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None, dropout_seeds_B: Tensor | None = None) -> Tensor:
-        """Returns the hidden states [N, D] of the rows to predict.
-
-        Args:
-            tokens_BL: [B, L] int64.
-            rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
-            dropout_seeds_B: [B] int64, one seed per sequence (engine.models.dropout); read in training only.
-        """
         length = check_length(tokens_BL, self.shape.max_length)
         dropout_seeds_B = seeds_in_use(dropout_seeds_B, self.shape.dropout, training=self.training)
         x_BLD = self.wte(tokens_BL) + self.wpe(torch.arange(length, device=tokens_BL.device))

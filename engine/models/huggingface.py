@@ -1,7 +1,5 @@
 """Writes models as Hugging Face folders and reads them back: `LlamaForCausalLM`, `GPT2LMHeadModel` or
 `RobertaForMaskedLM` with its weights as safetensors and a fast tokenizer of the same ids.
-
-V vocabulary.
 """
 
 import json
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.config.settings import StudentConfig
 from engine.data import tokenizer as tokenization
@@ -29,11 +27,9 @@ OMEGA = "omega.json"  # beside a run's exported students: their weights ω by na
 
 _COMMON_FIELDS = ("layers", "hidden", "heads", "ffn", "max_length", "norm_eps")
 _KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings")
-_HEAD = "lm_head."
 _TIED_WEIGHTS = ("lm_head.weight", "lm_head.decoder.weight", "lm_head.decoder.bias")  # stored twice
-_UNUSED = re.compile(
-    r"\battn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|embeddings\.position_ids$|^roberta\.pooler\."
-)  # Older folders store these beside the weights that are used.
+# Older folders store these beside the weights that are used.
+_UNUSED = re.compile(r"\battn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|embeddings\.position_ids$|^roberta\.pooler\.")
 
 
 @dataclass(frozen=True)
@@ -49,12 +45,6 @@ class _Format:
     transposed: str = "$^"  # pattern of the names of weights that are stored as [in, out]
 
 
-def _write_llama(shape: Any) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
-    heads = {"num_key_value_heads": shape.kv_heads, "head_dim": shape.head_width}
-    return {**heads, "rope_theta": shape.rope_theta, "rope_parameters": rope}
-
-
 def _read_llama(config: dict[str, Any], key: str) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":  # Folders of transformers 4 say `type`.
@@ -67,37 +57,18 @@ def _read_llama(config: dict[str, Any], key: str) -> dict[str, Any]:
     }
 
 
-def _write_gpt2(shape: Any) -> dict[str, Any]:
-    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout)
-
-
-def _read_gpt2(config: dict[str, Any], key: str) -> dict[str, Any]:
-    return {
-        "tied": config.get("tie_word_embeddings", True),
-        "ffn": config.get("n_inner") or 4 * config["n_embd"],
-    }
-
-
-def _write_roberta(shape: Any) -> dict[str, Any]:
-    return {
-        **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), shape.dropout),
-        "pad_token_id": shape.padding,
-        "max_position_embeddings": shape.max_length + shape.padding + 1,
-    }
-
-
-def _read_roberta(config: dict[str, Any], key: str) -> dict[str, Any]:
-    padding = config["pad_token_id"]
-    return {"padding": padding, "max_length": config["max_position_embeddings"] - padding - 1}
-
-
 _FORMATS = {
     "llama": _Format(
         architecture="LlamaForCausalLM",
         prefix="model.",
         keys=(*_KEYS, "rms_norm_eps"),
         fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-        write_rest=_write_llama,
+        write_rest=lambda shape: {
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_width,
+            "rope_theta": shape.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        },
         read_rest=_read_llama,
     ),
     "gpt2": _Format(
@@ -110,8 +81,11 @@ _FORMATS = {
             "scale_attn_by_inverse_layer_idx": False,
             "add_cross_attention": False,
         },
-        write_rest=_write_gpt2,
-        read_rest=_read_gpt2,
+        write_rest=lambda shape: dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout),
+        read_rest=lambda config, key: {
+            "tied": config.get("tie_word_embeddings", True),
+            "ffn": config.get("n_inner") or 4 * config["n_embd"],
+        },
         transposed=r"\b(c_attn|c_fc|c_proj)\.weight$",
     ),
     "roberta": _Format(
@@ -125,8 +99,16 @@ _FORMATS = {
             "tie_word_embeddings": True,
             "is_decoder": False,
         },
-        write_rest=_write_roberta,
-        read_rest=_read_roberta,
+        write_rest=lambda shape: {
+            "hidden_dropout_prob": shape.dropout,
+            "attention_probs_dropout_prob": shape.dropout,
+            "pad_token_id": shape.padding,
+            "max_position_embeddings": shape.max_length + shape.padding + 1,
+        },
+        read_rest=lambda config, key: {
+            "padding": config["pad_token_id"],
+            "max_length": config["max_position_embeddings"] - config["pad_token_id"] - 1,
+        },
     ),
 }
 
@@ -136,15 +118,11 @@ def export_model(
     shape: Shape,
     weights: Mapping[str, Tensor],
     tokenizer: Tokenizer,
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str] = {},
 ) -> None:
-    """Writes `folder` whole: config.json, model.safetensors (fp32), the tokenizer and the extra text files.
+    """Writes `folder` whole: config.json, model.safetensors (fp32), the tokenizer and the extra files' texts by name.
 
-    Args:
-        weights: the model's parameters by their own names.
-        extra_files: contents by file name.
-
-    Raises UserError where the disk refuses.
+    The model's `weights` have their own names, not Hugging Face's. Raises UserError where the disk refuses.
     """
     try:
         with written_aside(folder) as aside:
@@ -152,7 +130,7 @@ def export_model(
             (aside / "config.json").write_text(json.dumps(_hf_config(shape, tokenizer), indent=2) + "\n")
             save_file(hf_weights(shape, weights), aside / "model.safetensors", metadata={"format": "pt"})
             tokenizer.export(aside)
-            for name, content in (extra_files or {}).items():
+            for name, content in extra_files.items():
                 (aside / name).write_text(content)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} could not be written ({error}): make room and export again") from None
@@ -172,9 +150,7 @@ def import_weights(config: StudentConfig, shape: Shape, tokenizer: Tokenizer) ->
     Raises UserError where the folder is not a whole model, has another shape, or another tokenizer.
     """
     key = f"students.{config.name}.init={config.init}"
-    folder = require_folder(Path(config.init or ""), key)
-    _require_same_tokenizer(folder, key, tokenizer)
-    _, tensors = _read(folder, key, wanted=shape)
+    _, tensors = _read(Path(config.init or ""), key, tokenizer, shape, torch.float32)
     return {f"weight/{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -187,11 +163,8 @@ def load_model(
     given, no fast tokenizer, or a tokenizer with a larger vocabulary than the model's.
     """
     key = key or str(folder)
-    require_folder(folder, key)
-    if tokenizer is not None:
-        _require_same_tokenizer(folder, key, tokenizer)
+    shape, tensors = _read(folder, key, tokenizer, None, dtype)
     tokenizer = tokenizer or tokenization.load(folder)
-    shape, tensors = _read(folder, key, dtype=dtype)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
             f"{key}: its tokenizer has {tokenizer.vocab_size} tokens, its model {shape.vocab_size}: they do not belong "
@@ -199,9 +172,7 @@ def load_model(
         )
     with torch.device("meta"):
         model = new_model(shape)
-    for name in list(tensors):
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, nn.Parameter(tensors.pop(name), requires_grad=False))
+    model.requires_grad_(False).load_state_dict(tensors, strict=False, assign=True)  # A tied head is not in the file.
     model.tie_head()
     return model.eval(), tokenizer
 
@@ -213,7 +184,15 @@ def shape_of_folder(folder: Path, key: str) -> Shape:
     """
     try:
         config = json.loads((folder / "config.json").read_text())
-        return _shape(config, key)
+        kind = config.get("model_type")
+        if kind not in SHAPES:
+            raise UserError(f"{key}: model_type={kind!r}: expected 'llama', 'gpt2' or 'roberta'")
+        family = _FORMATS[kind]
+        for name, value in family.fixed.items():
+            _require(config, name, value, SHAPES[kind].title, key)
+        rest = {"vocab_size": config["vocab_size"], **family.read_rest(config, key)}
+        pairs = zip(_COMMON_FIELDS, family.keys, strict=True)
+        return SHAPES[kind](**{ours: config[theirs] for ours, theirs in pairs if ours not in rest}, **rest)
     except json.JSONDecodeError as error:
         raise UserError(f"{key}: config.json is damaged ({error}); fetch it again") from None
     except KeyError as error:
@@ -223,39 +202,37 @@ def shape_of_folder(folder: Path, key: str) -> Shape:
 def hf_weights(shape: Shape, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns a model's parameters by Hugging Face's names, fp32, laid out as there."""
     return {
-        name if name.startswith(_HEAD) else _FORMATS[shape.family].prefix + name: (
+        name if name.startswith("lm_head.") else _FORMATS[shape.family].prefix + name: (
             (weight.T if _is_transposed(shape, name) else weight).float().contiguous()
         )
         for name, weight in weights.items()
     }
 
 
-def _require_same_tokenizer(folder: Path, key: str, tokenizer: Tokenizer) -> None:
+def _read(
+    folder: Path, key: str, tokenizer: Tokenizer | None, wanted: Shape | None, dtype: torch.dtype
+) -> tuple[Shape, dict[str, Tensor]]:
+    """Returns shape and weights, by the model's own names.
+
+    Raises UserError, beginning with `key`, where they are not a model's, not finite, or do not fit the shape `wanted`,
+    or where the folder's tokenizer is not the one given.
+    """
+    require_folder(folder, key)
     digest = sha256(folder / "tokenizer.json")
-    if digest != tokenizer.hash:
+    if tokenizer is not None and digest != tokenizer.hash:
         raise UserError(
             f"{key}: its tokenizer ({digest[:8]}) is not the data's ({tokenizer.hash[:8]}): models learn from one "
             "another over one vocabulary only; drop it, or prepare the data with the tokenizer it was trained with"
         )
-
-
-def _read(
-    folder: Path, key: str, *, wanted: Shape | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[Shape, dict[str, Tensor]]:
-    """Returns shape and weights, by the model's own names.
-
-    Raises UserError, beginning with `key`, where they are not a model's, not finite, or do not fit the shape `wanted`.
-    """
     shape = shape_of_folder(folder, key)
     if wanted is not None and shape.weight_shape != wanted.weight_shape:
         raise UserError(f"{key}: its shape {shape} is not the student's {wanted}: make the settings equal")
     try:
-        stored = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / "model.safetensors")
     except SafetensorError as error:
         raise UserError(f"{key}: model.safetensors is damaged ({error}); fetch it again") from None
     prefix = _FORMATS[shape.family].prefix
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if not _UNUSED.search(name)}
-    del stored
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if not _UNUSED.search(name)}
     for name in _TIED_WEIGHTS if shape.tied else ():
         tensors.pop(name, None)
     with torch.device("meta"):
@@ -280,7 +257,6 @@ def _is_transposed(shape: Shape, name: str) -> bool:
 
 
 def _hf_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the content of config.json."""
     family = _FORMATS[shape.family]
     return {
         "architectures": [family.architecture],
@@ -294,20 +270,6 @@ def _hf_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
         "dtype": "float32",
         **family.write_rest(shape),
     }
-
-
-def _shape(config: dict[str, Any], key: str) -> Shape:
-    kind = config.get("model_type")
-    if kind not in SHAPES:
-        raise UserError(f"{key}: model_type={kind!r}: expected 'llama', 'gpt2' or 'roberta'")
-    family = _FORMATS[kind]
-    for name, value in family.fixed.items():
-        _require(config, name, value, SHAPES[kind].title, key)
-    rest = {"vocab_size": config["vocab_size"], **family.read_rest(config, key)}
-    common = {
-        ours: config[theirs] for ours, theirs in zip(_COMMON_FIELDS, family.keys, strict=True) if ours not in rest
-    }
-    return SHAPES[kind](**common, **rest)
 
 
 def _require(config: dict[str, Any], name: str, value: Any, title: str, key: str) -> None:

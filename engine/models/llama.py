@@ -43,8 +43,7 @@ class LlamaShape(Shape):
 
     @classmethod
     def _own_settings(cls, student: StudentConfig) -> dict[str, Any]:
-        kv_heads = student.kv_heads or student.heads
-        return {"kv_heads": kv_heads, "rope_theta": student.rope_theta or cls.rope_theta}
+        return {"kv_heads": student.kv_heads or student.heads, "rope_theta": student.rope_theta or cls.rope_theta}
 
     @property
     def weight_shape(self) -> Self:
@@ -132,25 +131,15 @@ class Llama(LanguageModel):
     def embedding(self) -> nn.Embedding:
         return self.embed_tokens
 
-    @property
-    def head(self) -> Tensor:
-        return self.lm_head.weight
-
     def rotary_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns the cosines and sines [max_length, D_head/2] of all positions."""
         return rotary_table(self.shape.max_length, self.shape.head_width, self.rope_theta, device)
 
     def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None, dropout_seeds_B: Tensor | None = None) -> Tensor:
-        """Returns the hidden states [N, D] of the rows to predict.
-
-        Args:
-            tokens_BL: [B, L] int64.
-            rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
-            dropout_seeds_B: not read, as a LLaMA has no dropout; all families are called alike.
-        """
+        """Returns what `LanguageModel.forward` says; a LLaMA has no dropout and reads no seeds."""
         length = check_length(tokens_BL, self.shape.max_length)
         cos, sin = (angles.narrow(0, 0, length) for angles in self.rotary_tables(tokens_BL.device))
-        return self._hidden_states(tokens_BL, rows_N, cos, sin, causal_attention)
+        return self._hidden_states(tokens_BL, rows_N, cos, sin, kernels.attention)
 
     def tree_states(
         self, tokens_BL: Tensor, position_ids_BL: Tensor, subtree_ends_BL: Tensor, rows_U: Tensor
@@ -187,10 +176,6 @@ class Llama(LanguageModel):
             branch_ND, residual_ND = branch_ND[rows_N], residual_ND[rows_N]
         hidden_ND, _ = self.norm(branch_ND, residual_ND)
         return hidden_ND
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return kernels.attention(q, k, v, causal=True)
 
 
 def rotary_table(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,12 @@ B sequences, L positions, N rows to predict, D hidden, H heads, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.config.settings import StudentConfig
 from engine.models.base import LanguageModel, Shape, check_length
 from engine.models.dropout import attention, dropout, seeds_in_use
 from engine.system.errors import UserError
@@ -29,16 +28,12 @@ class RobertaShape(Shape):
     family: ClassVar[str] = "roberta"
     title: ClassVar[str] = "RoBERTa"
     causal: ClassVar[bool] = False
+    head_matrices: ClassVar[int] = 1
 
-    @classmethod
-    def _own_settings(cls, student: StudentConfig) -> dict[str, Any]:
-        if not student.tied:
+    def __post_init__(self) -> None:
+        if not self.tied:
             raise UserError("tied=false: a RoBERTa's head shares the embedding's weight; drop it")
-        return {}
-
-    @property
-    def head_matrices(self) -> int:
-        return 1
+        super().__post_init__()
 
     @property
     def ends_in_product(self) -> bool:
@@ -132,13 +127,6 @@ class Roberta(LanguageModel):
         return self.lm_head.bias
 
     def forward(self, tokens_BL: Tensor, rows_N: Tensor | None = None, dropout_seeds_B: Tensor | None = None) -> Tensor:
-        """Returns the transformed hidden states [N, D] of the rows to predict.
-
-        Args:
-            tokens_BL: [B, L] int64, masked.
-            rows_N: [N] int64, positions in the flattened batch; None: all B·L of them.
-            dropout_seeds_B: [B] int64, one seed per sequence (engine.models.dropout); read in training only.
-        """
         return self.lm_head(self.states(tokens_BL, rows_N, dropout_seeds_B))
 
     def states(self, tokens_BL: Tensor, rows_N: Tensor | None = None, dropout_seeds_B: Tensor | None = None) -> Tensor:

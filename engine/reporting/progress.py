@@ -23,12 +23,7 @@ class Progress:
     def __init__(
         self, total: int, *, start: int = 0, rank: int = 0, console: Console | None = None, interval: float = 10.0
     ) -> None:
-        """
-        Args:
-            total: the number of the run's steps.
-            start: the number of steps that were finished when the run was resumed.
-            interval: seconds.
-        """
+        """`total` counts the run's steps, `start` those that were finished when it was resumed."""
         self._total, self._start, self._interval = total, start, interval
         self._rank = rank
         self._console = console or Console()
@@ -40,7 +35,6 @@ class Progress:
         self._printed_step = start
 
     def __enter__(self) -> "Progress":
-        self._began = time.monotonic()
         # `console.is_terminal` is true under FORCE_COLOR, which CI services set: it would animate a log file.
         if self._rank == 0 and self._console.file.isatty() and not self._console.is_dumb_terminal:
             self._live = Live(console=self._console, get_renderable=self._display, refresh_per_second=4)
@@ -119,8 +113,7 @@ class Progress:
         cells = {name: self._cells(record, name) for name in record["students"]}
         table = Table(box=None, padding=(0, 2, 0, 0))
         table.add_column("student", overflow="ellipsis", no_wrap=True)
-        titles = next(iter(cells.values()), {}).keys()
-        for title in titles:
+        for title in next(iter(cells.values())):
             table.add_column(title, justify="right", no_wrap=True)
         for name, row in cells.items():
             table.add_row(Text(name), *row.values())

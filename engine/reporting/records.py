@@ -10,7 +10,7 @@ S students, K teachers, R = S + K streams, students first.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -142,24 +142,16 @@ def read_metrics(path: Path) -> Iterator[Record]:
     The last line may be incomplete, as a killed run leaves it, and is then left out. Raises UserError for any other
     line that is not a JSON object.
     """
-    broken = 0  # the number of a line that is no JSON, which only the last line may be
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if broken:
-                raise UserError(f"{path}, line {broken}: expected one JSON object per line; restore the file")
             try:
                 record = json.loads(line)
             except ValueError:
-                broken = number
-                continue
+                if next(file, None) is None:
+                    return
+                raise UserError(f"{path}, line {number}: expected one JSON object per line; restore the file") from None
             if not isinstance(record, dict):
                 raise UserError(
                     f"{path}, line {number}: expected a JSON object, found {type(record).__name__}; restore the file"
                 )
             yield record  # pyright: ignore[reportReturnType]
-
-
-def stream_names(students: Sequence[str], teachers: Sequence[str], streams: int) -> list[str]:
-    """Returns the names of R = `streams` streams, students first. Teachers whose names are unknown get numbers."""
-    unnamed = [f"teacher {k + 1}" for k in range(len(teachers), streams - len(students))]
-    return [*students, *teachers, *unnamed][:streams]

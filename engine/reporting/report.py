@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from engine.reporting.charts import Chart, Curve, curve, format_value
-from engine.reporting.records import EvaluationRecord, OuterRecord, Summary, read_metrics, stream_names
+from engine.reporting.records import EvaluationRecord, OuterRecord, StepRecord, Summary, read_metrics
 from engine.system.errors import UserError
 from engine.system.files import write_text
 from engine.system.formatting import format_count, format_seconds
@@ -61,48 +60,46 @@ def write_report(run_dir: Path) -> Path:
 
 @dataclass
 class History:
-    """The columns of `metrics.jsonl`, one value per recorded step. A value that was not finite is None."""
+    """The records of `metrics.jsonl`, by kind. A number that was not finite is None."""
 
     students: list[str] = field(default_factory=list)
     teachers: list[str] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    totals: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))  # by measure
-    measures: dict[tuple[str, str], list[Any]] = field(default_factory=lambda: defaultdict(list))  # by student, measure
-    kl_steps: list[int] = field(default_factory=list)
-    kl: dict[tuple[int, int], list[Any]] = field(default_factory=lambda: defaultdict(list))  # by learner and stream
+    steps: list[StepRecord] = field(default_factory=list)
     outer: list[OuterRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     events: list[tuple[int, str, str]] = field(default_factory=list)  # step, "event" or "skipped", text
 
-    def ends(self) -> tuple[int, int]:
-        """Returns the first and the last step of which anything is recorded."""
-        steps = [*self.steps[:1], *self.steps[-1:]]
-        steps += [record["step"] for record in [*self.evaluations, *self.outer]]
-        return min(steps), max(steps)
-
     def chart(self, title: str, unit: str, curves: list[Curve], **options: Any) -> Chart:
-        """Returns a chart over the steps, in which all events are marked."""
+        """Returns a chart over all steps of which a number is recorded, in which all events are marked."""
+        steps = _steps([*self.steps, *self.evaluations, *self.outer])
         marks = {
             colour: [step for step, event_kind, _ in self.events if event_kind == kind]
             for colour, kind in (("quiet", "event"), ("alarm", "skipped"))
         }
-        return Chart(title, unit, curves, *self.ends(), marks=marks, **options)
+        return Chart(title, unit, curves, min(steps), max(steps), marks=marks, **options)
+
+    def totals(self, measure: str) -> np.ndarray:
+        """Returns `measure` of the whole run at each recorded step, NaN where it is not known."""
+        return np.array([record.get(measure) for record in self.steps], float)
 
     def recorded(self, measure: str) -> list[Curve]:
         """Returns one curve per student: `measure` over the steps."""
-        return _curves(self.steps, {name: self.measures[name, measure] for name in self.students})
+        return self._curves(self.steps, measure)
 
     def evaluated(self, measure: str) -> list[Curve]:
         """Returns one curve per student: `measure` over the evaluations. Where no evaluation has it, there is none."""
-        steps = [record["step"] for record in self.evaluations]
-        columns = {name: [record["students"][name][measure] for record in self.evaluations] for name in self.students}
-        known = any(value is not None for column in columns.values() for value in column)
-        return _curves(steps, columns) if known else []
+        scores = [student[measure] for record in self.evaluations for student in record["students"].values()]
+        return self._curves(self.evaluations, measure) if any(score is not None for score in scores) else []
+
+    def _curves(self, records: Sequence[StepRecord | EvaluationRecord], measure: str) -> list[Curve]:
+        return [
+            curve(name, _steps(records), [record["students"][name][measure] for record in records], colour(i))
+            for i, name in enumerate(self.students)
+        ]
 
 
-def _curves(steps: list[int], columns: Mapping[str, Sequence[float | None]]) -> list[Curve]:
-    """Returns one curve per student, in their order and colours."""
-    return [curve(name, steps, values, colour(i)) for i, (name, values) in enumerate(columns.items())]
+def _steps(records: Sequence[StepRecord | EvaluationRecord | OuterRecord]) -> list[int]:
+    return [record["step"] for record in records]
 
 
 def colour(stream: int) -> str:
@@ -118,18 +115,7 @@ def read_history(path: Path) -> History:
             case "streams":
                 history.students, history.teachers = record["students"], record["teachers"]
             case "step":
-                history.students = history.students or list(record["students"])
-                history.steps.append(record["step"])
-                for measure in ("epoch", "tokens", "tokens_per_second", "model_flops", "mfu", "hfu"):
-                    history.totals[measure].append(record.get(measure))
-                for name, numbers in record["students"].items():
-                    for measure, value in numbers.items():
-                        history.measures[name, measure].append(value)
-                if record["kl"]:
-                    history.kl_steps.append(record["step"])
-                for i, row in enumerate(record["kl"]):
-                    for j, value in enumerate(row):
-                        history.kl[i, j].append(value)
+                history.steps.append(record)
             case "outer":
                 history.outer.append(record)
             case "evaluation":
@@ -144,6 +130,7 @@ def read_history(path: Path) -> History:
 
 def facts(history: History, summary: Summary | None, config: str) -> dict[str, str]:
     """Returns what stands at the top of the page, by name."""
+    last = history.steps[-1] if history.steps else None
     if summary:
         data, commit = summary["data"], summary["git_commit"]
         facts = {
@@ -157,10 +144,10 @@ def facts(history: History, summary: Summary | None, config: str) -> dict[str, s
     else:
         comment = re.search(r"^# git_commit: (\S+)", config, re.MULTILINE)
         commit = comment.group(1) if comment else None
-        facts = {"state": "not finished", "last step": f"{history.steps[-1]:,}" if history.steps else "none yet"}
-    if history.steps:
-        facts.setdefault("tokens seen", format_count(history.totals["tokens"][-1]))
-        facts["epochs"] = f"{history.totals['epoch'][-1]:.2f}"
+        facts = {"state": "not finished", "last step": f"{last['step']:,}" if last else "none yet"}
+    if last:
+        facts.setdefault("tokens seen", format_count(last["tokens"]))
+        facts["epochs"] = f"{last['epoch']:.2f}"
     if commit:
         facts["git commit"] = commit[:12]
     return facts
@@ -203,27 +190,28 @@ def divergences(history: History) -> dict[str, Any] | None:
 
     Without divergences it returns None.
     """
-    streams = 1 + max((j for _, j in history.kl), default=0)
-    if streams < 2:
+    records = [record for record in history.steps if record["kl"]]
+    if not records:
         return None
-    names = stream_names(history.students, history.teachers, streams)
-    learners = range(len(history.students))
+    names, steps = [*history.students, *history.teachers], _steps(records)
+    kl = np.array([record["kl"] for record in records], float)  # [steps, S, R]
     curves = [
-        [curve(names[j], history.kl_steps, history.kl[i, j], colour(j), KL_POINTS) for j in range(streams) if j != i]
-        for i in learners
+        [curve(name, steps, kl[:, i, j], colour(j), KL_POINTS) for j, name in enumerate(names) if j != i]
+        for i in range(len(history.students))
     ]
     values = np.concatenate([curve.y for row in curves for curve in row])
     positive = values[values > 0]
     span = (positive.min() / 1.15, positive.max() * 1.15) if positive.size else (None, None)  # the same in all charts
-    last = np.full((len(history.students), streams), np.nan)
+    last = np.full((len(curves), len(names)), np.nan)
     last[~np.eye(*last.shape, dtype=bool)] = [curve.y[-1] for row in curves for curve in row]
     return {
         "names": names,
-        "steps": max(1, len(history.kl_steps) // KL_POINTS),
+        "steps": max(1, len(steps) // KL_POINTS),
         "last": last,
         "shares": np.nan_to_num(last / np.nanmax(last, initial=1e-9)),
         "charts": [
-            history.chart(f"{names[i]} learns from", "nats per token", curves[i], span=span, log=True) for i in learners
+            history.chart(f"{name} learns from", "nats per token", row, span=span, log=True)
+            for name, row in zip(history.students, curves, strict=True)
         ],
     }
 
@@ -232,8 +220,11 @@ def weights(history: History) -> list[Chart]:
     """Returns the chart of the students' weights ω; its note says what moved them."""
     if not history.outer:
         return []
-    steps = [record["step"] for record in history.outer]
-    curves = _curves(steps, {name: [record["omega"][name] for record in history.outer] for name in history.students})
+    steps = _steps(history.outer)
+    curves = [
+        curve(name, steps, [record["omega"][name] for record in history.outer], colour(i))
+        for i, name in enumerate(history.students)
+    ]
     terms = {"direct": "the ensemble itself", "own": "their own cross-entropy", "peers": "what they teach the others"}
     shares = np.array([[record["shares"][term] for term in terms] for record in history.outer], float).mean(0)
     listed = ", ".join(f"{share:.1%} {text}" for share, text in zip(shares, terms.values(), strict=True))
@@ -247,7 +238,10 @@ def optimisation(history: History) -> list[Chart]:
     """Returns the charts of gradient norms and learning rates."""
     if not history.steps:
         return []
-    clipped = (f"{name} {np.mean(history.measures[name, 'clipped']):.0%}" for name in history.students)
+    clipped = (
+        f"{name} {np.mean([record['students'][name]['clipped'] for record in history.steps]):.0%}"
+        for name in history.students
+    )
     note = f"Before clipping. Steps clipped: {', '.join(clipped)}."
     return [
         history.chart("Gradient norm", "", history.recorded("grad_norm"), log=True, bands=True, note=note),
@@ -260,15 +254,16 @@ def throughput(history: History) -> list[Chart]:
     if not history.steps:
         return []
     students, flops = history.recorded("tokens_per_second"), history.recorded("model_flops_per_second")
-    total = curve("all", history.steps, history.totals["tokens_per_second"], "ink")
+    steps = _steps(history.steps)
+    total = curve("all", steps, history.totals("tokens_per_second"), "ink")
     unit = "total, and each student by the time of its own work"
     charts = [
         history.chart("Tokens per second", unit, [*students, total], span=(0, None), bands=True),
         history.chart("Model FLOP/s", "recomputation not counted", flops, span=(0, None)),
     ]
-    mfu, hfu = (100 * np.array(history.totals[measure], float) for measure in ("mfu", "hfu"))
+    mfu, hfu = (100 * history.totals(measure) for measure in ("mfu", "hfu"))
     if np.isfinite([mfu, hfu]).any():
-        curves = [curve("MFU", history.steps, mfu, "ink"), curve("HFU", history.steps, hfu, "c0")]
+        curves = [curve("MFU", steps, mfu, "ink"), curve("HFU", steps, hfu, "c0")]
         unit = "% of what the devices could do"
         note = "MFU: model FLOPs of students, teachers and outer loop. HFU: also what is formed again, or masked."
         charts.append(history.chart("Utilisation", unit, curves, span=(0, None), bands=True, note=note))
@@ -277,11 +272,11 @@ def throughput(history: History) -> list[Chart]:
 
 def compute(history: History, summary: Summary | None) -> list[Chart]:
     """Returns the chart of the loss over the FLOPs that it took, where every step records them."""
-    flops = np.array(history.totals["model_flops"], float)
+    flops = history.totals("model_flops")
     if not flops.size or not np.isfinite(flops).all():
         return []
     flops += summary["inherited_flops"]["model"] if summary and "inherited_flops" in summary else 0
     losses = history.evaluated("validation_loss") or history.recorded("ce")
-    curves = [replace(curve, x=np.interp(curve.x, history.steps, flops)) for curve in losses]
+    curves = [replace(curve, x=np.interp(curve.x, _steps(history.steps), flops)) for curve in losses]
     note = "All of the run’s, its teachers’ own training included where it is known."
     return [Chart("Loss", "nats per token", curves, flops[0], flops[-1], "FLOP", note=note)]

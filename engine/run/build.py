@@ -1,7 +1,4 @@
-"""How a run is made ready: from settings to everything that the loop works on, begun or resumed.
-
-S students.
-"""
+"""How a run is made ready: from settings to everything that the loop works on, begun or resumed."""
 
 import math
 import os
@@ -29,8 +26,8 @@ from engine.models.huggingface import import_weights, shape_of_folder
 from engine.reporting.metrics_log import MetricsLog
 from engine.reporting.progress import Progress
 from engine.run import checkpoint
-from engine.run.check_settings import check_profile, number_of_steps
-from engine.run.folder import RunFolder
+from engine.run.check_settings import number_of_steps
+from engine.run.folder import checkpoint_to_resume, lock
 from engine.run.recorder import Recorder
 from engine.run.run import Run
 from engine.run.state import RunState, set_random_state
@@ -42,7 +39,7 @@ from engine.system.distributed import Runtime
 from engine.system.errors import UserError
 from engine.system.provenance import git_commit
 from engine.teachers import cache
-from engine.teachers.teachers import NO_TEACHERS, STORAGE, Teachers, folder_of, hash_teachers, load_teachers
+from engine.teachers.teachers import STORAGE, Teachers, folder_of, hash_teachers, load_teachers
 
 HELD_OUT_SEED = 0  # of the held-out text's masks, in every run
 
@@ -52,8 +49,8 @@ def build_run(config: Config, runtime: Runtime, stack: ExitStack) -> Run:
 
     What is open while the run trains is closed by `stack`. Raises UserError for whatever a user can mend.
     """
-    folder = RunFolder(Path(config.run.folder) / config.run.name)
-    source = folder.checkpoint_to_resume(config)
+    folder = Path(config.run.folder) / config.run.name
+    source = checkpoint_to_resume(folder, config)
     tasks = _configured_tasks(config.evaluation)
     share_of_batch(config.train.batch, config.train.micro_batch, runtime.world_size)  # before the text is prepared
 
@@ -63,7 +60,6 @@ def build_run(config: Config, runtime: Runtime, stack: ExitStack) -> Run:
     held_out_file = _token_file(config, prepared, prepared.validation, HELD_OUT_SEED)
     data = _training_data(config, prepared, train_file, runtime)
     steps = number_of_steps(config, train_file.chunks)
-    check_profile(config.run, steps, runtime)
     evaluator = _evaluator(config, prepared, tasks, held_out_file, data.micro_batch, runtime)
 
     state = _state(config, prepared, folder, source)
@@ -88,7 +84,10 @@ def build_run(config: Config, runtime: Runtime, stack: ExitStack) -> Run:
     if source is None:
         recorder.streams()
     else:
-        _announce_resume(source, state, steps, previous_topology, recorder, runtime)
+        if runtime.is_main_process:
+            print(f"going on from {source}, step {state.step} of {steps}")
+        if previous_topology != topology:
+            recorder.event(state.step, f"goes on with {topology}, after {previous_topology}")
     return Run(
         config=config,
         runtime=runtime,
@@ -103,24 +102,16 @@ def build_run(config: Config, runtime: Runtime, stack: ExitStack) -> Run:
         outer_loop=outer_loop,
         recorder=recorder,
         state=state,
-        peak_flops=peak,
         stack=stack,
     )
-
-
-def _announce_resume(
-    source: Path, state: RunState, steps: int, previous_topology: str, recorder: Recorder, runtime: Runtime
-) -> None:
-    if runtime.is_main_process:
-        print(f"going on from {source}, step {state.step} of {steps}")
-    if previous_topology != state.topology:
-        recorder.event(state.step, f"goes on with {state.topology}, after {previous_topology}")
 
 
 def _configured_tasks(evaluation: EvaluationConfig) -> list[Task]:
     """Returns the zero-shot tasks that the settings name; the prepared folder's own pairs are not among them."""
     tasks = [] if evaluation.data is None else read_tasks(evaluation.tasks, Path(evaluation.data))
-    return tasks if evaluation.pairs in ("auto", "none") else [*tasks, minimal_pairs(PAIRS, Path(evaluation.pairs))]
+    if evaluation.pairs not in ("auto", "none"):
+        tasks.append(minimal_pairs(PAIRS, Path(evaluation.pairs)))
+    return tasks
 
 
 def _token_file(config: Config, prepared: Prepared, path: Path, seed: int) -> TokenFile:
@@ -187,7 +178,7 @@ def _evaluator(
     return Evaluator(config.evaluation, held_out, questions, prepared.tokenizer, runtime)
 
 
-def _state(config: Config, prepared: Prepared, folder: RunFolder, source: Path | None) -> RunState:
+def _state(config: Config, prepared: Prepared, folder: Path, source: Path | None) -> RunState:
     """Returns the state of the checkpoint, or a new one. UserError where data or teachers have changed."""
     teachers = hash_teachers(config)
     if source is None:
@@ -195,21 +186,18 @@ def _state(config: Config, prepared: Prepared, folder: RunFolder, source: Path |
     state = checkpoint.read_state(source)
     if state.data != prepared.identity:
         raise UserError(
-            f"{folder.path} was trained on data {state.data[:8]}, and data.path={config.data.path} is now "
+            f"{folder} was trained on data {state.data[:8]}, and data.path={config.data.path} is now "
             f"{prepared.identity[:8]}: restore the text, or choose another run.name"
         )
     if state.teachers != teachers:
         paths = ", ".join(teacher.path for teacher in config.teachers)
         raise UserError(
-            f"{folder.path} has learnt from other teachers than {paths} now hold: restore them, or choose another "
-            "run.name"
+            f"{folder} has learnt from other teachers than {paths} now hold: restore them, or choose another run.name"
         )
     return state
 
 
 def _teachers(config: Config, prepared: Prepared, data: TrainingData, runtime: Runtime, state: RunState) -> Teachers:
-    if not config.teachers:
-        return NO_TEACHERS
     if config.cache is not None:
         return cache.cached_teachers(config, prepared, data, runtime, state.teachers)
     return load_teachers(config, prepared.tokenizer, runtime.device)
@@ -251,16 +239,16 @@ def _peak_flops(config: Config, runtime: Runtime) -> float | None:
 
 
 def _open_folder(
-    config: Config, folder: RunFolder, state: RunState, runtime: Runtime, stack: ExitStack
+    config: Config, folder: Path, state: RunState, runtime: Runtime, stack: ExitStack
 ) -> MetricsLog | None:
     """Locks the folder and writes the settings; returns the log of its records, on rank 0 alone."""
     log: MetricsLog | None = None
     ranks = runtime.all_gather((socket.gethostname(), os.getpid()))
     with runtime.main_process_first():
         if runtime.is_main_process:
-            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             # Only the process ids of rank 0's node: elsewhere the same id is a different process. One rank tells all.
-            folder.lock([pid for host, pid in ranks if host == socket.gethostname()], stack)
-            loading.save(config, folder.config, git_commit=git_commit())
-            log = stack.enter_context(MetricsLog(folder.path, state.metrics_position))
+            lock(folder, [pid for host, pid in ranks if host == socket.gethostname()], stack)
+            loading.save(config, folder / "config.yaml", git_commit=git_commit())
+            log = stack.enter_context(MetricsLog(folder, state.metrics_position))
     return log

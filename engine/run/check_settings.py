@@ -1,14 +1,12 @@
 """What is wrong with a run's settings, found before anything is written: each fault is a UserError of one line."""
 
-from dataclasses import fields
 from pathlib import Path
 
 from engine.config.loading import build, flatten, read_yaml
-from engine.config.settings import Config, ObjectiveConfig, OptimizerConfig, OuterConfig, RunConfig
+from engine.config.settings import Config, ObjectiveConfig, OptimizerConfig, OuterConfig
 from engine.models.families import shape_of
 from engine.models.huggingface import require_folder
 from engine.run import checkpoint
-from engine.system.distributed import Runtime
 from engine.system.errors import UserError
 from engine.teachers.teachers import folder_of
 
@@ -20,7 +18,6 @@ _FREE_TO_CHANGE = (
     "run.log_every",
     "run.folder",
     "run.profile",
-    "run.memory_snapshot",
     "data.path",  # What the text holds is compared by its hash.
     "data.folder",
     "cache.path",  # Whose predictions the cache holds is compared by hashes.
@@ -34,42 +31,31 @@ _FREE_TO_CHANGE = (
 
 
 def check(config: Config, *, teachers: bool = True) -> None:
-    """Raises UserError for what is wrong before anything starts.
-
-    `teachers`: also looks into the teachers' folders; a dry run leaves that out.
-    """
+    """Raises UserError for what is wrong before anything starts, with `teachers` also for what is in their folders."""
     _check_students(config)
     for teacher in config.teachers if teachers else ():
         folder_of(teacher)
     _check_masked(config)
     _check_objective(config)
-    _check_teachers(config)
     _check_outer(config)
-    _check_optimizer(config)
+    _check_training(config)
     _check_evaluation(config)
-    _check_engine(config)
 
 
 def number_of_steps(config: Config, chunks: int) -> int:
-    """Returns the steps of a run over a text of so many sequences; UserError where they are fewer than its warmup."""
+    """Returns the steps of a run over a text of so many sequences; UserError where warmup or profile need more."""
     epochs, batch = config.train.epochs, config.train.batch
     steps = config.train.steps if epochs is None else max(1, round(epochs * chunks / batch))
-    _check_warmup(config, steps)
-    return steps
-
-
-def check_profile(config: RunConfig, steps: int, runtime: Runtime) -> None:
-    """Raises UserError where the steps to profile are not among the run's `steps`."""
-    first, last = config.profile or (1, 1)
+    if config.optimizer.warmup >= steps:
+        raise UserError(
+            f"optimizer.warmup={config.optimizer.warmup} is not less than the run's train.steps={steps}: lower it"
+        )
+    first, last = config.run.profile or (1, 1)
     if not first <= last <= steps:
         raise UserError(
             f"run.profile={[first, last]}: expected the first and the last step to trace, of {steps}; change it"
         )
-    if config.memory_snapshot and (config.profile is None or runtime.device.type != "cuda"):
-        raise UserError(
-            "run.memory_snapshot=true: a snapshot is of a GPU's memory at the end of run.profile's steps, and there is "
-            "no GPU or no run.profile; drop it"
-        )
+    return steps
 
 
 def check_same(config: Config, path: Path) -> None:
@@ -77,12 +63,11 @@ def check_same(config: Config, path: Path) -> None:
     result."""
     before, now = flatten(build(Config, read_yaml(path))), flatten(config)
     for key in sorted(before.keys() | now.keys()):
-        if key.startswith(_FREE_TO_CHANGE) or before.get(key) == now.get(key):
-            continue
-        raise UserError(
-            f"{path.parent} is a run of another configuration: {key} was {before.get(key)!r} and is now "
-            f"{now.get(key)!r}; choose another run.name, or set it back"
-        )
+        if before.get(key) != now.get(key) and not key.startswith(_FREE_TO_CHANGE):
+            raise UserError(
+                f"{path.parent} is a run of another configuration: {key} was {before.get(key)!r} and is now "
+                f"{now.get(key)!r}; choose another run.name, or set it back"
+            )
 
 
 def _check_students(config: Config) -> None:
@@ -112,7 +97,6 @@ def _check_students(config: Config) -> None:
 
 
 def _check_masked(config: Config) -> None:
-    """Refuses what does not go with masked tokens."""
     if not config.masked:
         return
     for student in config.students:
@@ -136,8 +120,7 @@ def _check_masked(config: Config) -> None:
 
 
 def _check_objective(config: Config) -> None:
-    """Refuses settings of the loss that would have no effect."""
-    objective = config.objective
+    objective, teachers = config.objective, len(config.teachers)
     learns_from_peers = len(config.students) > 1 and objective.peer_weight > 0
     if objective.weighted and not learns_from_peers:
         raise UserError(
@@ -150,15 +133,11 @@ def _check_objective(config: Config) -> None:
         )
     for name in ("temperature", "divergence", "reduction", "kl_everywhere"):
         changed = getattr(objective, name) != getattr(ObjectiveConfig(), name)
-        if changed and not config.teachers and not learns_from_peers:
+        if changed and not teachers and not learns_from_peers:
             raise UserError(
                 f"objective.{name}={getattr(objective, name)} says how students learn from others, and here none does: "
                 "drop it, name teachers, or raise objective.peer_weight and the number of students"
             )
-
-
-def _check_teachers(config: Config) -> None:
-    objective, teachers = config.objective, len(config.teachers)
     streams = len(config.students) + (teachers if objective.mix == "each" else min(teachers, 1))
     if streams > MAX_STREAMS:
         raise UserError(
@@ -179,7 +158,6 @@ def _check_teachers(config: Config) -> None:
 
 
 def _check_outer(config: Config) -> None:
-    """Refuses settings of the outer loop that do not fit the students, or that would have no effect."""
     outer, students = config.outer, len(config.students)
     if not config.objective.weighted and outer != OuterConfig():
         raise UserError(
@@ -193,16 +171,15 @@ def _check_outer(config: Config) -> None:
             f"outer.min_weight={outer.min_weight}: expected between 0 and 1/{students}, the equal weight; lower it"
         )
     if outer.every is None:
-        for setting in fields(outer):
-            name, value = setting.name, getattr(outer, setting.name)
+        for name, value in vars(outer).items():
             if name not in ("initial", "every") and value != getattr(OuterConfig(), name):
                 raise UserError(f"outer.{name}={value} has no effect without outer.every: drop it, or set outer.every")
 
 
-def _check_optimizer(config: Config) -> None:
-    optimizer = config.optimizer
-    if config.train.epochs is None:
-        _check_warmup(config, config.train.steps)
+def _check_training(config: Config) -> None:
+    optimizer, train = config.optimizer, config.train
+    if train.epochs is None:
+        number_of_steps(config, chunks=0)  # It refuses a warmup that is too long; epochs need the text for that.
     if optimizer.decay_fraction != OptimizerConfig().decay_fraction and optimizer.schedule != "trapezoid":
         raise UserError(
             f"optimizer.decay_fraction={optimizer.decay_fraction} belongs to schedule=trapezoid, and schedule="
@@ -213,12 +190,15 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.min_lr_ratio={optimizer.min_lr_ratio} with schedule=constant: a constant rate does not fall; "
             "drop it"
         )
-
-
-def _check_warmup(config: Config, steps: int) -> None:
-    if config.optimizer.warmup >= steps:
+    if train.precision == "bf16" and train.zero_stage == 0:
         raise UserError(
-            f"optimizer.warmup={config.optimizer.warmup} is not less than the run's train.steps={steps}: lower it"
+            "train.zero_stage=0 with train.precision=bf16: DeepSpeed keeps no fp32 weights there that can be read; "
+            "take train.zero_stage=1"
+        )
+    if train.compile and train.zero_stage == 3:
+        raise UserError(
+            "train.compile=true with train.zero_stage=3: stage 3 gathers parameters layer by layer, which a compiled "
+            "body cannot; take train.zero_stage=2"
         )
 
 
@@ -230,19 +210,4 @@ def _check_evaluation(config: Config) -> None:
         raise UserError(
             f"evaluation.data={evaluation.data} is the folder of evaluation.tasks' files, and there are no tasks: name "
             "some, or drop it"
-        )
-
-
-def _check_engine(config: Config) -> None:
-    """Refuses what DeepSpeed cannot do."""
-    train = config.train
-    if train.precision == "bf16" and train.zero_stage == 0:
-        raise UserError(
-            "train.zero_stage=0 with train.precision=bf16: DeepSpeed keeps no fp32 weights there that can be read; "
-            "take train.zero_stage=1"
-        )
-    if train.compile and train.zero_stage == 3:
-        raise UserError(
-            "train.compile=true with train.zero_stage=3: stage 3 gathers parameters layer by layer, which a compiled "
-            "body cannot; take train.zero_stage=2"
         )

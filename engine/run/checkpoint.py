@@ -1,16 +1,13 @@
 """Checkpoints: one folder per saved step, whole or absent, independent of the number of ranks and the ZeRO stage.
 
-    checkpoints/step-00000200/
-        <student>.safetensors     fp32 weights and both Adam moments
-        state.json                the run's state (engine.run.state)
-        COMMIT                    the SHA-256 of every other file
-
-What is restored is checked against COMMIT first.
+checkpoints/step-00000200/
+    <student>.safetensors     fp32 weights and both Adam moments
+    state.json                the run's state (engine.run.state)
+    COMMIT                    the SHA-256 of every other file
 """
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,8 +22,6 @@ from engine.students.student import StudentState
 from engine.system.distributed import Runtime
 from engine.system.errors import UserError
 from engine.system.files import remove, sha256, written_aside
-
-_NAME = re.compile(r"step-(\d{8})")
 
 
 def save(folder: Path, cohort: Cohort, state: RunState, runtime: Runtime, *, keep: int) -> None:
@@ -100,12 +95,11 @@ def _write(target: Path, students: Mapping[str, StudentState], state: RunState) 
 
 
 def _prune(folder: Path, keep: int, best_step: int | None) -> None:
-    for path in sorted(_whole_checkpoints(folder))[:-keep]:
+    for path in _whole_checkpoints(folder)[:-keep]:
         if best_step is None or path != at_step(folder, best_step):
             remove(path)
 
 
-def _whole_checkpoints(folder: Path) -> Sequence[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "COMMIT").is_file()]
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    """Returns them from the oldest to the newest."""
+    return sorted(commit.parent for commit in folder.glob(f"step-{'[0-9]' * 8}/COMMIT"))

@@ -23,10 +23,7 @@ RANKS = (1, 2, 4, 8)
 
 
 def describe_run(config: Config, recipes: Path) -> str:
-    """Returns a table as text.
-
-    Args:
-        recipes: the folder of the YAML file, where the recipes of teachers are that have not been trained yet.
+    """Returns a table as text; `recipes` is the folder with the recipes of teachers that have not been trained yet.
 
     Raises UserError for settings that a run would refuse, but for teachers that are not there.
     """
@@ -42,11 +39,10 @@ def describe_run(config: Config, recipes: Path) -> str:
     predicted = min(text_tokens, tokens) if config.cache is not None else tokens
     teacher_flops = sum(training_per_token(shape, length) // 3 for shape in teachers.values()) * predicted
     about = "" if exact or config.train.epochs is None else "about "
-    models = [("student", name, shape) for name, shape in students.items()]
-    models += [("teacher", name, shape) for name, shape in teachers.items()]
     return "\n".join(
         [
-            *(f"{role} {name}: {parameter_count(s):,} parameters, {_description(s)}" for role, name, s in models),
+            *(f"student {name}: {_description(shape)}" for name, shape in students.items()),
+            *(f"teacher {name}: {_description(shape)}" for name, shape in teachers.items()),
             f"steps: {about}{steps:,} of {config.train.batch} × {length} tokens",
             f"tokens: {about}{tokens:,}, {tokens / text_tokens:.2f} times the text "
             f"({'' if exact else 'about '}{text_tokens:,})",
@@ -61,9 +57,7 @@ def describe_run(config: Config, recipes: Path) -> str:
 def _memory_table(config: Config, students: dict[str, Shape], teachers: dict[str, Shape]) -> list[str]:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     lines = ["  ".join(["ranks".rjust(8), "micro".rjust(6), *(f"ZeRO {stage}".rjust(8) for stage in range(4))])]
-    for ranks in RANKS:
-        if config.train.batch % ranks:
-            continue
+    for ranks in (number for number in RANKS if config.train.batch % number == 0):
         share = config.train.batch // ranks
         micro_batch = min(share, config.train.micro_batch or share)
         tokens = micro_batch * config.train.length
@@ -76,8 +70,7 @@ def _memory_table(config: Config, students: dict[str, Shape], teachers: dict[str
 
 
 def training_tokens(data: DataConfig) -> tuple[int, bool]:
-    """Returns the tokens of the training split, and whether they are counted rather than guessed from words or
-    bytes."""
+    """Returns the tokens of the training split, and whether they are counted, not guessed from words or bytes."""
     path = Path(data.path)
     if (path / "manifest.json").is_file():
         return json.loads((path / "manifest.json").read_text())["splits"]["train"]["tokens"], True
@@ -107,5 +100,7 @@ def teacher_shape(config: Config, number: int, vocab_size: int, recipes: Path) -
 
 
 def _description(shape: Shape) -> str:
+    parameters = parameter_count(shape)
     sizes = f"{shape.layers} layers × {shape.hidden}, {shape.heads} heads, {shape.ffn} inner"
-    return f"{shape.title}, {sizes}, vocabulary {shape.vocab_size:,} ({format_count(parameter_count(shape))})"
+    vocabulary = f"vocabulary {shape.vocab_size:,} ({format_count(parameters)})"
+    return f"{parameters:,} parameters, {shape.title}, {sizes}, {vocabulary}"

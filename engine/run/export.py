@@ -1,7 +1,7 @@
 """A run's students as Hugging Face folders."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.compute import usage as usages
@@ -25,41 +25,26 @@ def export_student(
 
 
 def export_run(
-    run: Path,
-    config: Config,
-    prepared: Prepared,
-    step: int | None,
-    to: Path | None = None,
-    students: Collection[str] | None = None,
+    run: Path, config: Config, prepared: Prepared, step: int, to: Path, students: Sequence[StudentConfig]
 ) -> list[Path]:
-    """Writes the students of a run's checkpoint as Hugging Face folders, and their weights ω beside them.
-
-    Args:
-        step: of the checkpoint; None: the last.
-        to: the folder for them; None: run/students.
-        students: the names of those to write; None: all.
+    """Writes `students` of a run's checkpoint as Hugging Face folders in `to`, and their weights ω beside them.
 
     Returns the folders. Raises UserError where the checkpoint is missing or damaged, or was trained on other data, as
     its tokenizer is gone then.
     """
-    checkpoints = run / "checkpoints"
-    source = checkpoint.latest(checkpoints) if step is None else checkpoint.at_step(checkpoints, step)
-    if source is None or not source.is_dir():
-        raise UserError(f"{source or checkpoints}: no such checkpoint; train first, or name a step that was kept")
+    source = checkpoint.at_step(run / "checkpoints", step)
+    if not source.is_dir():
+        raise UserError(f"{source}: no such checkpoint; train first, or name a step that was kept")
     state = checkpoint.read_state(source)
     if state.data != prepared.identity:
         raise UserError(
             f"{source} was trained on data {state.data[:8]}, but data.path={config.data.path} now gives "
             f"{prepared.identity[:8]}, and with it another tokenizer: restore the text"
         )
-    to, folders = to or run / "students", []
-    for student in config.students:
-        if students is not None and student.name not in students:
-            continue
-        folders.append(to / student.name)
+    for student in students:
         student_state = checkpoint.read_student(source, student.name)
-        export_student(folders[-1], student, student_state, prepared.tokenizer, state.usage)
+        export_student(to / student.name, student, student_state, prepared.tokenizer, state.usage)
     if state.omega:
         weights = dict(zip((student.name for student in config.students), state.omega, strict=True))
         (to / OMEGA).write_text(json.dumps(weights, indent=1) + "\n")
-    return folders
+    return [to / student.name for student in students]

@@ -15,7 +15,6 @@ runs/<name>/
 
 import fcntl
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config.settings import Config
@@ -24,49 +23,36 @@ from engine.run.check_settings import check_same
 from engine.system.errors import UserError
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """The paths of a run."""
+def checkpoint_to_resume(folder: Path, config: Config) -> Path | None:
+    """Returns the checkpoint to go on from, None for a new run.
 
-    path: Path
+    Raises UserError where the folder is another run's, or is not as `run.resume` wants it.
+    """
+    resume, checkpoints = config.run.resume, folder / "checkpoints"
+    if (folder / "config.yaml").is_file():
+        if resume == "never":
+            raise UserError(f"{folder} exists and run.resume=never: choose another run.name, or run.resume=auto")
+        check_same(config, folder / "config.yaml")
+    newest = checkpoint.latest(checkpoints)
+    if newest is None and resume == "always":
+        raise UserError(f"{checkpoints} holds no checkpoint and run.resume=always: take run.resume=auto")
+    return newest
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    def checkpoint_to_resume(self, config: Config) -> Path | None:
-        """Returns the checkpoint to go on from, None for a new run.
-
-        Raises UserError where the folder is another run's, or is not as `run.resume` wants it.
-        """
-        resume, exists = config.run.resume, self.config.is_file()
-        if exists and resume == "never":
-            raise UserError(f"{self.path} exists and run.resume=never: choose another run.name, or run.resume=auto")
-        if exists:
-            check_same(config, self.config)
-        newest = checkpoint.latest(self.checkpoints)
-        if newest is None and resume == "always":
-            raise UserError(f"{self.checkpoints} holds no checkpoint and run.resume=always: take run.resume=auto")
-        return newest
-
-    def lock(self, process_ids: list[int], stack: ExitStack) -> None:
-        """Writes the process ids to ranks.pid and holds the folder until `stack` closes; UserError where another run
-        holds it."""
-        path = self.path / "ranks.pid"
-        file = stack.enter_context(path.open("a+"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{self.path} is being trained right now, by processes {file.read().strip()}: wait for them, stop "
-                "them, or choose another run.name"
-            ) from None
-        file.truncate(0)
-        file.write(" ".join(map(str, process_ids)) + "\n")
-        file.flush()
-        stack.callback(path.unlink, missing_ok=True)
+def lock(folder: Path, process_ids: list[int], stack: ExitStack) -> None:
+    """Writes the process ids to ranks.pid and holds the folder until `stack` closes; UserError where another run
+    holds it."""
+    path = folder / "ranks.pid"
+    file = stack.enter_context(path.open("a+"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"{folder} is being trained right now, by processes {file.read().strip()}: wait for them, stop "
+            "them, or choose another run.name"
+        ) from None
+    file.truncate(0)
+    file.write(" ".join(map(str, process_ids)) + "\n")
+    file.flush()
+    stack.callback(path.unlink, missing_ok=True)

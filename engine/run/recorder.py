@@ -15,7 +15,7 @@ from engine.compute.hardware import EnergyMeter
 from engine.data.batches import Step
 from engine.reporting.metrics_log import MetricsLog
 from engine.reporting.progress import Progress
-from engine.reporting.records import Record, StepRecord, StudentEvaluation, StudentStep
+from engine.reporting.records import EvaluationRecord, Record, StepRecord, StudentEvaluation, StudentStep
 from engine.run.state import RunState
 from engine.students.cohort import Cohort, Verdict
 from engine.students.gradients import Tally
@@ -35,37 +35,22 @@ class Measurement:
     joules: float | None  # None: the devices do not report it
 
 
+@dataclass
 class Recorder:
     """Writes a run's records. It reads the run's state and never changes it."""
 
-    def __init__(
-        self,
-        log: MetricsLog | None,
-        progress: Progress,
-        cohort: Cohort,
-        teachers: Teachers,
-        runtime: Runtime,
-        state: RunState,
-        *,
-        clip: float,
-        peak_flops: float | None,
-    ) -> None:
-        """
-        Args:
-            log: None on all ranks but 0.
-            state: the state that the run begins or goes on with.
-            clip: the largest gradient norm; 0: gradients are not clipped.
-            peak_flops: FLOP/s of all ranks' devices at most, where known.
-        """
-        self._log, self._progress = log, progress
-        self._cohort, self._teachers, self._runtime = cohort, teachers, runtime
-        self._clip, self._peak_flops = clip, peak_flops
-        self._meter = EnergyMeter(runtime.device)
-        self._measured_at, self._recorded = time.monotonic(), state
+    log: MetricsLog | None  # None on all ranks but 0
+    progress: Progress
+    cohort: Cohort
+    teachers: Teachers
+    runtime: Runtime
+    recorded: RunState  # the state at the last step's record; at first, the one that the run begins or goes on with
+    clip: float  # the largest gradient norm; 0: gradients are not clipped
+    peak_flops: float | None  # FLOP/s of all ranks' devices at most, where known
 
-    def position(self) -> int:
-        """Returns the bytes of metrics.jsonl that are safely on the disk."""
-        return self._log.position() if self._log else 0
+    def __post_init__(self) -> None:
+        self._meter = EnergyMeter(self.runtime.device)
+        self._measured_at = time.monotonic()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -81,19 +66,19 @@ class Recorder:
         parts = [tally.losses_S[:, None], tally.ce_S[:, None]]
         table = torch.cat(parts if tally.kl_SR is None else [*parts, tally.kl_SR], dim=1)
         energy = table.new_tensor([math.nan if joules is None else joules])
-        *flat, joules = self._runtime.all_reduce_sum(torch.cat([table.flatten(), energy]))
+        *flat, joules = self.runtime.all_reduce_sum(torch.cat([table.flatten(), energy]))
         width, now = table.shape[1], time.monotonic()
         seconds, self._measured_at = now - self._measured_at, now
         return Measurement(
             [flat[start : start + width] for start in range(0, len(flat), width)],
             seconds,
-            [student.clock.take() for student in self._cohort],
-            self._teachers.clock.take(),
+            [student.clock.take() for student in self.cohort],
+            self.teachers.clock.take(),
             joules if math.isfinite(joules) else None,
         )
 
     def streams(self) -> None:
-        self._write({"kind": "streams", "step": 0, "students": self._cohort.names, "teachers": self._teachers.names})
+        self._write({"kind": "streams", "step": 0, "students": self.cohort.names, "teachers": self.teachers.names})
 
     def event(self, step: int, text: str) -> None:
         self._write({"kind": "event", "step": step, "text": text})
@@ -107,7 +92,7 @@ class Recorder:
             {
                 "kind": "outer",
                 "step": step,
-                "omega": dict(zip(self._cohort.names, update.omega, strict=True)),
+                "omega": dict(zip(self.cohort.names, update.omega, strict=True)),
                 "held_out_loss": update.loss,
                 "shares": update.shares,
                 "step_size": update.step_size,
@@ -119,28 +104,36 @@ class Recorder:
 
     def evaluation(self, step: int, evaluations: Sequence[StudentEvaluation]) -> None:
         """`evaluations`: one per student and, where there are several students, last their ensemble's."""
-        students = dict(zip(self._cohort.names, evaluations, strict=False))
+        students = dict(zip(self.cohort.names, evaluations, strict=False))
+        record: EvaluationRecord = {"kind": "evaluation", "step": step, "students": students}
         if len(evaluations) > len(students):
-            self._write({"kind": "evaluation", "step": step, "students": students, "ensemble": evaluations[-1]})
-        else:
-            self._write({"kind": "evaluation", "step": step, "students": students})
+            record["ensemble"] = evaluations[-1]
+        self._write(record)
 
     def step(
         self, step: Step, state: RunState, measurement: Measurement, verdict: Verdict, learning_rates: Sequence[float]
     ) -> None:
-        """Writes the record of `step`. Its speeds are those of all steps since the last such record.
+        """Writes the record of `step`, which was taken at `learning_rates` [S].
 
-        Args:
-            state: after the step, with the measurement in its usage.
-            learning_rates: [S], at which the step was taken.
+        Its speeds are those of all steps since the last such record. The usage in `state` includes the measurement.
         """
-        before, self._recorded = self._recorded, state
+        before, self.recorded = self.recorded, state
         usage, seconds = state.usage, measurement.seconds
         spent = usage.flops - before.usage.flops
-        students = {
-            name: self._student_step(step, i, state, before, measurement, verdict, learning_rates)
-            for i, name in enumerate(self._cohort.names)
-        }
+        tokens = state.tokens - before.tokens
+        students: dict[str, StudentStep] = {}
+        for i, name in enumerate(self.cohort.names):
+            loss, ce, *_ = measurement.losses[i]
+            flops = usage.students[name].model_flops - before.usage.students[name].model_flops
+            students[name] = {
+                "loss": loss,
+                "ce": ce / step.valid_tokens,
+                "grad_norm": verdict.gradient_norms[i],
+                "lr": learning_rates[i],
+                "tokens_per_second": tokens / measurement.student_seconds[i],
+                "model_flops_per_second": flops / seconds,
+                "clipped": 0 < self.clip < verdict.gradient_norms[i],
+            }
         record: StepRecord = {
             "kind": "step",
             "step": step.number,
@@ -148,43 +141,20 @@ class Recorder:
             "tokens": state.tokens,
             "words": state.words,
             "seconds": seconds / (state.step - before.step),
-            "tokens_per_second": (state.tokens - before.tokens) / seconds,
+            "tokens_per_second": tokens / seconds,
             "model_flops": usage.flops.model,
             "hardware_flops": usage.flops.hardware,
             "students": students,
             "kl": [[kl / step.valid_tokens for kl in row[2:]] for row in measurement.losses if len(row) > 2],
         }
-        if self._peak_flops is not None:
-            record["mfu"] = spent.model / seconds / self._peak_flops
-            record["hfu"] = spent.hardware / seconds / self._peak_flops
+        if self.peak_flops is not None:
+            record["mfu"] = spent.model / seconds / self.peak_flops
+            record["hfu"] = spent.hardware / seconds / self.peak_flops
         if usage.joules is not None:
             record["joules"] = usage.joules
         self._write(record)
 
-    def _student_step(
-        self,
-        step: Step,
-        i: int,
-        state: RunState,
-        before: RunState,
-        measurement: Measurement,
-        verdict: Verdict,
-        learning_rates: Sequence[float],
-    ) -> StudentStep:
-        name, (loss, ce, *_) = self._cohort.names[i], measurement.losses[i]
-        flops = state.usage.students[name].model_flops - before.usage.students[name].model_flops
-        norm = verdict.gradient_norms[i]
-        return {
-            "loss": loss,
-            "ce": ce / step.valid_tokens,
-            "grad_norm": norm,
-            "lr": learning_rates[i],
-            "tokens_per_second": (state.tokens - before.tokens) / measurement.student_seconds[i],
-            "model_flops_per_second": flops / measurement.seconds,
-            "clipped": 0 < self._clip < norm,
-        }
-
     def _write(self, record: Record) -> None:
-        if self._log is not None:
-            self._log.write(record)
-            self._progress.show(record)
+        if self.log is not None:
+            self.log.write(record)
+            self.progress.show(record)

@@ -1,17 +1,15 @@
-"""A run around the loop: what it records, when it evaluates and saves, how it pauses and finishes.
-
-S students.
-"""
+"""A run around the loop: what it records, when it evaluates and saves, how it pauses and finishes."""
 
 import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from engine.compute import profiling
 from engine.compute.flops import Workload
-from engine.compute.usage import Usage, step_cost
+from engine.compute.usage import step_cost
 from engine.config.settings import Config
 from engine.data.batches import Step, TrainingData
 from engine.data.prepare import Prepared
@@ -20,7 +18,6 @@ from engine.models.base import Shape
 from engine.reporting.report import write_report
 from engine.run import checkpoint
 from engine.run.export import export_run, export_student
-from engine.run.folder import RunFolder
 from engine.run.recorder import Recorder
 from engine.run.state import RunState, random_state
 from engine.run.summary import final_table, summarise
@@ -41,7 +38,7 @@ class Run:
 
     config: Config
     runtime: Runtime
-    folder: RunFolder
+    folder: Path
     prepared: Prepared
     data: TrainingData
     total_steps: int
@@ -52,17 +49,15 @@ class Run:
     outer_loop: OuterLoop
     recorder: Recorder
     state: RunState
-    peak_flops: float | None  # the most FLOP/s of all ranks' devices together; None where unknown
     stack: ExitStack  # closes what is open while the run trains
 
     def steps(self) -> Iterator[Step]:
         """Yields the steps that are left, profiled where the settings ask for it."""
         steps = self.teachers.read_ahead(self.data.steps(self.state.step + 1, self.total_steps))
-        profiled_steps, memory = self.config.run.profile, self.config.run.memory_snapshot
-        return profiling.profiled(steps, profiled_steps, self.folder.path / "profile", self.runtime, memory=memory)
+        return profiling.profiled(steps, self.config.run.profile, self.folder / "profile", self.runtime)
 
     def learning_rates(self, step: Step) -> list[float]:
-        """Returns each student's learning rate in the step, [S]."""
+        """Returns each student's learning rate in the step."""
         optimizer, steps = self.config.optimizer, self.total_steps
         return [learning_rate(student.config, optimizer, step.number, steps) for student in self.cohort]
 
@@ -72,9 +67,12 @@ class Run:
         Raises UserError where too many steps in a row were skipped.
         """
         previous, self.state = self.state, self._state_after(step, verdict)
-        milestones = self._milestones_passed(previous)
+        words_before, words = previous.words, self.state.words
+        milestones = [m for m in MILESTONES if self.config.checkpoint.milestones and words_before < m <= words]
+        every_words = self.config.evaluation.every_words
+        words_due = every_words is not None and words_before // every_words < words // every_words
         last = step.number == self.total_steps
-        evaluate = last or step.number % self.config.evaluation.every == 0 or self._word_evaluation_due(previous)
+        evaluate = last or words_due or step.number % self.config.evaluation.every == 0
         save = last or verdict.stop or step.number % self.config.checkpoint.every == 0
         if verdict.skipped or evaluate or save or milestones or step.number % self.config.run.log_every == 0:
             self._record_step(step, tally, verdict)
@@ -93,19 +91,6 @@ class Run:
 
     def _state_after(self, step: Step, verdict: Verdict) -> RunState:
         state, skipped = self.state, verdict.skipped
-        return replace(
-            state,
-            step=step.number,
-            tokens=state.tokens + step.tokens,
-            words=state.words + step.words,
-            updates=state.updates + (not skipped),
-            skipped_in_a_row=state.skipped_in_a_row + 1 if skipped else 0,
-            omega=self.outer_loop.state.omega if self.config.objective.weighted else (),
-            outer_updates=self.outer_loop.state.updates,
-            usage=self._usage_after(step),
-        )
-
-    def _usage_after(self, step: Step) -> Usage:
         update, world_size = self.outer_loop.last_update, self.runtime.world_size
         cost = step_cost(
             self.config,
@@ -115,15 +100,17 @@ class Run:
             None if update is None else Workload.of_step(update.held_out, world_size),
         )
         seconds = 0.0 if update is None else update.seconds
-        return self.state.usage.add_step(cost, tokens=step.tokens, words=step.words, outer_seconds=seconds)
-
-    def _milestones_passed(self, previous: RunState) -> list[int]:
-        milestones = MILESTONES if self.config.checkpoint.milestones else ()
-        return [words for words in milestones if previous.words < words <= self.state.words]
-
-    def _word_evaluation_due(self, previous: RunState) -> bool:
-        every = self.config.evaluation.every_words
-        return every is not None and previous.words // every < self.state.words // every
+        return replace(
+            state,
+            step=step.number,
+            tokens=state.tokens + step.tokens,
+            words=state.words + step.words,
+            updates=state.updates + (not skipped),
+            skipped_in_a_row=state.skipped_in_a_row + 1 if skipped else 0,
+            omega=self.outer_loop.state.omega if self.config.objective.weighted else (),
+            outer_updates=self.outer_loop.state.updates,
+            usage=state.usage.add_step(cost, tokens=step.tokens, words=step.words, outer_seconds=seconds),
+        )
 
     def _record_step(self, step: Step, tally: Tally, verdict: Verdict) -> None:
         measured = self.recorder.measure(tally)
@@ -140,7 +127,7 @@ class Run:
             raise UserError(
                 f"{', '.join(names)}: loss or gradient not finite {self.state.skipped_in_a_row} steps in a row, up to "
                 f"step {self.state.step}; lower the learning rate; the last checkpoint is "
-                f"{checkpoint.latest(self.folder.checkpoints) or 'none'}"
+                f"{checkpoint.latest(self.folder / 'checkpoints') or 'none'}"
             )
 
     def _evaluate(self) -> bool:
@@ -157,7 +144,7 @@ class Run:
 
     def _export_milestone(self, words: int) -> None:
         """Exports every student as BabyLM asks for it after so many words; a collective call."""
-        folder, name = self.folder.path / "milestones", f"chck_{words // 10**6}M"
+        folder, name = self.folder / "milestones", f"chck_{words // 10**6}M"
         states = [student.state() for student in self.cohort]
         with self.runtime.main_process_first():
             if self.runtime.is_main_process:
@@ -169,16 +156,17 @@ class Run:
         self.recorder.event(self.state.step, text)
 
     def _save(self) -> None:
-        position = self.recorder.position()
+        log = self.recorder.log
+        position = log.position() if log else 0
         self.state = replace(self.state, metrics_position=position, random_state=random_state())
         keep = self.config.checkpoint.keep
-        checkpoint.save(self.folder.checkpoints, self.cohort, self.state, self.runtime, keep=keep)
+        checkpoint.save(self.folder / "checkpoints", self.cohort, self.state, self.runtime, keep=keep)
 
     def stop(self) -> None:
         """Writes the report of a run that was asked to stop and has saved its checkpoint, and says how to resume it."""
         with self.runtime.main_process_first():
             if self.runtime.is_main_process:
-                write_report(self.folder.path)
+                write_report(self.folder)
                 self.stack.close()
                 print(f"stopped at step {self.state.step} as asked; the same command goes on from there")
 
@@ -187,27 +175,15 @@ class Run:
 
         Raises UserError where no evaluation gave a finite loss.
         """
-        if self.state.best_step is None:
-            raise UserError(f"{self.folder.path}: no finite validation loss in the whole run; lower the learning rates")
+        best_step, students, peak = self.state.best_step, self.config.students, self.recorder.peak_flops
+        if best_step is None:
+            raise UserError(f"{self.folder}: no finite validation loss in the whole run; lower the learning rates")
         with self.runtime.main_process_first():
             if self.runtime.is_main_process:
-                self._write_results(self.state.best_step)
-
-    def _write_results(self, best_step: int) -> None:
-        path = self.folder.path
-        export_run(path, self.config, self.prepared, best_step)
-        best = checkpoint.read_state(checkpoint.at_step(self.folder.checkpoints, best_step))
-        summary = summarise(
-            path,
-            self.config,
-            self.prepared,
-            self.cohort,
-            self.runtime,
-            self.state,
-            omega=best.omega,
-            peak_flops=self.peak_flops,
-        )
-        (path / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False))
-        write_report(path)
-        self.stack.close()  # The progress display ends before the table begins.
-        print(final_table(summary))
+                export_run(self.folder, self.config, self.prepared, best_step, self.folder / "students", students)
+                best = checkpoint.read_state(checkpoint.at_step(self.folder / "checkpoints", best_step))
+                summary = summarise(self.config, self.prepared, self.cohort, self.runtime, self.state, best, peak)
+                (self.folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+                write_report(self.folder)
+                self.stack.close()  # The progress display ends before the table begins.
+                print(final_table(summary))

@@ -1,6 +1,5 @@
 """What a run ends with: `summary.json`, and the same as a table."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from engine.compute.usage import as_dict
 from engine.config.settings import Config
 from engine.data.prepare import Prepared
-from engine.reporting.records import StudentSummary, Summary
+from engine.reporting.records import Summary
 from engine.run.state import RunState
 from engine.students.cohort import Cohort
 from engine.system.distributed import Runtime
@@ -17,22 +16,16 @@ from engine.system.provenance import device_name, git_commit
 
 
 def summarise(
-    folder: Path,
     config: Config,
     prepared: Prepared,
     cohort: Cohort,
     runtime: Runtime,
     state: RunState,
-    *,
-    omega: Sequence[float],
+    best: RunState,
     peak_flops: float | None,
 ) -> Summary:
-    """Returns the summary of the run in `folder` that has come to `state`.
-
-    Args:
-        omega: the students' weights at the best step; empty where they have none.
-        peak_flops: FLOP/s of all ranks' devices at most, where known.
-    """
+    """Returns the summary of the run that has come to `state`, and whose state at its best step was `best`."""
+    folder = Path(config.run.folder) / config.run.name
     held_out = prepared.manifest["splits"]["validation"]
     tokens_per_word = held_out["tokens"] / held_out["words"]
     summary: Summary = {
@@ -53,35 +46,30 @@ def summarise(
             # The entropy is that of the next token; a masked model sees both sides and has less left to predict.
             "entropy_per_word": None if config.masked else prepared.manifest["entropy_per_word"],
         },
-        "students": _student_summaries(folder, cohort, state, tokens_per_word),
+        "students": [
+            {
+                "name": student.name,
+                "parameters": student.parameters,
+                "validation_loss": evaluation["validation_loss"],
+                "validation_loss_per_word": evaluation["validation_loss"] * tokens_per_word,
+                "pairs_accuracy": evaluation["pairs_accuracy"],
+                "pairs_by_phenomenon": evaluation["pairs_by_phenomenon"],
+                "tokens_per_second": state.tokens / usage.seconds,
+                "folder": str(folder / "students" / student.name),
+                "best_step": best.step,
+                "samples": evaluation["samples"],
+            }
+            for student, evaluation, usage in zip(cohort, state.best, state.usage.students.values(), strict=True)
+        ],
         "usage": as_dict(state.usage),
         "inherited_flops": asdict(state.usage.inherited_flops),
         "report": str(folder / "report.html"),
     }
     if peak_flops is not None:
         summary["peak_flops_per_second"] = peak_flops
-    if omega:
-        summary["omega"] = list(omega)
+    if best.omega:
+        summary["omega"] = list(best.omega)
     return summary
-
-
-def _student_summaries(folder: Path, cohort: Cohort, state: RunState, tokens_per_word: float) -> list[StudentSummary]:
-    assert state.best_step is not None, "a run that ends well has been evaluated"
-    return [
-        {
-            "name": student.name,
-            "parameters": student.parameters,
-            "validation_loss": best["validation_loss"],
-            "validation_loss_per_word": best["validation_loss"] * tokens_per_word,
-            "pairs_accuracy": best["pairs_accuracy"],
-            "pairs_by_phenomenon": best["pairs_by_phenomenon"],
-            "tokens_per_second": state.tokens / usage.seconds,
-            "folder": str(folder / "students" / student.name),
-            "best_step": state.best_step,
-            "samples": best["samples"],
-        }
-        for student, best, usage in zip(cohort, state.best, state.usage.students.values(), strict=True)
-    ]
 
 
 def final_table(summary: Summary) -> str:

@@ -1,9 +1,4 @@
-"""A search for the students that learn together, by their size alone, as in When Babies Teach Babies (Iyer 2024).
-
-Student i (from 1) is the shape whose number of parameters is nearest to N/(i+1), where N is that of the model which the
-students replace. The space is small, so all its shapes are tried; or Bayesian optimisation proposes them, as in the
-paper.
-"""
+"""A search for the students that learn together, by their size alone, as in When Babies Teach Babies (Iyer 2024)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from matplotlib.figure import Figure
 
 from engine.config.settings import SearchConfig, StudentConfig
 from engine.models.base import Shape
@@ -143,12 +139,8 @@ def search(config: SearchConfig) -> list[Candidate]:
 
 def plot(results: Sequence[SearchResult], path: Path) -> None:
     """Draws the distance from the target size, of every evaluation and of the best so far, for each student."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for number, result in enumerate(results, start=1):
         scores = np.array(result.scores)
         distances = np.where(scores > INVALID, -scores, np.nan) / 1e6
@@ -158,4 +150,3 @@ def plot(results: Sequence[SearchResult], path: Path) -> None:
     axes.set(xlabel="evaluation", ylabel="parameters off target, millions", yscale="log")
     axes.legend()
     figure.savefig(path)
-    plt.close(figure)

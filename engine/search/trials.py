@@ -25,17 +25,13 @@ def require_library(name: str) -> Any:
 def open_study(journal: Path, settings: Mapping[str, Any], pruner: Any) -> Any:
     """Returns the study in the file `journal`, a new one where there is none. A trial that was interrupted comes next.
 
-    Args:
-        settings: everything that affects what is proposed and how it is scored, as JSON reads it back.
-
-    Raises UserError where the journal was made with other settings.
+    Raises UserError where the journal was made with other `settings`: everything that affects what is proposed and how
+    it is scored, as JSON reads it back.
     """
     optuna = require_library("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.JournalStorage(
-        require_library("optuna.storages.journal").JournalFileBackend(str(journal))
-    )
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
     study = optuna.create_study(study_name="trials", storage=storage, pruner=pruner, load_if_exists=True)
     before = study.user_attrs.get("settings", settings)
     differing = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
@@ -72,11 +68,8 @@ def run_trial(study: Any, objective: Callable[[Any], float], seed: int) -> None:
 def watch_run(trial: Any, arguments: Sequence[str | Path], folder: Path) -> list[float]:
     """Runs a recipe and returns its held-out losses in nats per token, which it reports to `trial` as they come.
 
-    The loss is the ensemble's or, of a single student, the student's. The run is ended in any case.
-
-    Args:
-        arguments: the recipe and its command line.
-        folder: where the recipe trains. What it prints goes to output.txt in it.
+    The loss is the ensemble's or, of a single student, the student's. The run is ended in any case. `arguments` are the
+    recipe and its command line; it trains in `folder`, and what it prints goes to output.txt there.
 
     Raises TrialPruned where the trial should be pruned or has diverged, UserError where the run fails.
     """

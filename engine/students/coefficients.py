@@ -44,27 +44,22 @@ class LossWeighting:
     targets_per_sequence: int = 1
 
     def coefficients(self, omega_S: Tensor | None = None) -> LossCoefficients:
-        """Returns the coefficients of the formula in `ObjectiveConfig`.
+        """Returns the coefficients of the formula in `ObjectiveConfig`, which are affine in `omega_S`, [S].
 
-        Args:
-            omega_S: [S], the students' weights, which the coefficients are affine in. It is read only where
-                objective.weighted is true, and is needed there.
+        It is read only where objective.weighted is true, and is needed there.
         """
         objective, students = self.objective, self.students
         share_S = torch.ones(students, device=self.device)
         if objective.weighted:
             assert omega_S is not None, "objective.weighted needs the students' weights"
             share_S = students * omega_S.to(self.device, torch.float32)
-        learns_alone = not self.teacher_weights and (students == 1 or objective.peer_weight == 0)
-        kl_weight_SR = None if learns_alone else self._kl_weight(share_S)
+        kl_weight_SR = None
+        if self.teacher_weights or (students > 1 and objective.peer_weight != 0):
+            per_peer = objective.peer_weight / (1 if objective.weighted else max(1, students - 1))
+            peers_SS = per_peer * share_S.expand(students, -1)
+            teachers_K = objective.teacher_weight * torch.tensor(self.teacher_weights, device=self.device)
+            kl_weight_SR = torch.cat([peers_SS - peers_SS.diagonal().diag(), teachers_K.expand(students, -1)], dim=1)
+            kl_weight_SR *= self.targets_per_sequence if objective.reduction == "sequence" else 1
         return LossCoefficients(
             objective.ce_weight * share_S, kl_weight_SR, objective.temperature, objective.divergence
         )
-
-    def _kl_weight(self, share_S: Tensor) -> Tensor:
-        objective, students = self.objective, self.students
-        per_peer = objective.peer_weight / (1 if objective.weighted else max(1, students - 1))
-        peers_SS = per_peer * share_S.expand(students, -1)
-        teachers_K = objective.teacher_weight * torch.tensor(self.teacher_weights, device=self.device)
-        kl_weight_SR = torch.cat([peers_SS - peers_SS.diagonal().diag(), teachers_K.expand(students, -1)], dim=1)
-        return kl_weight_SR * (self.targets_per_sequence if objective.reduction == "sequence" else 1)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import deepspeed
 import torch
@@ -32,17 +31,12 @@ class Verdict:
         return bool(self.not_finite)
 
 
-class Cohort(Sequence[Student]):
+class Cohort(list[Student]):
     """All students of a run."""
 
     def __init__(self, students: Sequence[Student], runtime: Runtime) -> None:
-        self._students, self._runtime = list(students), runtime
-
-    def __len__(self) -> int:
-        return len(self._students)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._students[index]
+        super().__init__(students)
+        self._runtime = runtime
 
     @property
     def names(self) -> list[str]:

@@ -15,7 +15,7 @@ the logits and tangents of S students hold all S² derivatives: S backward and S
 B sequences, L positions, N tokens (n of a chunk), D hidden, V vocabulary, S students.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,6 @@ class FunctionalStudent(nn.Module):
     """A student's forward pass as a function of its parameters. It holds no tensors of its own."""
 
     def __init__(self, shape: Shape, seed: int = 0) -> None:
-        """Takes the student's seed, which its dropout depends on."""
         super().__init__()
         self.seed, self.dropout = seed, shape.dropout
         with torch.device("meta"):
@@ -112,7 +111,6 @@ def hypergradient(
         before, after: every student's parameters before and after the step on `train`; any one floating-point dtype.
         step_sizes: γ_k, what the step multiplied student k's gradient by.
         train, held_out: this rank's share of both.
-        omega_S: [S].
         weighting: the inner loss, as a function of ω.
         terms: "all", or "direct" for ∂L2/∂ω alone.
     """
@@ -149,10 +147,8 @@ def _held_out_gradient(
     omega_S = omega.detach().to(dtype).requires_grad_()
     inputs = [omega_S, *(p for named in leaves if with_students for p in named.values())]
     loss, gradients = torch.zeros((), dtype=torch.float64, device=omega.device), [torch.zeros_like(x) for x in inputs]
-    for student in students:
-        student.eval()
     for batch in step.micro_batches:
-        outputs = [student.forward_with(named, batch) for student, named in zip(students, leaves, strict=True)]
+        outputs = [student.eval().forward_with(named, batch) for student, named in zip(students, leaves, strict=True)]
         batch_loss = _ensemble_loss(outputs, omega_S, batch.targets_N, step.valid_tokens)
         loss += batch_loss.detach()
         batch_gradients = torch.autograd.grad(batch_loss, inputs, materialize_grads=True)
@@ -170,9 +166,9 @@ def _ensemble_loss(
     weight_VD = torch.cat([w * weight for w, (_, weight, *_) in zip(omega_S, outputs, strict=True)], -1)
     biases = [w * bias for w, (_, _, *rest) in zip(omega_S, outputs, strict=True) for bias in rest]
     mixed = Projected(hidden_ND, weight_VD, torch.stack(biases).sum(0) if biases else None)
-    ce_weight = omega_S.new_ones(1).detach()
+    one = omega_S.new_ones(1)
     result = linear_ensemble_kl(
-        [mixed], [], targets_N, ce_weight=ce_weight, kl_weight=None, normalizer=normalizer, ignore_index=IGNORED
+        [mixed], [], targets_N, ce_weight=one, kl_weight=None, normalizer=normalizer, ignore_index=IGNORED
     )
     return result.losses[0]
 
@@ -191,14 +187,13 @@ def _inner_derivatives(
     ce_S = torch.zeros(S, dtype=torch.float64, device=weighting.device)
     kl_SS = ce_S.new_zeros(S, S)
     for batch in step.micro_batches:
-        outputs, tangents = [], []
-        for student, named, direction in zip(students, parameters, directions, strict=True):
-            output, tangent = student.train().tangent(named, direction, batch)
-            outputs.append(output)
-            tangents.append(tangent)
-        for rows in _chunks(outputs, batch.targets_N):
+        triples = zip(students, parameters, directions, strict=True)
+        streams = [student.train().tangent(named, direction, batch) for student, named, direction in triples]
+        bytes_per_row = 5 * sum(len(weight) * weight.element_size() for (_, weight, *_), _ in streams)
+        valid_N = (batch.targets_N != IGNORED).nonzero().squeeze(1)
+        for rows in valid_N.split(max(1, CHUNK_BYTES[valid_N.device.type] // bytes_per_row)):
             logits, logits_dot = [], []
-            for (hidden, weight, *bias), (hidden_dot, weight_dot, *bias_dot) in zip(outputs, tangents, strict=True):
+            for (hidden, weight, *bias), (hidden_dot, weight_dot, *bias_dot) in streams:
                 logits.append(F.linear(hidden[rows], weight, *bias))
                 logits_dot.append(F.linear(hidden_dot[rows], weight, *bias_dot) + F.linear(hidden[rows], weight_dot))
             targets_n = batch.targets_N[rows]
@@ -211,14 +206,6 @@ def _inner_derivatives(
         kl_weight_SS = coefficients.kl_weight[:, :S].double()
         inner_SS += coefficients.temperature**2 * (kl_weight_SS * kl_SS).T
     return inner_SS / step.valid_tokens
-
-
-def _chunks(outputs: Sequence[tuple[Tensor, ...]], targets_N: Tensor) -> Iterator[Tensor]:
-    """Yields indices of the rows that count, at a time as many as CHUNK_BYTES has room for."""
-    bytes_per_row = 5 * sum(len(weight) * weight.element_size() for _, weight, *_ in outputs)
-    valid_N = (targets_N != IGNORED).nonzero().squeeze(1)
-    if len(valid_N):
-        yield from valid_N.split(max(1, CHUNK_BYTES[targets_N.device.type] // bytes_per_row))
 
 
 def _loss_derivatives(

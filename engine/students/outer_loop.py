@@ -1,7 +1,4 @@
-"""The outer loop of weighted mutual learning (Iyer 2024): it learns the students' weights ω on held-out text.
-
-S students.
-"""
+"""The outer loop of weighted mutual learning (Iyer 2024): it learns the weights ω of S students on held-out text."""
 
 import math
 import time
@@ -16,7 +13,6 @@ from engine.data.batches import Step, TrainingData
 from engine.students.coefficients import LossCoefficients, LossWeighting
 from engine.students.cohort import Cohort, Verdict
 from engine.students.hypergradient import FunctionalStudent, Parameters, hypergradient
-from engine.students.student import Student
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,7 @@ class OuterLoop:
     ) -> None:
         """
         Args:
-            steps: the steps of the whole run.
-            weighting: the loss that the students pay, as a function of ω.
+            steps: of the whole run.
             held_out: the held-out split, cut into steps like training data; update u reads step u. None: ω is constant.
             state: a checkpoint's, to go on from.
         """
@@ -108,11 +103,13 @@ class OuterLoop:
         self._students = self._students or [FunctionalStudent(s.shape, s.config.seed) for s in cohort]
         after = [student.full_parameters() for student in cohort]
         (held_out,) = self._held_out.steps(self.state.updates + 1, self.state.updates + 1)
+        # What the step multiplied gradients by. AdamW's own scaling is left out: the paper's inner step is plain SGD.
+        inner_step_sizes = [s.optimizer.param_groups[0]["lr"] / s.divisor.item() for s in cohort]
         gradient = hypergradient(
             self._students,
             before or after,
             after,
-            [inner_step_size(student) for student in cohort],
+            inner_step_sizes,
             step,
             held_out,
             self.omega_S,
@@ -128,14 +125,6 @@ class OuterLoop:
             omega, gradient.loss, gradient.terms(), gradient.shares(), step_size, seconds, held_out
         )
         return self.coefficients()
-
-
-def inner_step_size(student: Student) -> float:
-    """Returns γ, what the last step multiplied the gradient by: the learning rate over the clipping divisor.
-
-    AdamW's own scaling is left out: the paper's inner step is plain SGD.
-    """
-    return student.optimizer.param_groups[0]["lr"] / student.divisor.item()
 
 
 def mirror_descent(

@@ -39,10 +39,7 @@ class Student:
         optimizer: OptimizerConfig,
         runtime: Runtime,
     ) -> None:
-        """Makes the engine of `model`, which holds the weights that training begins with.
-
-        The engine copies, casts and shards what the model holds.
-        """
+        """Makes the engine, which copies, casts and shards the weights of `model`: training begins with them."""
         self.config, self.name, self.runtime = config, config.name, runtime
         self.zero_stage = train.stage(runtime.world_size)
         self.shape = model.shape

@@ -30,8 +30,7 @@ def engine_settings(train: TrainConfig, parameters: int, world_size: int) -> dic
     stage = train.stage(world_size)
     bucket = min(parameters, LARGEST_BUCKET)  # It is allocated whole for each student: the default would be 2 GB.
     return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; the loop makes its own batches.
-        "train_batch_size": world_size,
+        "train_batch_size": world_size,  # DeepSpeed wants a number; the loop makes its own batches.
         "gradient_clipping": 0.0,  # The default is 1; `Student.step` clips within the optimizer's one pass.
         # DeepSpeed need not look for infinities and wait for them: `Cohort.update` does, for all students at once.
         "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": False},
@@ -48,8 +47,6 @@ def engine_settings(train: TrainConfig, parameters: int, world_size: int) -> dic
             "stage3_max_live_parameters": LARGEST_BUCKET,
             "stage3_param_persistence_threshold": 0,
         },
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
     }
 
 
@@ -109,7 +106,7 @@ def squared_gradient_norm(engine: Any, parameters: Sequence[Tensor], stage: int)
 
 
 def discard_gradients(engine: Any, stage: int) -> None:
-    """Drops the accumulated gradients; parameters and optimizer state stay bit for bit.
+    """Does what `Student.discard_gradients` says.
 
     ZeRO keeps reduced gradients in many places and knows how to drop them all in one case: when it looks for a NaN on
     its way to the update, and meets one. So it is told to look this once (`check_grad_overflow`), and meets a NaN on
@@ -143,8 +140,7 @@ def set_full_tensor(
 ) -> None:
     """Overwrites the whole tensor that `full_tensor` returns with `value`."""
     if stage == 0:
-        target = parameter.detach() if kind == "weight" else optimizer.state[parameter][kind]
-        target.copy_(value)
+        full_tensor(parameter, optimizer, stage, kind).copy_(value)
     elif kind == "weight":
         safe_set_full_fp32_param(parameter, value)
     else:

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import platform
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,22 +76,20 @@ class Runtime:
         rank 0 the others raise OtherRankError.
         """
         failure: Exception | None = None
-        if not self.is_main_process:
+        try:
+            if self.is_main_process:
+                yield
+        except BaseException as error:
+            failure = _as_user_error(error) or OtherRankError(f"rank 0: {error or type(error).__name__}")
+            if isinstance(failure, UserError) and failure is not error:
+                raise failure from error
+            raise
+        finally:
             failure = self.broadcast(failure)
+        if not self.is_main_process:
             if failure is not None:
                 raise failure
             yield
-            return
-        try:
-            yield
-        except BaseException as error:
-            user_error = _as_user_error(error)
-            failure = user_error or OtherRankError(f"rank 0: {error or type(error).__name__}")
-            if user_error is not None and user_error is not error:
-                raise user_error from error
-            raise
-        finally:
-            self.broadcast(failure)
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
@@ -138,9 +135,8 @@ def init_distributed() -> Runtime:
     """
     keep_freed_memory()
     if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
-        )
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(alone)  # Port 0 is any that is free.
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
     if torch.cuda.is_available():
@@ -197,9 +193,3 @@ def is_first_to_fail() -> bool:
         return add_to_shared_counter("creche/failed") == 1
     except RuntimeError:  # Rank 0, which keeps the count, has ended: it has asked before.
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

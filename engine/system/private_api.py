@@ -5,7 +5,6 @@ The pins in pyproject.toml hold all of them still.
 """
 
 import atexit
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +57,16 @@ def add_to_shared_counter(key: str) -> int:
     return distributed_c10d._get_default_store().add(key, 1)
 
 
-def on_out_of_memory(action: Callable[[], None]) -> None:
-    """Has torch call `action` where a GPU's memory runs out, before it raises the error.
+def write_snapshot_when_out_of_memory(file: Path) -> None:
+    """Has torch write what a GPU's memory holds where it runs out, for pytorch.org/memory_viz, before the error.
 
-    If `_cuda_attach_out_of_memory_observer` were gone, no run would begin on a GPU.
+    If `_cuda_attach_out_of_memory_observer` were gone, no run would begin on a GPU; without `_dump_snapshot` another
+    error would come where memory runs out.
     """
+
+    def write(*_: Any) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(file))
+
     attach: Any = vars(torch._C)["_cuda_attach_out_of_memory_observer"]  # The type checker does not know it.
-    attach(lambda *_: action())
-
-
-def record_memory(*, on: bool) -> None:
-    """Begins or ends recording where in the code the GPU's memory is allocated, for `write_memory_snapshot`.
-
-    If `_record_memory_history` were gone, profiles with run.memory_snapshot would fail.
-    """
-    torch.cuda.memory._record_memory_history(enabled="all" if on else None)
-
-
-def write_memory_snapshot(file: Path) -> None:
-    """Writes what a GPU's memory holds, for pytorch.org/memory_viz; it fails if torch's `_dump_snapshot` is gone."""
-    torch.cuda.memory._dump_snapshot(str(file))
+    attach(write)

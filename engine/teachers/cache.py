@@ -89,9 +89,6 @@ def cached_teachers(
 
     It is a collective call. Raises UserError where the folder holds other predictions, or where a part is damaged or
     cannot be written.
-
-    Args:
-        teacher_hashes: as `engine.teachers.teachers.hash_teachers` returns them.
     """
     assert config.cache is not None
     folder, chunks, vocab_size = Path(config.cache.path), data.file.chunks, prepared.tokenizer.vocab_size
@@ -187,10 +184,7 @@ def record_ends(part: Path) -> np.ndarray:
 
 
 def _write_part(part: Path, data: TrainingData, chunks: range, teachers: Teachers, k: int, temperature: float) -> float:
-    """Writes the chunks' predictions, and returns the share of the probability that is kept.
-
-    Where the share is small, the cache teaches little.
-    """
+    """Writes the chunks' predictions, and returns the share of the probability that is kept."""
     file = data.file
     records: list[bytes] = []
     tails: list[Tensor] = []

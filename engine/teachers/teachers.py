@@ -38,7 +38,7 @@ def teacher_streams(config: Config) -> tuple[list[str], list[float]]:
 
 
 def teacher_shares(config: Config) -> list[float]:
-    """Returns the teachers' weights, scaled to sum to 1."""
+    """Returns the weights of the teachers themselves, scaled to sum to 1."""
     total = sum(teacher.weight for teacher in config.teachers)
     return [teacher.weight / total for teacher in config.teachers]
 
@@ -49,14 +49,11 @@ class Teachers:
     def __init__(
         self, names: list[str], weights: list[float], models: Sequence[LanguageModel], shares: Sequence[float]
     ) -> None:
-        """Freezes the models.
+        """Freezes the models. `names` and `weights` are as `teacher_streams` gives them.
 
         With one name for several models, their stream is the mean of their raw logits weighted by `shares` (Timiryasov
         & Tastet 2023). Its head is the concatenation of theirs: [ω₁h₁|ω₂h₂]·[W₁|W₂]ᵀ = ω₁h₁W₁ᵀ + ω₂h₂W₂ᵀ. The models'
         own heads become views of it, so that it is held once.
-
-        Args:
-            names, weights: as `teacher_streams` gives them.
         """
         self.names, self.weights = names, weights
         self._models = [model.eval().requires_grad_(False) for model in models]
@@ -92,11 +89,11 @@ def folder_of(teacher: TeacherConfig) -> Path:
     """Returns the Hugging Face folder that `teacher.path` names; UserError where it names none, or it is not whole."""
     path, key = Path(teacher.path), f"teachers: {teacher.path}"
     students = sorted(folder.parent for folder in path.glob("students/[!.]*/config.json"))
-    if not (path / "config.json").is_file() and students:
-        if len(students) > 1:
-            raise UserError(f"{key} is a run of {len(students)} students: name one of them, such as {students[0]}")
-        path = students[0]
-    return require_folder(path, key)
+    if (path / "config.json").is_file() or not students:
+        return require_folder(path, key)
+    if len(students) > 1:
+        raise UserError(f"{key} is a run of {len(students)} students: name one of them, such as {students[0]}")
+    return require_folder(students[0], key)
 
 
 def load_teachers(config: Config, tokenizer: Tokenizer, device: torch.device) -> Teachers:
@@ -134,9 +131,8 @@ def load_teachers(config: Config, tokenizer: Tokenizer, device: torch.device) ->
 
 def hash_teachers(config: Config) -> tuple[str, ...]:
     """Returns one hash per teacher, over every file that affects its predictions."""
-    return tuple(_hash_folder(folder_of(teacher)) for teacher in config.teachers)
-
-
-def _hash_folder(folder: Path) -> str:
-    hashes = (sha256(folder / name) for name in ("config.json", "model.safetensors"))
-    return hashlib.sha256(b"".join(map(bytes.fromhex, hashes))).hexdigest()
+    hashes = []
+    for folder in map(folder_of, config.teachers):
+        parts = (bytes.fromhex(sha256(folder / name)) for name in ("config.json", "model.safetensors"))
+        hashes.append(hashlib.sha256(b"".join(parts)).hexdigest())
+    return tuple(hashes)

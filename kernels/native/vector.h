@@ -197,9 +197,4 @@ inline void stream_end() {
 #endif
 }
 
-template <class T>
-inline bool aligned(const T* x) {
-  return reinterpret_cast<uintptr_t>(x) % sizeof(Vec<Wide<T>>) == 0;
-}
-
 }  // namespace creche

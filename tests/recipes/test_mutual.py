@@ -235,7 +235,7 @@ def test_processes_to_signal_are_those_of_this_node(tmp_path: Path, monkeypatch:
         return [*all_gather(self, value), *elsewhere]
 
     def recording(self: Run, *arguments: Any) -> None:
-        seen.append((self.folder.path / "ranks.pid").read_text())
+        seen.append((self.folder / "ranks.pid").read_text())
         record(self, *arguments)
 
     monkeypatch.setattr(Runtime, "all_gather", with_another_node)

@@ -30,8 +30,7 @@ _SPACES = [  # Patterns and their replacements, applied in this order.
     (r"(?i) (n't|'(?:ll|re|ve|m|s|d))(?=[ ,.])", r"\1"),
 ]
 _LABEL = re.compile(r"^\*?[A-Z0-9]{1,4}:\t", re.MULTILINE)
-# Only to such lines some pattern of _SPACES may apply.
-_LOOSE = re.compile(r" (?:n't|[^\w\s([{\"])|[^\w\s'\"]\S|[([{$£€] ", re.IGNORECASE)
+_NO_UTTERANCE = re.compile(r'|\(.*\)|\[.*\]|\{.*\}|.*[:"]|".*')  # Empty, in brackets, a speaker's name, quoted.
 _PLACES = re.compile(r"is a (?:commune\. It is|commune found|city in|village in|municipality in|town in)")
 _PENN = {"-LRB-": "(", "-LCB-": "{", "-LSB-": "[", "-RRB-": ")", "-RCB-": "}", "-RSB-": "]"}
 _PENN |= {"`` ": '"', "``": '"', " ''": '"', "''": '"'}
@@ -51,10 +50,9 @@ def repaired(line: str) -> str:
 def tidied(line: str) -> str:
     """Returns a repaired line with the right spaces around punctuation, in contractions and around quotes."""
     line = " ".join(repaired(line).translate(_MOSES).split())
-    if _LOOSE.search(line):
-        for pattern, replacement in _SPACES:
-            line = re.sub(pattern, replacement, line)
-    return re.sub(r'"([,.]+)', r'\1"', _quotes(line)).strip() if '"' in line else line.strip()
+    for pattern, replacement in _SPACES:
+        line = re.sub(pattern, replacement, line)
+    return re.sub(r'"([,.]+)', r'\1"', _quotes(line)).strip()
 
 
 def _read_again(match: re.Match[str]) -> str:
@@ -95,13 +93,8 @@ def _subtitles(text: str) -> Iterator[str]:
     """Subtitles and telephone calls: labels and leading dashes go, lines are repaired, and each line becomes an
     utterance in quotes, except speakers' names and what stands in brackets or quotes already."""
     lines = (repaired(re.sub(r"^\s*- ?", "", line)) for line in _LABEL.sub("", text).split("\n"))
-    utterances = (line if _no_utterance(line) else f'"{line}"' for line in lines)
+    utterances = (line if _NO_UTTERANCE.fullmatch(line) else f'"{line}"' for line in lines)
     return (line for line, _ in groupby(utterances))
-
-
-def _no_utterance(line: str) -> bool:
-    brackets = (line[:1], line[-1:]) in (("(", ")"), ("[", "]"), ("{", "}"))
-    return not line or brackets or line.endswith((":", '"')) or line.startswith('"')
 
 
 def _qed(text: str) -> Iterator[str]:
@@ -159,17 +152,12 @@ def _heading(line: str) -> str:
     return re.sub(r"= = = ([^=]*) = = =", r"\1", line)
 
 
-def _lines(text: str) -> Iterator[str]:
-    """Children's stories: lines are repaired."""
-    return (repaired(line) for line in text.split("\n"))
-
-
 # Each takes the text of a whole file and yields the lines of the normalised text.
 NORMALIZERS: dict[str, Callable[[str], Iterator[str]]] = {
     "aochildes": _talk,
     "bnc_spoken": _talk,
     "cbt": _cbt,
-    "children_stories": _lines,
+    "children_stories": lambda text: map(repaired, text.split("\n")),
     "gutenberg": _gutenberg,
     "open_subtitles": _subtitles,
     "qed": _qed,

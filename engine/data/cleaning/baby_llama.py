@@ -18,7 +18,6 @@ def cleaner_for(stem: str) -> str | None:
 
 
 def _unchanged(text: str, quirks: bool) -> str:
-    """The text stays as it is."""
     return text
 
 
@@ -31,11 +30,6 @@ def _glued(text: str, quirks: bool) -> str:
 def _spaces(text: str, quirks: bool) -> str:
     """Several spaces, tabs or no-break spaces become one space, and none stands before . , ; ! or ?."""
     return re.sub(rf"{_BLANK}([.,;!?])", r"\1", re.sub(rf"{_BLANK}+", " ", text))
-
-
-def _bnc_spoken(text: str, quirks: bool) -> str:
-    """Spaces are corrected as in `_spaces`. Quirk: paragraphs are glued as in `_glued`."""
-    return _glued(_spaces(text, quirks), quirks)
 
 
 def _cbt(text: str, quirks: bool) -> str:
@@ -74,7 +68,7 @@ def _wikipedia(text: str, quirks: bool) -> str:
 # Each takes the text of a whole file and whether it has the quirks, and returns the cleaned text.
 CLEANERS: dict[str, Callable[[str, bool], str]] = {
     "aochildes": _spaces,
-    "bnc_spoken": _bnc_spoken,
+    "bnc_spoken": lambda text, quirks: _glued(_spaces(text, quirks), quirks),
     "cbt": _cbt,
     "children_stories": _unchanged,
     "gutenberg": _unchanged,

@@ -1,8 +1,6 @@
 """Samples text from the grammar in engine.data.grammar.syntax, and gives its entropy and minimal pairs.
 
-The grammar is unambiguous, so the probability of a text is that of its one derivation. Every sampled document therefore
-comes with its exact information content in nats, and the entropy of documents is that of derivations, which linear
-algebra gives exactly.
+The grammar is unambiguous, so the probability of a text is that of its one derivation.
 """
 
 import math
@@ -39,7 +37,6 @@ Choice: TypeAlias = tuple[list[float], list[list["Choice | str"]], list[float]]
 
 @cache
 def _choices(topic: str) -> dict[str, Choice]:
-    """Returns the choice behind every symbol of a topic's grammar."""
     choices: dict[str, Choice] = {symbol: ([], [], []) for symbol in rules(topic)}
     spelled = {"/": "\n"} | {mark: mark for mark in PUNCTUATION}
     for symbol, weights in rules(topic).items():
@@ -50,13 +47,6 @@ def _choices(topic: str) -> dict[str, Choice]:
             expansions.append([choices.get(s) or spelled.get(s, f" {s}") for s in reversed(expansion.split())])
             nats.append(-math.log(weight / total))
     return choices
-
-
-@cache
-def _any_topic() -> Choice:
-    share = 1 / len(TOPICS)
-    scenes: list[list[Choice | str]] = [[_choices(topic)[START]] for topic in TOPICS]
-    return [share * i for i in range(1, len(TOPICS))], scenes, [-math.log(share)] * len(TOPICS)
 
 
 def _sample(rng: random.Random, start: Choice) -> tuple[str, float]:
@@ -87,8 +77,11 @@ def documents(seed: int) -> Iterator[Document]:
     Raises ValueError for a negative seed.
     """
     rng = _rng(seed)
+    share = 1 / len(TOPICS)
+    scenes: list[list[Choice | str]] = [[_choices(topic)[START]] for topic in TOPICS]
+    any_topic = [share * i for i in range(1, len(TOPICS))], scenes, [-math.log(share)] * len(TOPICS)
     while True:
-        text, nats = _sample(rng, _any_topic())
+        text, nats = _sample(rng, any_topic)
         yield Document(text, len(text.split()), nats)
 
 
@@ -166,17 +159,8 @@ class MinimalPair:
 Contrast: TypeAlias = tuple[dict[tuple[str, str], float], list[str]]
 
 
-@cache
-def _contrasts() -> dict[str, list[Contrast]]:
-    """Returns the contrasts of minimal_pairs.yaml, which explains their form."""
-    return {
-        phenomenon: [contrast for entry in entries for contrast in _expand(**entry)]
-        for phenomenon, entries in read_table("minimal_pairs.yaml").items()
-    }
-
-
-def _expand(frames: list[str], irregular: bool = False, **words: Any) -> list[Contrast]:
-    """Returns the contrasts that one entry of minimal_pairs.yaml stands for."""
+def _contrasts(frames: list[str], irregular: bool = False, **words: Any) -> list[Contrast]:
+    """Returns the contrasts that one entry of minimal_pairs.yaml stands for; that file explains its form."""
 
     def forms(inflect: Callable[[str], dict[str, str]], entries: str, a: str, b: str) -> dict[tuple[str, str], float]:
         inflected = [inflect(entry) for entry in entries.split() if "/" in entry or not irregular]
@@ -192,10 +176,10 @@ def _expand(frames: list[str], irregular: bool = False, **words: Any) -> list[Co
                 (forms(verb, VERBS[c], first, second), [frame.replace("Obj", f"Obj.{c}") for frame in frames])
                 for c in ("thing", "anim", "food")
             ]
-        case {"verb_with_object": verb_class}:
-            with_object, without = (forms(verb, VERBS[c], "base", "base").items() for c in (verb_class, "alone"))
+        case _:
+            classes = words["verb_with_object"], "alone"
+            with_object, without = (forms(verb, VERBS[c], "base", "base").items() for c in classes)
             return [({(a, b): v * w for ((a, _), v), ((b, _), w) in product(with_object, without)}, frames)]
-    raise ValueError(f"minimal_pairs.yaml: {words} is no contrast")
 
 
 def minimal_pairs(seed: int, per_phenomenon: int, exclude: Container[str] = frozenset()) -> list[MinimalPair]:
@@ -208,7 +192,8 @@ def minimal_pairs(seed: int, per_phenomenon: int, exclude: Container[str] = froz
         raise ValueError(f"per_phenomenon is {per_phenomenon}; expected at least 1 pair")
     rng = _rng(seed)
     all_pairs: list[MinimalPair] = []
-    for phenomenon, contrasts in _contrasts().items():
+    for phenomenon, entries in read_table("minimal_pairs.yaml").items():
+        contrasts = [contrast for entry in entries for contrast in _contrasts(**entry)]
         pairs: dict[MinimalPair, None] = {}
         for attempt in range(100 * per_phenomenon):
             if len(pairs) >= per_phenomenon:

@@ -1,8 +1,7 @@
 """Child-directed English as a probabilistic context-free grammar: the rules and their weights.
 
 A scene begins with a line that says what it is about. Turns follow (statements, questions with or without their
-answers, orders, exclamations), one sentence a line; after each turn the scene ends with a fixed probability. Words of
-the scene's topic are likelier until its end, so distant context helps to predict.
+answers, orders, exclamations), one sentence a line. Its topic's words are likelier, so distant context helps.
 
 The grammar is unambiguous: no text has two derivations. These restrictions keep it so. A noun takes one modifier at
 most. `in`, `on` and `under` modify clauses, the other prepositions nouns. `it` as a subject is never alive. Objects are
@@ -24,8 +23,7 @@ from functools import cache
 from itertools import product
 from typing import Any, TypeAlias
 
-from engine.data.grammar import lexicon
-from engine.data.grammar.lexicon import TOPICS, noun, read_table, verb
+from engine.data.grammar.lexicon import FRAGMENTS, NOUNS, SOUNDS, TOPICS, VERBS, WORDS, noun, read_table, verb
 
 Weights: TypeAlias = dict[str, float]  # Relative weights of words, or of a symbol's expansions.
 Rules: TypeAlias = dict[str, Weights]  # Symbol -> expansion (symbols and words separated by spaces) -> weight.
@@ -55,7 +53,7 @@ def rules(topic: str) -> Rules:
         START: {"Opening / Turns": 1},
         "Turns": {"Turn": 1 - MORE_TURNS, "Turn / Turns": MORE_TURNS},
         **TEMPLATES["turns"],
-        "Fragment": {line: 1 / (rank + 3) for rank, line in enumerate(lexicon.FRAGMENTS)},
+        "Fragment": {line: 1 / (rank + 3) for rank, line in enumerate(FRAGMENTS)},
         "Opening": dict.fromkeys(TOPICS[topic].openings, 1.0),
     }
 
@@ -78,11 +76,11 @@ def _words(topic: str) -> Rules:
             for rank, entry in enumerate(entries.split())
         }
 
-    table: Rules = {symbol: weigh(entries) for symbol, entries in lexicon.WORDS.items()}
-    for c, entries in lexicon.VERBS.items():
+    table: Rules = {symbol: weigh(entries) for symbol, entries in WORDS.items()}
+    for c, entries in VERBS.items():
         for form in FORMS:
             table[f"V.{c}.{form}"] = {verb(entry)[form]: w for entry, w in weigh(entries).items()}
-    nouns = {c: weigh(entries) for c, entries in lexicon.NOUNS.items()}
+    nouns = {c: weigh(entries) for c, entries in NOUNS.items()}
     nouns["thing"] = _blend((80, nouns["thing"]), (20, nouns["wear"]))
     for c, n in product(nouns, NUMBERS):
         table[f"N.{c}.{n}"] = {noun(entry)[n]: w for entry, w in nouns[c].items()}
@@ -94,7 +92,7 @@ def _words(topic: str) -> Rules:
         )
     table["Pred.it"] = _blend((60, table["Pred.thing"]), (40, table["Pred.food"]))
     _add(table, "negations")
-    for animal, sound in lexicon.SOUNDS.items():
+    for animal, sound in SOUNDS.items():
         _add(table, "sounds", nouns["animal"][animal], sound=sound, **noun(animal))
     for animal, weight in nouns["animal"].items():
         _add(table, "counting", weight, **noun(animal))

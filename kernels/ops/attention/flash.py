@@ -1,7 +1,4 @@
-"""Attention by flash-attn (Dao 2023), where it is installed and supports the inputs.
-
-Shapes: B sequences, L positions, H query heads, H_kv key and value heads.
-"""
+"""Attention by flash-attn (Dao 2023), where it is installed and supports the inputs."""
 
 import functools
 from importlib.util import find_spec
@@ -11,17 +8,10 @@ from torch import Tensor
 
 from kernels.registration import constant_when_traced
 
-MAX_HEAD_WIDTH = 256
-
 
 def usable(q: Tensor) -> bool:
     """Returns whether flash-attn can run: on CUDA from Ampere on, in bf16 or fp16, with D_head ≤ 256."""
-    return (
-        q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] <= MAX_HEAD_WIDTH
-        and _runs_on(q.device)
-    )
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and _runs_on(q.device)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

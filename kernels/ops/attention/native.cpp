@@ -14,6 +14,7 @@
 
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #include "../../native/vector.h"
 
@@ -123,11 +124,7 @@ struct Scratch {
 
   explicit Scratch(int64_t elements) : memory(new A[elements]()), next(memory.get()) {}
 
-  A* take(int64_t elements) {
-    A* taken = next;
-    next += elements;
-    return taken;
-  }
+  A* take(int64_t elements) { return std::exchange(next, next + elements); }
 };
 
 // Copies heads `first` to `last` of x [B, L, heads, D], times `factor`, to [heads, padded_L, padded_D].
@@ -222,33 +219,6 @@ void attend(A* Q, const A* keys_across, const A* V, const Sizes& sizes, A* score
   }
 }
 
-template <class T>
-void forward(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, const Tensor& out, const Tensor& lse) {
-  using A = Wide<T>;
-  const Sizes sizes(q, k, causal, Vec<A>::size(), 2, 1);
-  const int64_t M = sizes.matrix(), group = sizes.group;
-  at::parallel_for(0, sizes.B * sizes.tasks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<A> scratch(M * (sizes.heads * (2 + group) + 1) + BLOCK * sizes.row);
-    A *K = scratch.take(sizes.heads * M), *V = scratch.take(sizes.heads * M), *Q = scratch.take(sizes.heads * group * M);
-    A *keys_across = scratch.take(M), *scores = scratch.take(BLOCK * sizes.row);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / sizes.tasks, from = task % sizes.tasks * sizes.heads;
-      const int64_t to = std::min(from + sizes.heads, sizes.G);
-      pack<T>(k, b, from, to, sizes, K);
-      pack<T>(v, b, from, to, sizes, V);
-      pack<T>(q, b, from * group, to * group, sizes, Q, sizes.scale);
-      for (int64_t g = 0; g < to - from; ++g) {
-        transpose(K + g * M, sizes, keys_across);
-        for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-          A* log_sums = lse.data_ptr<A>() + (b * sizes.H + from * group + h) * sizes.L;
-          attend<A>(Q + h * M, keys_across, V + g * M, sizes, scores, log_sums);
-        }
-      }
-      unpack<T>(Q, out, b, from * group, to * group, sizes);
-    }
-  });
-}
-
 // Writes the gradient of a head's scaled queries, and adds to the gradients of its key head.
 template <class A>
 void attend_backward(
@@ -287,66 +257,44 @@ void attend_backward(
   }
 }
 
-template <class T>
-void backward(
-    const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse, bool causal,
-    const Tensor& d_q, const Tensor& d_k, const Tensor& d_v) {
-  using A = Wide<T>;
-  const Sizes sizes(q, k, causal, Vec<A>::size(), 4, 3);
-  const int64_t M = sizes.matrix(), group = sizes.group;
-  at::parallel_for(0, sizes.B * sizes.tasks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<A> scratch(M * (sizes.heads * (4 + 3 * group) + 2) + 2 * BLOCK * sizes.row);
-    A *K = scratch.take(sizes.heads * M), *V = scratch.take(sizes.heads * M);
-    A *dK = scratch.take(sizes.heads * M), *dV = scratch.take(sizes.heads * M);
-    A *Q = scratch.take(sizes.heads * group * M), *dQ = scratch.take(sizes.heads * group * M);
-    A *dO = scratch.take(sizes.heads * group * M), *keys_across = scratch.take(M), *values_across = scratch.take(M);
-    A *weights = scratch.take(BLOCK * sizes.row), *d_scores = scratch.take(BLOCK * sizes.row);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / sizes.tasks, from = task % sizes.tasks * sizes.heads;
-      const int64_t to = std::min(from + sizes.heads, sizes.G);
-      pack<T>(k, b, from, to, sizes, K);
-      pack<T>(v, b, from, to, sizes, V);
-      pack<T>(q, b, from * group, to * group, sizes, Q, sizes.scale);
-      pack<T>(d_out, b, from * group, to * group, sizes, dO);
-      std::fill(dK, dK + sizes.heads * M, A(0));
-      std::fill(dV, dV + sizes.heads * M, A(0));
-      for (int64_t g = 0; g < to - from; ++g) {
-        transpose(K + g * M, sizes, keys_across);
-        transpose(V + g * M, sizes, values_across);
-        for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-          attend_backward<A>(
-              Q + h * M, K + g * M, keys_across, values_across, dO + h * M, dQ + h * M, dK + g * M, dV + g * M, sizes,
-              weights, d_scores, lse.const_data_ptr<A>() + (b * sizes.H + from * group + h) * sizes.L);
-        }
-      }
-      unpack<T>(dQ, d_q, b, from * group, to * group, sizes, sizes.scale);
-      unpack<T>(dK, d_k, b, from, to, sizes);
-      unpack<T>(dV, d_v, b, from, to, sizes);
-    }
-  });
-}
-
 Tensor with_adjacent_columns(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
-
-// Returns the output, and the log-sum-exp [B, H, L] of each row of scores.
-std::tuple<Tensor, Tensor> run(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal) {
-  const Tensor q = with_adjacent_columns(q_), k = with_adjacent_columns(k_), v = with_adjacent_columns(v_);
-  const Tensor out = make(q.sizes(), q.options());
-  const at::ScalarType wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor lse = make({q.size(0), q.size(2), q.size(1)}, q.options().dtype(wide));
-  with_storage(q.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    forward<T>(q, k, v, causal, out, lse);
-  });
-  return {out, lse};
-}
 
 struct Attention : torch::autograd::Function<Attention> {
   static Tensor forward(
-      torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, bool causal) {
+      torch::autograd::AutogradContext* ctx, const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [out, lse] = run(q, k, v, causal);
-    ctx->save_for_backward({q, k, v, lse});
+    const Tensor q = with_adjacent_columns(q_), k = with_adjacent_columns(k_), v = with_adjacent_columns(v_);
+    const Tensor out = make(q.sizes(), q.options());
+    const at::ScalarType wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const Tensor lse = make({q.size(0), q.size(2), q.size(1)}, q.options().dtype(wide));  // Of each row of scores.
+    with_storage(q.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      using A = Wide<T>;
+      const Sizes sizes(q, k, causal, Vec<A>::size(), 2, 1);
+      const int64_t M = sizes.matrix(), group = sizes.group;
+      at::parallel_for(0, sizes.B * sizes.tasks, 1, [&](int64_t begin, int64_t end) {
+        Scratch<A> scratch(M * (sizes.heads * (2 + group) + 1) + BLOCK * sizes.row);
+        A *K = scratch.take(sizes.heads * M), *V = scratch.take(sizes.heads * M);
+        A *Q = scratch.take(sizes.heads * group * M), *keys_across = scratch.take(M);
+        A* scores = scratch.take(BLOCK * sizes.row);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t b = task / sizes.tasks, from = task % sizes.tasks * sizes.heads;
+          const int64_t to = std::min(from + sizes.heads, sizes.G);
+          pack<T>(k, b, from, to, sizes, K);
+          pack<T>(v, b, from, to, sizes, V);
+          pack<T>(q, b, from * group, to * group, sizes, Q, sizes.scale);
+          for (int64_t g = 0; g < to - from; ++g) {
+            transpose(K + g * M, sizes, keys_across);
+            for (int64_t h = g * group; h < (g + 1) * group; ++h) {
+              A* log_sums = lse.data_ptr<A>() + (b * sizes.H + from * group + h) * sizes.L;
+              attend<A>(Q + h * M, keys_across, V + g * M, sizes, scores, log_sums);
+            }
+          }
+          unpack<T>(Q, out, b, from * group, to * group, sizes);
+        }
+      });
+    });
+    ctx->save_for_backward({q_, k_, v_, lse});
     ctx->saved_data["causal"] = causal;
     return out;
   }
@@ -358,30 +306,54 @@ struct Attention : torch::autograd::Function<Attention> {
     const Tensor q = with_adjacent_columns(saved[0]), k = with_adjacent_columns(saved[1]);
     const Tensor v = with_adjacent_columns(saved[2]), d_out = with_adjacent_columns(output_gradients[0]);
     const Tensor d_q = make(q.sizes(), q.options()), d_k = make(k.sizes(), k.options());
-    const Tensor d_v = make(v.sizes(), v.options());
+    const Tensor d_v = make(v.sizes(), v.options()), lse = saved[3];
+    const bool causal = ctx->saved_data["causal"].toBool();
     with_storage(q.scalar_type(), [&](auto element) {
       using T = decltype(element);
-      const bool causal = ctx->saved_data["causal"].toBool();
-      creche::attention::backward<T>(d_out, q, k, v, saved[3], causal, d_q, d_k, d_v);
+      using A = Wide<T>;
+      const Sizes sizes(q, k, causal, Vec<A>::size(), 4, 3);
+      const int64_t M = sizes.matrix(), group = sizes.group;
+      at::parallel_for(0, sizes.B * sizes.tasks, 1, [&](int64_t begin, int64_t end) {
+        Scratch<A> scratch(M * (sizes.heads * (4 + 3 * group) + 2) + 2 * BLOCK * sizes.row);
+        A *K = scratch.take(sizes.heads * M), *V = scratch.take(sizes.heads * M);
+        A *dK = scratch.take(sizes.heads * M), *dV = scratch.take(sizes.heads * M);
+        A *Q = scratch.take(sizes.heads * group * M), *dQ = scratch.take(sizes.heads * group * M);
+        A *dO = scratch.take(sizes.heads * group * M), *keys_across = scratch.take(M), *values_across = scratch.take(M);
+        A *weights = scratch.take(BLOCK * sizes.row), *d_scores = scratch.take(BLOCK * sizes.row);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t b = task / sizes.tasks, from = task % sizes.tasks * sizes.heads;
+          const int64_t to = std::min(from + sizes.heads, sizes.G);
+          pack<T>(k, b, from, to, sizes, K);
+          pack<T>(v, b, from, to, sizes, V);
+          pack<T>(q, b, from * group, to * group, sizes, Q, sizes.scale);
+          pack<T>(d_out, b, from * group, to * group, sizes, dO);
+          std::fill(dK, dK + sizes.heads * M, A(0));
+          std::fill(dV, dV + sizes.heads * M, A(0));
+          for (int64_t g = 0; g < to - from; ++g) {
+            transpose(K + g * M, sizes, keys_across);
+            transpose(V + g * M, sizes, values_across);
+            for (int64_t h = g * group; h < (g + 1) * group; ++h) {
+              attend_backward<A>(
+                  Q + h * M, K + g * M, keys_across, values_across, dO + h * M, dQ + h * M, dK + g * M, dV + g * M,
+                  sizes, weights, d_scores, lse.const_data_ptr<A>() + (b * sizes.H + from * group + h) * sizes.L);
+            }
+          }
+          unpack<T>(dQ, d_q, b, from * group, to * group, sizes, sizes.scale);
+          unpack<T>(dK, d_k, b, from, to, sizes);
+          unpack<T>(dV, d_v, b, from, to, sizes);
+        }
+      });
     });
     return {d_q, d_k, d_v, Tensor()};
   }
 };
-
-Tensor plain(const Tensor& q, const Tensor& k, const Tensor& v, bool causal) {
-  return std::get<0>(run(q, k, v, causal));
-}
 
 Tensor differentiable(const Tensor& q, const Tensor& k, const Tensor& v, bool causal) {
   return Attention::apply(q, k, v, causal);
 }
 
 TORCH_LIBRARY_FRAGMENT(creche_native, library) {
-  library.def("attention(Tensor q, Tensor k, Tensor v, bool causal) -> Tensor");
+  library.def("attention(Tensor q, Tensor k, Tensor v, bool causal) -> Tensor", differentiable);
 }
-
-TORCH_LIBRARY_IMPL(creche_native, CPU, library) { library.impl("attention", plain); }
-
-TORCH_LIBRARY_IMPL(creche_native, Autograd, library) { library.impl("attention", differentiable); }
 
 }  // namespace creche::attention

@@ -1,7 +1,4 @@
-"""The definition of `attention`: torch's scaled_dot_product_attention.
-
-Shapes: B sequences, L positions, H query heads, H_kv key and value heads.
-"""
+"""The definition of `attention`: torch's scaled_dot_product_attention."""
 
 import torch.nn.functional as F
 from torch import Tensor

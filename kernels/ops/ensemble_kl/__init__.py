@@ -57,9 +57,6 @@ def ensemble_kl(
         divergence: "forward", "reverse" or "jsd".
         ignore_index: The target of rows to ignore.
 
-    Returns:
-        EnsembleKL(ce [S, N], kl [S, R, N]).
-
     Raises:
         ValueError: An argument is not as described.
     """

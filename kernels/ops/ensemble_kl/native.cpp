@@ -47,25 +47,20 @@ struct Matrix {
   at::ScalarType type = at::kFloat;
   int64_t row_stride = 0, column_stride = 0;
 
-  Matrix() = default;
-  explicit Matrix(const Tensor& x)
-      : data(static_cast<char*>(x.data_ptr())),
-        type(x.scalar_type()),
-        row_stride(x.stride(0)),
-        column_stride(x.stride(1)) {}
-
   template <class T>
   T* row(int64_t n) const {
     return reinterpret_cast<T*>(data) + n * row_stride;
   }
 };
 
+Matrix matrix(const Tensor& x) { return {static_cast<char*>(x.data_ptr()), x.scalar_type(), x.stride(0), x.stride(1)}; }
+
 // The weight of a loss in each row: an element of a [..., N] tensor, or one value for all rows.
 struct Weight {
   const double* data = nullptr;
   int64_t row_stride = 0;
 
-  double operator[](int64_t n) const { return data == nullptr ? 0.0 : data[n * row_stride]; }
+  double operator[](int64_t n) const { return data[n * row_stride]; }
 };
 
 // What to compute. What a null pointer stands for is not computed.
@@ -74,26 +69,17 @@ struct Problem {
   int students, streams;
   double temperature;
   Divergence divergence;
-  bool with_ce = false, with_kl = false;
+  at::ScalarType arithmetic;
+  bool with_kl;
   std::array<Matrix, MAX_STREAMS> logits{}, gradients{};
-  const int64_t* targets = nullptr;  // [N]
-  const bool *ce_rows = nullptr, *kl_rows = nullptr;  // [N]. Null: all rows count.
+  const int64_t* targets = nullptr;  // [N]. Null: no cross-entropy.
+  const bool *ce_rows = nullptr, *kl_rows = nullptr;  // [N]. kl_rows is null: all rows count.
   std::vector<Tensor> owned{};  // Keeps the memory that the pointers to inputs point at.
   double *ce = nullptr, *kl = nullptr;
   // d loss_i = ce_weight[i]·d CE_i + Σ_j kl_weight[i][j]·d KL_ij
   std::array<Weight, MAX_STREAMS> ce_weight{};
   std::array<std::array<Weight, MAX_STREAMS>, MAX_STREAMS> kl_weight{};
 };
-
-template <class T>
-void widen(const Matrix& from, int64_t n, int64_t vocabulary, Wide<T>* to) {
-  const T* row = from.template row<T>(n);
-  if (from.column_stride == 1) {
-    for_each_vector<Wide<T>>(vocabulary, [&](int64_t v, auto count) { load(row + v, count).store(to + v, count); });
-  } else {
-    for (int64_t v = 0; v < vocabulary; ++v) to[v] = static_cast<Wide<T>>(row[v * from.column_stride]);
-  }
-}
 
 // Computes one row at a time for one thread, in the arithmetic type A.
 template <class A>
@@ -120,9 +106,8 @@ class Row {
   }
 
   void run(int64_t n) {
-    const bool ce_row = p_.with_ce && (p_.ce_rows == nullptr || p_.ce_rows[n]);
+    const bool ce_row = p_.targets != nullptr && p_.ce_rows[n];
     const bool kl_row = p_.with_kl && (p_.kl_rows == nullptr || p_.kl_rows[n]);
-    if (!ce_row && !kl_row) return ignore(n);
     fetch(n, kl_row ? p_.streams : p_.students);
     for (int r = 0; kl_row && r < p_.streams; ++r) softmax(logits_[r], static_cast<A>(1 / p_.temperature), tempered_[r]);
     for (int i = 0; ce_row && i < p_.students; ++i) {
@@ -152,19 +137,6 @@ class Row {
 
   int64_t width(int64_t block) const { return std::min(BLOCK, p_.vocabulary - block * BLOCK); }
 
-  void ignore(int64_t n) {
-    write_losses(n, false, false, plain_);
-    for (int i = 0; i < p_.students; ++i) {
-      const Matrix& to = p_.gradients[i];
-      if (to.data == nullptr) continue;
-      with_storage(to.type, [&](auto element) {
-        using T = decltype(element);
-        T* row = to.template row<T>(n);
-        for (int64_t v = 0; v < p_.vocabulary; ++v) row[v * to.column_stride] = T(0);
-      });
-    }
-  }
-
   // Points logits_ at the row's logits if they are adjacent and of type A, and else at a copy that is.
   void fetch(int64_t n, int streams) {
     for (int r = 0; r < streams; ++r) {
@@ -176,13 +148,14 @@ class Row {
       }
       logits_[r] = next_[r] = copies_[r];
       with_storage(from.type, [&](auto element) {
-        using T = decltype(element);
-        if constexpr (std::is_same_v<Wide<T>, A>) {
-          widen<T>(from, n, p_.vocabulary, copies_[r]);
-        } else if constexpr (std::is_same_v<A, double>) {
-          const T* row = from.template row<T>(n);
-          for (int64_t v = 0; v < p_.vocabulary; ++v) copies_[r][v] = static_cast<A>(row[v * from.column_stride]);
+        const auto* row = from.template row<decltype(element)>(n);
+        if constexpr (std::is_same_v<Wide<decltype(element)>, A>) {
+          if (from.column_stride == 1) {
+            return for_each_vector<A>(
+                p_.vocabulary, [&](int64_t v, auto count) { load(row + v, count).store(copies_[r] + v, count); });
+          }
         }
+        for (int64_t v = 0; v < p_.vocabulary; ++v) copies_[r][v] = static_cast<A>(row[v * from.column_stride]);
       });
     }
   }
@@ -349,8 +322,7 @@ class Row {
   }
 
   // Writes block b of student i's gradient to `to`: to its place, or to a buffer if others still need what is there.
-  template <bool streaming>
-  void gradient(int i, int64_t b, const Softmax& plain, bool ce_row, bool kl_row, A* to) const {
+  void gradient(int i, int64_t b, const Softmax& plain, bool ce_row, bool kl_row, A* to, bool streaming) const {
     // The gradient is a weighted sum of softmax(z_i) and, in the forward divergence, of all p_r.
     std::array<const A*, MAX_STREAMS + 1> terms;
     std::array<A, MAX_STREAMS + 1> factors;
@@ -400,11 +372,9 @@ class Row {
         A* place = direct ? to.template row<A>(n) + b * BLOCK : buffers_[i].data();
         if (!writing) {
           const bool in_place = place == logits_[i] + b * BLOCK;  // The cache line is in cache already.
-          if (direct && !in_place && !has_label && aligned(place)) {
-            gradient<true>(i, b, plain[i], ce_row, kl_row, place);
-          } else {
-            gradient<false>(i, b, plain[i], ce_row, kl_row, place);
-          }
+          const bool aligned = reinterpret_cast<uintptr_t>(place) % sizeof(V) == 0;
+          const bool streaming = direct && !in_place && !has_label && aligned;
+          gradient(i, b, plain[i], ce_row, kl_row, place, streaming);
           if (has_label) place[label] -= static_cast<A>(ce_factor_[i]);
         } else if (!direct) {
           with_storage(to.type, [&](auto element) {
@@ -433,14 +403,16 @@ class Row {
 
 // The arguments of `ensemble_kl` besides the streams.
 struct Options {
-  std::optional<Tensor> targets;
+  Tensor targets;  // May be undefined.
   int64_t students;
   double temperature;
   std::string divergence;
   int64_t ignore_index;
 };
 
-Problem make_problem(at::TensorList streams, int64_t students, double temperature, c10::string_view divergence) {
+Problem make_problem(
+    at::TensorList streams, int64_t students, double temperature, c10::string_view divergence, bool with_kl) {
+  const bool wide = std::any_of(streams.begin(), streams.end(), [](const Tensor& x) { return x.dtype() == at::kDouble; });
   Problem problem{
       .tokens = streams[0].size(0),
       .vocabulary = streams[0].size(1),
@@ -448,15 +420,14 @@ Problem make_problem(at::TensorList streams, int64_t students, double temperatur
       .streams = static_cast<int>(streams.size()),
       .temperature = temperature,
       .divergence = divergence == "forward" ? FORWARD : divergence == "reverse" ? REVERSE : JSD,
+      .arithmetic = wide ? at::kDouble : at::kFloat,
+      .with_kl = with_kl,
   };
-  TORCH_CHECK(problem.students <= problem.streams && problem.streams <= MAX_STREAMS, "too many streams");
-  for (int r = 0; r < problem.streams; ++r) problem.logits[r] = Matrix(streams[r]);
+  for (int r = 0; r < problem.streams; ++r) problem.logits[r] = matrix(streams[r]);
   return problem;
 }
 
-// Sets the problem's targets, and the rows in which each loss counts.
 void set_rows(Problem& problem, const Tensor& targets, const Tensor& ce_rows, const Tensor& kl_rows) {
-  problem.with_ce = true;
   const auto keep = [&](const Tensor& x) { return problem.owned.emplace_back(x.contiguous()); };
   problem.targets = keep(targets).const_data_ptr<int64_t>();
   problem.ce_rows = keep(ce_rows).const_data_ptr<bool>();
@@ -464,11 +435,10 @@ void set_rows(Problem& problem, const Tensor& targets, const Tensor& ce_rows, co
 }
 
 Problem make_problem(at::TensorList streams, const Options& options) {
-  Problem problem = make_problem(streams, options.students, options.temperature, options.divergence);
-  problem.with_kl = true;
-  if (options.targets.has_value()) {
-    const Tensor rows = options.targets->ne(options.ignore_index);
-    set_rows(problem, *options.targets, rows, rows);
+  Problem problem = make_problem(streams, options.students, options.temperature, options.divergence, true);
+  if (options.targets.defined()) {
+    const Tensor rows = options.targets.ne(options.ignore_index);
+    set_rows(problem, options.targets, rows, rows);
   }
   return problem;
 }
@@ -488,21 +458,7 @@ void set_weights(Problem& problem, const Tensor& ce, const Tensor& kl) {
   }
 }
 
-at::ScalarType arithmetic_of(at::TensorList streams) {
-  const bool wide = std::any_of(streams.begin(), streams.end(), [](const Tensor& x) { return x.dtype() == at::kDouble; });
-  return wide ? at::kDouble : at::kFloat;
-}
-
-// Makes the tensors of the losses, ce [S, N] and kl [S, R, N], both float64.
-std::pair<Tensor, Tensor> make_losses(Problem& problem) {
-  Tensor ce = at::empty({problem.students, problem.tokens}, at::kDouble);
-  Tensor kl = at::empty({problem.students, problem.streams, problem.tokens}, at::kDouble);
-  problem.ce = ce.data_ptr<double>();
-  problem.kl = kl.data_ptr<double>();
-  return {ce, kl};
-}
-
-void run(const Problem& problem, at::ScalarType arithmetic) {
+void run(const Problem& problem) {
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, problem.vocabulary * problem.streams));
   const auto run_rows = [&](auto element) {
     at::parallel_for(0, problem.tokens, grain, [&](int64_t begin, int64_t end) {
@@ -511,34 +467,17 @@ void run(const Problem& problem, at::ScalarType arithmetic) {
       stream_end();
     });
   };
-  arithmetic == at::kDouble ? run_rows(double{}) : run_rows(float{});
+  problem.arithmetic == at::kDouble ? run_rows(double{}) : run_rows(float{});
 }
 
-std::tuple<Tensor, Tensor> forward(at::TensorList streams, const Options& options) {
-  Problem problem = make_problem(streams, options);
-  const auto [ce, kl] = make_losses(problem);
-  const at::ScalarType arithmetic = arithmetic_of(streams);
-  run(problem, arithmetic);
-  return {ce.to(arithmetic), kl.to(arithmetic)};
-}
-
-// Returns the gradients of the students' logits, each in its logits' dtype, given those of ce [S, N] and kl [S, R, N].
-std::vector<Tensor> backward(
-    const Tensor& d_ce,
-    const Tensor& d_kl,
-    at::TensorList streams,
-    const Options& options,
-    std::array<bool, MAX_STREAMS> wanted) {
-  Problem problem = make_problem(streams, options);
-  set_weights(problem, d_ce, d_kl.to(at::kDouble).div(options.temperature));
-  std::vector<Tensor> gradients(problem.students);
-  for (int i = 0; i < problem.students; ++i) {
-    if (!wanted[i]) continue;
-    gradients[i] = make(streams[i].sizes(), streams[i].options());
-    problem.gradients[i] = Matrix(gradients[i]);
-  }
-  run(problem, arithmetic_of(streams));
-  return gradients;
+// Runs the problem, and returns its losses: ce [S, N] and kl [S, R, N], which is empty where it is not wanted.
+std::tuple<Tensor, Tensor> run_with_losses(Problem& problem) {
+  const Tensor ce = at::empty({problem.students, problem.tokens}, at::kDouble);
+  const Tensor kl = at::empty({problem.with_kl ? problem.students : 0, problem.streams, problem.tokens}, at::kDouble);
+  problem.ce = ce.data_ptr<double>();
+  problem.kl = problem.with_kl ? kl.data_ptr<double>() : nullptr;
+  run(problem);
+  return {ce.to(problem.arithmetic), kl.to(problem.arithmetic)};
 }
 
 // Computes losses and gradients in one pass, as `loss_and_grad` in reference.py does, and writes a gradient into each
@@ -554,19 +493,14 @@ std::tuple<Tensor, Tensor> loss_and_grad_(
     const Tensor& kl_rows,
     double temperature,
     c10::string_view divergence) {
-  Problem problem = make_problem(logits, ce_weight.size(0), temperature, divergence);
-  problem.with_kl = kl_weight.has_value();
+  Problem problem = make_problem(logits, ce_weight.size(0), temperature, divergence, kl_weight.has_value());
   set_rows(problem, targets, ce_rows, kl_rows);
-  const auto [ce, kl] = make_losses(problem);
   set_weights(problem, ce_weight, problem.with_kl ? kl_weight->to(at::kDouble).mul(temperature) : Tensor());
-  if (!problem.with_kl) problem.kl = nullptr;
   for (int i = 0; i < problem.students; ++i) {
     const std::optional<Tensor> gradient = gradients.get(i);
-    if (gradient.has_value()) problem.gradients[i] = Matrix(*gradient);
+    if (gradient.has_value()) problem.gradients[i] = matrix(*gradient);
   }
-  const at::ScalarType arithmetic = arithmetic_of(logits);
-  run(problem, arithmetic);
-  return {ce.to(arithmetic), problem.with_kl ? kl.to(arithmetic) : at::empty({0}, arithmetic)};
+  return run_with_losses(problem);
 }
 
 struct EnsembleKL : torch::autograd::Function<EnsembleKL> {
@@ -574,13 +508,14 @@ struct EnsembleKL : torch::autograd::Function<EnsembleKL> {
       torch::autograd::AutogradContext* ctx, at::TensorList streams, const Options& options) {
     at::AutoDispatchBelowADInplaceOrView guard;
     torch::autograd::variable_list saved = streams.vec();
-    saved.push_back(options.targets.value_or(Tensor()));
+    saved.push_back(options.targets);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["students"] = options.students;
     ctx->saved_data["temperature"] = options.temperature;
     ctx->saved_data["divergence"] = options.divergence;
     ctx->saved_data["ignore_index"] = options.ignore_index;
-    const auto [ce, kl] = ensemble_kl::forward(streams, options);
+    Problem problem = make_problem(streams, options);
+    const auto [ce, kl] = run_with_losses(problem);
     return {ce, kl};
   }
 
@@ -588,18 +523,23 @@ struct EnsembleKL : torch::autograd::Function<EnsembleKL> {
       torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
     check_once("ensemble_kl");
     torch::autograd::variable_list streams = ctx->get_saved_variables();
-    const Tensor targets = streams.back();
-    streams.pop_back();
     const Options options{
-        targets.defined() ? std::optional(targets) : std::nullopt,
+        streams.back(),
         ctx->saved_data["students"].toInt(),
         ctx->saved_data["temperature"].toDouble(),
         ctx->saved_data["divergence"].toStringRef(),
         ctx->saved_data["ignore_index"].toInt()};
-    std::array<bool, MAX_STREAMS> wanted{};
-    for (int i = 0; i < options.students; ++i) wanted[i] = ctx->needs_input_grad(i);
-    auto gradients = ensemble_kl::backward(output_gradients[0], output_gradients[1], streams, options, wanted);
-    gradients.resize(streams.size() + 1);  // One for each teacher and one for the options: undefined.
+    streams.pop_back();
+    Problem problem = make_problem(streams, options);
+    set_weights(problem, output_gradients[0], output_gradients[1].to(at::kDouble).div(options.temperature));
+    // One for each stream and one for the options. Those of teachers and of the options stay undefined.
+    torch::autograd::variable_list gradients(streams.size() + 1);
+    for (int i = 0; i < problem.students; ++i) {
+      if (!ctx->needs_input_grad(i)) continue;
+      gradients[i] = make(streams[i].sizes(), streams[i].options());
+      problem.gradients[i] = matrix(gradients[i]);
+    }
+    run(problem);
     return gradients;
   }
 };
@@ -613,10 +553,13 @@ std::tuple<Tensor, Tensor> call(
     double temperature,
     c10::string_view divergence,
     int64_t ignore_index) {
-  const Options options{targets, students, temperature, std::string(divergence), ignore_index};
-  if constexpr (!with_autograd) return forward(streams, options);
-  const auto losses = EnsembleKL::apply(streams, options);
-  return {losses[0], losses[1]};
+  const Options options{targets.value_or(Tensor()), students, temperature, std::string(divergence), ignore_index};
+  if constexpr (with_autograd) {
+    const auto losses = EnsembleKL::apply(streams, options);
+    return {losses[0], losses[1]};
+  }
+  Problem problem = make_problem(streams, options);
+  return run_with_losses(problem);
 }
 
 TORCH_LIBRARY_FRAGMENT(creche_native, library) {

@@ -11,18 +11,11 @@ from torch import Tensor
 from kernels.ops.ensemble_kl.loss_spec import LossSpec
 
 
-def ensemble_kl(
-    streams: Sequence[Tensor],
-    targets: Tensor | None,
-    students: int,
-    temperature: float,
-    divergence: str,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """See `kernels.ensemble_kl`. It is differentiable once, by one node for all students, whose backward pass reads the
-    logits again.
+def ensemble_kl(streams: Sequence[Tensor], targets: Tensor | None, *options: float | str) -> tuple[Tensor, Tensor]:
+    """See `kernels.ensemble_kl`, whose options follow in its order. It is differentiable once, by one node for all
+    students, whose backward pass reads the logits again.
     """
-    return torch.ops.creche_native.ensemble_kl(list(streams), targets, students, temperature, divergence, ignore_index)
+    return torch.ops.creche_native.ensemble_kl(list(streams), targets, *options)
 
 
 def loss_and_grad_(
@@ -33,9 +26,6 @@ def loss_and_grad_(
     Args:
         into: For each student, the [N, V] tensor of any dtype that receives its gradient instead. Its rows may begin
             where those of its logits begin, if they take no more bytes.
-
-    Returns:
-        ce [S, N] and kl [S, R, N] (None without `kl_weight`) in nats, unweighted.
     """
     gradients = [x if want else None for x, want in zip(into or logits_RNV, wanted, strict=False)]
     ce_SN, kl_SRN = torch.ops.creche_native.ensemble_kl_loss_and_grad_(list(logits_RNV), gradients, *spec)

@@ -72,12 +72,12 @@ def run(
         width, students, streams, min(itemsizes), gpu.lanes, divergence=divergence, mixed=mixed, paired=gpu.paired
     )
     lanes = gpu.lanes * chosen.warps
-    written = [] if gradients is None else [g for g in gradients if g is not None]
+    places = [logits[0] if g is None else g for g in gradients or ()]
     constants = {
         "S": students,
         "DIVERGENCE": divergence,
         "TEMPERED": temperature != 1,
-        "UNIT": all(x.stride(1) == 1 for x in (*logits, *written)),
+        "UNIT": all(x.stride(1) == 1 for x in (*logits, *places)),
         "BLOCKS": chosen.block // (lanes * vector) if chosen.block >= width else 0,
         "PARTS": chosen.parts,
         "SWEEPS": chosen.sweeps,
@@ -91,7 +91,7 @@ def run(
             tuple(logits),
             _strides(logits),
             None if gradients is None else tuple(gradients),
-            None if gradients is None else _strides([logits[0] if g is None else g for g in gradients]),
+            None if gradients is None else _strides(places),
             targets,
             ce_rows,
             kl_rows,
@@ -117,7 +117,7 @@ def _strides(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 def loss_and_grad(
     logits: Sequence[Tensor], gradients: Sequence[Tensor | None], spec: LossSpec, vocabulary: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes per-token losses and the gradient of every student's weighted sum of them, in one launch (two if S > 4).
+    """Computes `loss_and_grad` of `reference.py` in fp32, in one launch (two if S > 4).
 
     Args:
         logits: R tensors [N, W] of fp32, bf16 or fp16, W >= V. Columns from V on are padding and may hold anything.
@@ -125,9 +125,6 @@ def loss_and_grad(
             students' logits themselves.
         spec: Without `kl_weight`, the teachers' logits are not read.
         vocabulary: V.
-
-    Returns:
-        ce [S, N] and kl [S, R, N] (None without `kl_weight`) in nats, unweighted, fp32.
     """
     targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence = spec
     S, N = len(gradients), len(targets)
@@ -181,8 +178,7 @@ def ensemble_kl(
             )
     rows = None if targets is None else targets != ignore_index
     targets = None if targets is None else targets.contiguous()
-    ce, kl, _, _ = _forward(list(streams), targets, rows, students, float(temperature), divergence)
-    return ce, kl
+    return _forward(list(streams), targets, rows, students, float(temperature), divergence)[:2]
 
 
 @op("ensemble_kl")
@@ -201,18 +197,17 @@ def _forward(
         ce.zero_()
     if not pairs:
         kl.zero_()
-    if pairs or targets is not None:
-        run(
-            streams,
-            students=students,
-            targets=targets,
-            ce_rows=rows,
-            kl_rows=rows,
-            losses=(ce, kl if pairs else None),
-            saved=(statistics, mean_ratios),
-            temperature=temperature,
-            divergence=divergence,
-        )
+    run(
+        streams,
+        students=students,
+        targets=targets,
+        ce_rows=rows,
+        kl_rows=rows,
+        losses=(ce, kl if pairs else None),
+        saved=(statistics, mean_ratios),
+        temperature=temperature,
+        divergence=divergence,
+    )
     return outputs
 
 
@@ -251,8 +246,6 @@ def _backward(
     if d_kl is None or R == 1:  # There is no divergence, so teachers and temperature play no part.
         sums = statistics[R : R + S] if temperature == 1 or R == 1 else statistics[2 * R :]
         streams, statistics, temperature, d_kl = streams[:S], torch.cat((statistics[:S], sums)), 1.0, None
-    if targets is None and d_kl is None:
-        return [gradient.zero_() for gradient in gradients]
     remaining = iter(gradients)
     run(
         streams,

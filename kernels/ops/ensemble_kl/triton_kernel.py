@@ -47,14 +47,6 @@ def _put(items, index, value):
 
 
 @triton.jit
-def _repeat(value, times):
-    items = ()
-    for _ in tl.static_range(times):
-        items = items + (value,)
-    return items
-
-
-@triton.jit
 def _columns(start, LANES, VEC, TAKEN):
     """Returns the first TAKEN of the VEC columns of each lane."""
     return start + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, TAKEN)[None, :]
@@ -101,35 +93,27 @@ def _load(logits, strides, row, block, width, UNIT, LANES, VEC, POLICY):
 
 
 @triton.jit
-def _pick(tiles, block, R):
-    """Returns the R tiles of a block among those of a whole row. It compares, because registers have no addresses."""
-    picked = ()
-    for r in tl.static_range(R):
-        tile = tiles[r]
-        for k in tl.static_range(1, len(tiles) // R):
-            tile = tl.where(block == k, tiles[k * R + r], tile)
-        picked = picked + (tile,)
-    return picked
-
-
-@triton.jit
 def _read(row_tiles, logits, strides, row, block, width, UNIT, LANES, VEC, POLICY):
     """Returns the R tiles of a block, packed: from `row_tiles` if the row stays on chip, else from memory."""
     if len(row_tiles) > 0:
-        return _pick(row_tiles, block, len(logits))
+        R: tl.constexpr = len(logits)
+        picked = ()
+        for r in tl.static_range(R):
+            tile = row_tiles[r]
+            for k in tl.static_range(1, len(row_tiles) // R):  # It compares, because registers have no addresses.
+                tile = tl.where(block == k, row_tiles[k * R + r], tile)
+            picked = picked + (tile,)
+        return picked
     else:
         return _load(logits, strides, row, block, width, UNIT, LANES, VEC, POLICY)
 
 
 @triton.jit
-def _half(tiles, half):
+def _half(tile, half):
     """Returns the first or the last half of each lane. No data moves between threads."""
-    halves = ()
-    for r in tl.static_range(len(tiles)):
-        pair = tl.reshape(tiles[r], (tiles[r].shape[0], 2, tiles[r].shape[1] // 2))
-        first, last = tl.split(tl.permute(pair, (0, 2, 1)))
-        halves = halves + (tl.where(half == 0, first, last),)
-    return halves
+    pair = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    first, last = tl.split(tl.permute(pair, (0, 2, 1)))
+    return tl.where(half == 0, first, last)
 
 
 @triton.jit
@@ -149,13 +133,13 @@ def _part(raw, logits, block, part, vocabulary, floor, LANES, VEC, PARTS):
     """Returns columns and fp32 tiles of one of 1, 2, 4 or 8 parts of a block."""
     PACKED: tl.constexpr = min(PARTS, 4)  # How often packed tiles are cut: pairs of 16-bit numbers stay together.
     if PACKED > 1:
-        raw = _half(raw, part * 2 // PARTS)
+        raw = [_half(tile, part * 2 // PARTS) for tile in raw]
     if PACKED > 2:
-        raw = _half(raw, part * 4 // PARTS % 2)
+        raw = [_half(tile, part * 4 // PARTS % 2) for tile in raw]
     column = _columns(block * (LANES * VEC) + part * PACKED // PARTS * (VEC // PACKED), LANES, VEC, VEC // PACKED)
     tiles = _widen(raw, logits, column, vocabulary, floor)
     if PARTS > PACKED:
-        tiles = _half(tiles, part % 2)
+        tiles = [_half(tile, part % 2) for tile in tiles]
         column = _columns(block * (LANES * VEC) + part * (VEC // PARTS), LANES, VEC, VEC // PARTS)
     return column, tiles
 
@@ -217,9 +201,8 @@ def _kl_both_ways(u, p, q):
 def _to_mean(u):
     """Returns v = log p − log m, w = log q − log m and, near u = 0, (v·p + w·q) / m, given u = log p − log q.
 
-    Here m = (p + q) / 2.
-
-    With h = u / 2: v, w = ±h − ln cosh h and v·p + w·q = 2m·(h·tanh h − ln cosh h), as p, q = m·(1 ± tanh h).
+    Here m = (p + q) / 2. With h = u / 2: v, w = ±h − ln cosh h and v·p + w·q = 2m·(h·tanh h − ln cosh h), because
+    p, q = m·(1 ± tanh h).
     """
     square = u * u * (1 / 4)
     log_cosh = square * (1 / 2 - square * (1 / 12 - square * (1 / 45 - square * (17 / 2520))))
@@ -258,49 +241,32 @@ def _add_losses(losses, means, tiles, p, top, logs, temperature, DIVERGENCE, SWE
 
 
 @triton.jit
-def _ce_coefficients(weight, strides, row, on, S, CE):
-    """Returns a: S numbers, d/d ce."""
-    a = _repeat(0.0, S)
+def _coefficients(weights, scale, means, row, ce_on, kl_on, S, R, CE, KL):
+    """Returns a: S numbers, d/d ce; c: S × R numbers, d/d kl times `scale`, the common factor of all gradients; and S
+    sums Σ_j c_ij·E_i[v_ij], which are +inf where a logit was −inf, because there the gradient does not exist."""
+    ce_weight, ce_strides, kl_weight, kl_strides = weights
+    a, c, sums = (0.0,) * S, (0.0,) * (S * R), (0.0,) * S
     for i in tl.static_range(S):
-        if CE and weight is not None:
-            place = weight + i * strides[0] + row.to(tl.int64) * strides[1]
-            a = _put(a, i, tl.where(on, tl.load(place).to(tl.float32), 0.0))
-    return a
-
-
-@triton.jit
-def _kl_coefficients(weight, strides, scale, row, on, S, R, KL):
-    """Returns c: S × R numbers, d/d kl times the common factor of all gradients."""
-    c = _repeat(0.0, S * R)
-    for i in tl.static_range(S):
+        if CE and ce_weight is not None:
+            place = ce_weight + i * ce_strides[0] + row.to(tl.int64) * ce_strides[1]
+            a = _put(a, i, tl.where(ce_on, tl.load(place).to(tl.float32), 0.0))
         for j in tl.static_range(R):
             if KL and j != i:
-                place = weight + i * strides[0] + j * strides[1] + row.to(tl.int64) * strides[2]
-                c = _put(c, i * R + j, tl.where(on, tl.load(place).to(tl.float32) * scale, 0.0))
-    return c
-
-
-@triton.jit
-def _weighted_means(means, c, S, R):
-    """Returns Σ_j c_ij·E_i[v_ij], or +inf where a logit was −inf, because there the gradient does not exist."""
-    sums = ()
-    for i in tl.static_range(S):
-        total = 0.0
-        for j in tl.static_range(R):
-            if j != i:
+                place = kl_weight + i * kl_strides[0] + j * kl_strides[1] + row.to(tl.int64) * kl_strides[2]
+                weight = tl.where(kl_on, tl.load(place).to(tl.float32) * scale, 0.0)
+                c = _put(c, i * R + j, weight)
                 mean = tl.where(means[i * R + j] > INFINITE, float("inf"), means[i * R + j])
                 # This is a fused multiply-add, as in `_gradients`: else the two would not cancel where p is almost 1.
-                total += c[i * R + j] * tl.where(c[i * R + j] == 0, 0.0, mean)
-        sums = sums + (total,)
-    return sums
+                sums = _put(sums, i, sums[i] + weight * tl.where(weight == 0, 0.0, mean))
+    return a, c, sums
 
 
 @triton.jit
 def _gradients(tiles, p, top, logs, plain, means, a, c, temperature, DIVERGENCE, KL):
-    """Returns S tiles, without the −a at the label. `means` are those of `_weighted_means`."""
+    """Returns S tiles, without the −a at the label. `means` are the sums of `_coefficients`."""
     S: tl.constexpr = len(a)
     R: tl.constexpr = len(tiles)
-    tilts = _repeat(tl.zeros_like(tiles[0]), S)  # Σ_j c_ij·p_i·v_ij
+    tilts = (tl.zeros_like(tiles[0]),) * S  # Σ_j c_ij·p_i·v_ij
     if KL and DIVERGENCE != "forward":
         for i in tl.static_range(S):
             for j in tl.static_range(i + 1, R):
@@ -408,9 +374,7 @@ def ensemble_kl_kernel(
     blocks = tl.cdiv(width, BLOCK)
 
     ce_on = tl.load(ce_rows + row) != 0 if CE else False
-    kl_on = KL
-    if KL and kl_rows is not None:
-        kl_on = tl.load(kl_rows + row) != 0
+    kl_on = tl.load(kl_rows + row) != 0 if KL and kl_rows is not None else KL
 
     if ce_on or kl_on:
         floor = FLOOR * tl.minimum(temperature, 1.0)
@@ -426,10 +390,10 @@ def ensemble_kl_kernel(
         row_tiles = ()
         for k in tl.static_range(BLOCKS):
             row_tiles = row_tiles + _load(logits, strides, row, k, width, UNIT, LANES, VEC, "evict_first")
-        top, total, plain, means = (), (), (), _repeat(0.0, S * R)
+        top, total, plain, means = (), (), (), (0.0,) * (S * R)
         if LOSSES:
-            tops, totals = _repeat(nothing + floor / 2, R), _repeat(nothing, R)
-            plains, moments = _repeat(nothing, S if TEMPERED else 0), _repeat(nothing, S * R if MOMENTS else 0)
+            tops, totals = (nothing + floor / 2,) * R, (nothing,) * R
+            plains, moments = (nothing,) * (S if TEMPERED else 0), (nothing,) * (S * R if MOMENTS else 0)
             for block in range(blocks):
                 raw = _read(row_tiles, logits, strides, row, block, width, UNIT, LANES, VEC, "evict_last")
                 for part in range(PARTS_OF_UPDATE):
@@ -472,22 +436,19 @@ def ensemble_kl_kernel(
             if MEANS or MOMENTS:
                 for k in tl.static_range(S * R):
                     means = _put(means, k, tl.load(mean_ratios + k * tokens + row))
-        logs = ()
-        for r in tl.static_range(R):
-            logs = logs + (LN_2 * tl.log2(total[r]),)
+        logs = [LN_2 * tl.log2(x) for x in total]
 
         scale = kl_scale / temperature * (0.5 if DIVERGENCE == "jsd" else 1.0)
         if DIVERGENCE == "reverse":
             scale = scale / temperature
+        weights = (ce_weight, ce_weight_strides, kl_weight, kl_weight_strides)
         if GRADIENTS and not SPLIT:
-            a = _ce_coefficients(ce_weight, ce_weight_strides, row, ce_on, S, CE)
-            c = _kl_coefficients(kl_weight, kl_weight_strides, scale, row, kl_on, S, R, KL)
-            weighted = _weighted_means(means, c, S, R)
+            a, c, weighted = _coefficients(weights, scale, means, row, ce_on, kl_on, S, R, CE, KL)
 
         if KL or GRADIENTS:
             for sweep in tl.static_range(SWEEPS if LOSSES else 1):
-                losses = _repeat(nothing, S * R if LOSSES and KL else 0)
-                sums = _repeat(nothing, S * R if LOSSES and MEANS else 0)
+                losses = (nothing,) * (S * R if LOSSES and KL else 0)
+                sums = (nothing,) * (S * R if LOSSES and MEANS else 0)
                 for step in range(blocks):
                     block = blocks - 1 - step
                     raw = _read(row_tiles, logits, strides, row, block, width, UNIT, LANES, VEC, "evict_first")
@@ -521,9 +482,7 @@ def ensemble_kl_kernel(
                 for k in tl.static_range(S * R):
                     tl.store(mean_ratios + k * tokens + row, means[k])
         if SPLIT:
-            a = _ce_coefficients(ce_weight, ce_weight_strides, row, ce_on, S, CE)
-            c = _kl_coefficients(kl_weight, kl_weight_strides, scale, row, kl_on, S, R, KL)
-            weighted = _weighted_means(means, c, S, R)
+            a, c, weighted = _coefficients(weights, scale, means, row, ce_on, kl_on, S, R, CE, KL)
             for block in range(blocks):
                 raw = _read(row_tiles, logits, strides, row, block, width, UNIT, LANES, VEC, "evict_first")
                 for part in range(PARTS):

@@ -4,7 +4,7 @@ Shapes: N tokens, D hidden, V vocabulary, S students, K teachers, R = S + K stre
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.checks import check_options, check_targets
 from kernels.ops.ensemble_kl.loss_spec import LossSpec
-from kernels.ops.linear_ensemble_kl.precomputed_gradients import LossWithGradients
 
 
 class Projected(NamedTuple):
@@ -75,9 +74,8 @@ def linear_ensemble_kl(
     2015), mutual learning (Zhang et al. 2018, eq. 5-7: weights 1/(S−1)) and weighted mutual learning (Iyer 2024).
 
     Tokens are taken in chunks, so that N × V logits never exist at once. The gradients are computed here, without a
-    graph. Each loss has an autograd node of its own, which holds that student's gradients. Its backward pass returns
-    them times the incoming gradient, so that the backward of loss i touches student i alone. It then frees them, so a
-    second backward of the same loss raises, and so does a request for second derivatives (`create_graph`).
+    graph. The backward pass of loss i, which touches student i alone, multiplies them by the incoming gradient and
+    frees them. A second one of the same loss raises, and so does a request for second derivatives (`create_graph`).
     Nothing waits for the device. Logits are fp32 whatever the storage (float64 stays float64), also under autocast.
     Gradients are summed in fp32 and rounded once, after the incoming gradient (a loss scale) has been applied.
 
@@ -106,14 +104,17 @@ def linear_ensemble_kl(
     first = students[0]
     tokens, vocab_size = len(first.hidden), len(first.weight)
     check_targets(targets, tokens, vocab_size, ignore_index)
-    _check_weights(ce_weight, kl_weight, len(students), len(students) + len(teachers), first.hidden.device)
+    _check_weight("ce_weight", ce_weight, (len(students),), first.hidden.device)
+    if kl_weight is not None:
+        _check_weight("kl_weight", kl_weight, (len(students), len(students) + len(teachers)), first.hidden.device)
     if kl_mask is not None and (kl_mask.shape != (tokens,) or kl_mask.dtype != torch.bool):
         raise ValueError(
             f"kl_mask is {tuple(kl_mask.shape)} {kl_mask.dtype}: expected bool [N] = [{tokens}]; flatten it"
         )
     _check_normalizer(normalizer)
 
-    needs = [[_needs_gradient(x) for x in student] for student in students]
+    grad_mode = torch.is_grad_enabled()
+    needs = [[grad_mode and x is not None and x.requires_grad for x in student] for student in students]
     ce_rows = targets != ignore_index
     kl_rows = ce_rows if kl_mask is None else kl_mask
     spec = LossSpec(targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence)
@@ -122,14 +123,43 @@ def linear_ensemble_kl(
         used_teachers = teachers if kl_weight is not None else ()
         losses, ce, kl, gradients = backend.losses_and_gradients(students, used_teachers, spec, normalizer, needs)
     losses = [
-        LossWithGradients.apply(loss, grads, *student) if any(g is not None for g in grads) else loss
+        _LossWithGradients.apply(loss, grads, *student) if any(g is not None for g in grads) else loss
         for loss, grads, student in zip(losses, gradients, students, strict=True)
     ]
     return LinearEnsembleKL(tuple(losses), ce, kl)
 
 
-def _needs_gradient(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad and torch.is_grad_enabled()
+class _LossWithGradients(torch.autograd.Function):
+    """A loss whose gradients are known. Backward returns them times the incoming gradient, once, and frees them."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
+        """Returns the loss. gradients[k] is d loss / d inputs[k], in the dtype it was summed in; None if unwanted."""
+        ctx.gradients = gradients
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # `once_differentiable` would drop second-order terms silently where the incoming gradient is a constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_ensemble_kl is differentiable once: run its backward without create_graph, or build the loss"
+                " from ensemble_kl with the reference backend, which is differentiable twice"
+            )
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "backward was already called on this loss of linear_ensemble_kl, which then freed its gradients: sum"
+                " everything that depends on the loss into one backward, or call linear_ensemble_kl again"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        (output_gradient,) = output_gradients
+        # Some gradients are transposed. The pass that casts them also makes them contiguous for all later readers.
+        input_gradients = (
+            None if x is None else x.mul_(output_gradient).to(dtype, memory_format=torch.contiguous_format)
+            for x, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return None, None, *input_gradients
 
 
 def _check_streams(students: Sequence[Projected], teachers: Sequence[Projected | TopK]) -> None:
@@ -179,17 +209,14 @@ def _check_top_k(name: str, top: TopK, tokens: int, device: torch.device) -> Non
         )
 
 
-def _check_weights(ce: Tensor, kl: Tensor | None, students: int, streams: int, device: torch.device) -> None:
-    for name, weight, shape in (("ce_weight", ce, (students,)), ("kl_weight", kl, (students, streams))):
-        if weight is None:
-            continue
-        if weight.shape != shape or not weight.is_floating_point() or weight.device != device:
-            raise ValueError(
-                f"{name} is {tuple(weight.shape)} {weight.dtype} on {weight.device}: expected floating point {shape}"
-                f" on {device}; reshape, cast or move it"
-            )
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires a gradient: expected a constant; pass {name}.detach()")
+def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if weight.shape != shape or not weight.is_floating_point() or weight.device != device:
+        raise ValueError(
+            f"{name} is {tuple(weight.shape)} {weight.dtype} on {weight.device}: expected floating point {shape}"
+            f" on {device}; reshape, cast or move it"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient: expected a constant; pass {name}.detach()")
 
 
 def _check_normalizer(normalizer: int | Tensor) -> None:

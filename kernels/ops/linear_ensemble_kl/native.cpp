@@ -17,12 +17,9 @@ constexpr int64_t ROWS = 256, COLUMNS = 128, DEPTH = 512;  // Of M, N, K in one 
 
 bool has_tiles() { return at::native::cpublas::could_pack(at::kBFloat16); }
 
-// Returns right [K, N] in the kernel's layout, [⌈N / COLUMNS⌉, ⌈K / 2⌉, COLUMNS, 2]: in blocks of columns, with the
-// numbers of two rows side by side. Numbers past the edges are 0.
+// Returns right [K, N], which is bf16, in the kernel's layout, [⌈N / COLUMNS⌉, ⌈K / 2⌉, COLUMNS, 2]: in blocks of
+// columns, with the numbers of two rows side by side. Numbers past the edges are 0.
 Tensor tiled(const Tensor& right) {
-  TORCH_CHECK(
-      right.dim() == 2 && right.scalar_type() == at::kBFloat16, "right has ", right.dim(), " dimensions and dtype ",
-      right.dtype(), ": expected a matrix of bf16");
   const int64_t K = right.size(0), N = right.size(1), pairs = (K + 1) / 2, blocks = (N + COLUMNS - 1) / COLUMNS;
   const int64_t down = right.stride(0), along = right.stride(1);
   Tensor result = at::empty({blocks, pairs, COLUMNS, 2}, right.options());
@@ -57,13 +54,11 @@ Tensor tiled(const Tensor& right) {
   return result;
 }
 
-// Writes left [M, K]·right to out [M, N], or adds it. `right` is in the layout of `tiled`, and K is even.
+// Writes left [M, K]·right to out [M, N], fp32, or adds it. `right` is in the layout of `tiled`, K is even, and the
+// columns of left and out are adjacent.
 void mm_tiled_(const Tensor& left, const Tensor& right, const Tensor& out, bool add) {
   const int64_t M = left.size(0), K = left.size(1), N = out.size(1), rows = (M + ROWS - 1) / ROWS;
   const int64_t blocks = right.size(0), pairs = right.size(1);
-  TORCH_CHECK(left.scalar_type() == at::kBFloat16 && out.scalar_type() == at::kFloat, "expected bf16, and fp32 for out");
-  TORCH_CHECK(K == 2 * pairs && blocks == (N + COLUMNS - 1) / COLUMNS && out.size(0) == M, "shapes do not fit");
-  TORCH_CHECK(left.stride(1) == 1 && out.stride(1) == 1, "expected adjacent columns");
   const auto *a = left.const_data_ptr<at::BFloat16>(), *b = right.const_data_ptr<at::BFloat16>();
   auto* c = out.mutable_data_ptr<float>();
   at::parallel_for(0, rows * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -82,13 +77,8 @@ void mm_tiled_(const Tensor& left, const Tensor& right, const Tensor& out, bool 
 
 TORCH_LIBRARY_FRAGMENT(creche_native, library) {
   library.def("has_tiles() -> bool", has_tiles);
-  library.def("tiled(Tensor right) -> Tensor");
-  library.def("mm_tiled_(Tensor left, Tensor right, Tensor(a!) out, bool add) -> ()");
-}
-
-TORCH_LIBRARY_IMPL(creche_native, CPU, library) {
-  library.impl("tiled", tiled);
-  library.impl("mm_tiled_", mm_tiled_);
+  library.def("tiled(Tensor right) -> Tensor", tiled);
+  library.def("mm_tiled_(Tensor left, Tensor right, Tensor(a!) out, bool add) -> ()", mm_tiled_);
 }
 
 }  // namespace creche::linear_ensemble_kl

@@ -8,7 +8,6 @@ Shapes: N tokens, D hidden, V vocabulary, S students, K teachers, R = S + K stre
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.native import loss_and_grad_
 from kernels.ops.ensemble_kl.reference import widest_dtype
 from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
+from kernels.ops.linear_ensemble_kl.reference import even_chunk
 
 BUDGET = 96 * 2**20  # The bytes of a chunk's logits. With fewer, the products lose more than the cache gains (LOG.md).
 
@@ -32,13 +32,13 @@ def losses_and_gradients(
     """As `losses_and_gradients` in `reference.py`."""
     streams, dense, top_k_teachers = top_k.split(students, teachers)
     dtype = widest_dtype(x for stream in streams for x in stream)
-    heads = [(_TiledHead if _uses_tiles(stream, dtype) else _Head)(stream, dtype) for stream in streams]
+    heads = [_TiledHead(x, dtype) if _uses_tiles(x, dtype) else _Head(x, dtype, dtype) for x in streams]
     spec = spec.normalized(normalizer, dtype)
     active, wanted, dense_spec = spec.active_rows, [any(flags) for flags in needs], spec.for_streams(dense)
 
     tokens, vocab_size = len(active), len(streams[0].weight)
     tensors = len(streams) + len(students) * len(top_k_teachers)
-    chunk = _chunk_rows(tokens, row_bytes=tensors * vocab_size * dtype.itemsize)
+    chunk = even_chunk(tokens, max(1, BUDGET // (tensors * vocab_size * dtype.itemsize)))
     buffers_RnV = [torch.empty(chunk, vocab_size, dtype=dtype) for _ in streams]
     gradients = [
         _empty_gradients(student, flags, dtype, head)
@@ -56,7 +56,7 @@ def losses_and_gradients(
         logits = [buffer[: len(inactive)] for buffer in buffers_RnV]
         for h, head, out in zip(hidden, heads, logits, strict=True):
             head.project(h, out)
-        d_logits = [head.gradient_view(x) for head, x in zip(heads, logits[: len(students)], strict=False)]
+        d_logits = [x.view(head.dtype)[:, :vocab_size] for head, x in zip(heads, logits[: len(students)], strict=False)]
         # This comes first, because gradients then replace the logits.
         added = top_k.losses_and_gradients(logits[: len(students)], top_k_teachers, spec, rows, kl_SRN, wanted)
         ce_SN[:, rows], kl_SRn = loss_and_grad_(logits, dense_spec.for_rows(rows), wanted, into=d_logits)
@@ -82,9 +82,9 @@ class _Head:
 
     column_major = False  # Whether the weight's gradient is.
 
-    def __init__(self, stream: Projected, dtype: torch.dtype) -> None:
-        self.dtype = dtype  # Of the products' operands.
-        self._weight = stream.weight.to(dtype)
+    def __init__(self, stream: Projected, dtype: torch.dtype, operand_dtype: torch.dtype) -> None:
+        self.dtype = operand_dtype
+        self._weight = stream.weight.to(operand_dtype)
         self._bias = None if stream.bias is None else stream.bias.to(dtype)
 
     def project(self, hidden_nD: Tensor, out_nV: Tensor) -> None:
@@ -92,9 +92,6 @@ class _Head:
             torch.mm(hidden_nD, self._weight.T, out=out_nV)
         else:
             torch.addmm(self._bias, hidden_nD, self._weight.T, out=out_nV)
-
-    def gradient_view(self, logits_nV: Tensor) -> Tensor:
-        return logits_nV
 
     def hidden_gradient(self, d_nV: Tensor, out_nD: Tensor) -> None:
         torch.mm(d_nV, self._weight, out=out_nD)
@@ -109,18 +106,13 @@ class _TiledHead(_Head):
     column_major = True  # The product has D rows.
 
     def __init__(self, stream: Projected, dtype: torch.dtype) -> None:
-        self.dtype = torch.bfloat16
-        self._weight = stream.weight
-        self._bias = None if stream.bias is None else stream.bias.to(dtype)
+        super().__init__(stream, dtype, torch.bfloat16)
         self._transposed_tiles = torch.ops.creche_native.tiled(self._weight.T)
 
     def project(self, hidden_nD: Tensor, out_nV: Tensor) -> None:
         if self._bias is not None:
             out_nV.copy_(self._bias.expand_as(out_nV))
         _mm_(hidden_nD, self._transposed_tiles, out_nV, add=self._bias is not None)
-
-    def gradient_view(self, logits_nV: Tensor) -> Tensor:
-        return logits_nV.view(self.dtype)[:, : logits_nV.shape[1]]
 
     def hidden_gradient(self, d_nV: Tensor, out_nD: Tensor) -> None:
         _mm_(d_nV, self._tiles, out_nD)
@@ -134,7 +126,6 @@ class _TiledHead(_Head):
 
 
 def _uses_tiles(stream: Projected, dtype: torch.dtype) -> bool:
-    """Returns whether the stream's products can use matrix tiles."""
     both_bf16 = stream.hidden.dtype == stream.weight.dtype == torch.bfloat16
     return both_bf16 and dtype == torch.float32 and torch.ops.creche_native.has_tiles()
 
@@ -145,18 +136,11 @@ def _mm_(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None
     torch.ops.creche_native.mm_tiled_(left if left.stride(1) == 1 else left.contiguous(), right, out, add)
 
 
-def _chunk_rows(tokens: int, row_bytes: int) -> int:
-    """Returns how many tokens a chunk takes: within the budget, and in chunks of almost the same size."""
-    most = max(1, BUDGET // row_bytes)
-    chunks = max(1, math.ceil(tokens / most))
-    return max(1, math.ceil(tokens / chunks))
-
-
 def _empty_gradients(student: Projected, needs: Sequence[bool], dtype: torch.dtype, head: _Head) -> list[Tensor | None]:
     make = torch.empty if len(student.hidden) else torch.zeros
-
-    def like(x: Tensor) -> Tensor:
-        transposed = head.column_major and x is student.weight
-        return make(x.T.shape, dtype=dtype).T if transposed else make(x.shape, dtype=dtype)
-
-    return [None if x is None or not need else like(x) for x, need in zip(student, needs, strict=True)]
+    gradients = [
+        None if x is None or not need else make(x.shape, dtype=dtype) for x, need in zip(student, needs, strict=True)
+    ]
+    if head.column_major and needs[1]:
+        gradients[1] = make(student.weight.T.shape, dtype=dtype).T
+    return gradients

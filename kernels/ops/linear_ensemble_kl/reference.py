@@ -3,6 +3,7 @@
 Shapes: N tokens, D hidden, V vocabulary, S students, K teachers, R = S + K streams; n tokens of a chunk.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,12 @@ from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
 # The bytes of a chunk's [n, V] tensors. On a CPU small chunks stay in cache. A GPU needs at least 1,000 rows.
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
 TEMPORARIES = 13  # [n, V] tensors alive at the peak of `loss_and_grad`, beside logits and gradients (measured).
+
+
+def even_chunk(tokens: int, most: int) -> int:
+    """Returns how many tokens a chunk takes, such that chunks have almost the same size and at most `most` tokens."""
+    chunks = max(1, math.ceil(tokens / most))
+    return max(1, math.ceil(tokens / chunks))
 
 
 def losses_and_gradients(

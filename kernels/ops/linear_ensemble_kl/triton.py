@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.triton import loss_and_grad
 from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
+from kernels.ops.linear_ensemble_kl.reference import even_chunk
 from kernels.ops.linear_ensemble_kl.triton_top_k import add_divergence
 from kernels.registration import op
 
@@ -104,10 +105,14 @@ def _sweep(
     spec = LossSpec(targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence)
     dense_spec = spec if kl_weight is None else spec._replace(kl_weight=kl_weight[:, :dense])
     active = spec.active_rows
-    heads = [_head(h, w) for h, w in zip(hidden, weight, strict=True)]
+    # Products take the dtype of hidden states and head if they agree, else fp32.
+    heads = [w if h.dtype == w.dtype else w.float() for h, w in zip(hidden, weight, strict=True)]
     wanted = [any(needs[3 * i : 3 * i + 3]) for i in range(S)]
     separate = [bool(top_k_teachers) or w.dtype != torch.float32 for w in heads]  # Gradients do not replace the logits.
-    chunk = _chunk_rows(N, V, heads, [a and b for a, b in zip(wanted, separate, strict=False)])
+    gradient_bytes = sum(
+        w.element_size() for w, want, is_separate in zip(heads, wanted, separate, strict=False) if want and is_separate
+    )
+    chunk = even_chunk(N, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (V * (4 * len(heads) + gradient_bytes))))
     width = math.ceil(V / ALIGNMENT) * ALIGNMENT
     logits_RnW = [ce.new_empty(chunk, width) for _ in heads]
     d_SnW = [
@@ -169,26 +174,10 @@ def _allocate(
     return [ce, ce.new_empty(S, R, N), *gradients]
 
 
-def _head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Returns the head in the products' dtype: that of hidden states and head if they agree, else fp32."""
-    return weight if hidden.dtype == weight.dtype else weight.float()
-
-
 def _reorder(x: Tensor, order: Sequence[int]) -> Tensor:
     """Returns x[:, order], without copying `order` to the device."""
     columns = x.unbind(1)
     return x if list(order) == sorted(order) else torch.stack([columns[r] for r in order], 1)
-
-
-def _chunk_rows(tokens: int, width: int, heads: Sequence[Tensor], separate: Sequence[bool]) -> int:
-    """Returns the rows of a chunk: within the budget, but at least what the products need, in chunks of almost one size.
-
-    separate: S flags, which say whose gradients take memory beside the logits.
-    """
-    gradient_bytes = sum(w.element_size() for w, is_separate in zip(heads, separate, strict=False) if is_separate)
-    most = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (width * (4 * len(heads) + gradient_bytes)))
-    chunks = max(1, math.ceil(tokens / most))
-    return max(1, math.ceil(tokens / chunks))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: int) -> None:

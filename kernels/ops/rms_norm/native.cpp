@@ -79,103 +79,77 @@ void with_types(at::ScalarType input, at::ScalarType output, const Body& body) {
   });
 }
 
-struct Normed {
-  Tensor y, total, inverse;  // total: the input, plus the residual if there is one.
-};
-
-Normed forward(const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& residual) {
-  const Tensor input = x.contiguous();
-  const Tensor other = residual.has_value() ? residual->contiguous() : Tensor();
-  const int64_t D = input.size(-1), N = D == 0 ? 0 : input.numel() / D;
-  const at::ScalarType wide = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor factors = weight.to(wide).contiguous();
-  const at::ScalarType output = at::promote_types(input.scalar_type(), weight.scalar_type());
-  TORCH_CHECK_VALUE(
-      output == input.scalar_type() || output == wide, "weight is ", weight.dtype(), ": expected x's dtype or ", wide);
-  Normed normed{
-      make(input.sizes(), input.options().dtype(output)),
-      residual.has_value() ? make(input.sizes(), input.options()) : input,
-      at::empty({N}, input.options().dtype(wide))};
-  with_types(input.scalar_type(), output, [&](auto t, auto o) {
-    using T = decltype(t);
-    using O = decltype(o);
-    at::parallel_for(0, N, at::divup(1 << 14, std::max<int64_t>(D, 1)), [&](int64_t begin, int64_t end) {
-      forward_rows<T, O>(
-          input.const_data_ptr<T>(), other.defined() ? other.const_data_ptr<T>() : nullptr,
-          factors.const_data_ptr<Wide<T>>(), eps, D, begin, end, other.defined() ? normed.total.data_ptr<T>() : nullptr,
-          normed.y.data_ptr<O>(), normed.inverse.data_ptr<Wide<T>>());
-    });
-  });
-  return normed;
-}
-
-// Returns the gradients of z and of the weight.
-std::pair<Tensor, Tensor> backward(
-    const Tensor& d_y, const Tensor& d_total, const Tensor& total, const Tensor& weight, const Tensor& inverse) {
-  const int64_t D = total.size(-1), N = inverse.numel(), blocks = at::divup(N, ROWS);
-  const at::ScalarType wide = inverse.scalar_type();
-  const Tensor d_output = d_y.contiguous(), other = d_total.defined() ? d_total.contiguous() : d_total;
-  const Tensor factors = weight.to(wide).contiguous();
-  const Tensor d_z = make(total.sizes(), total.options());
-  const Tensor sums = at::zeros({blocks, D}, inverse.options());
-  with_types(total.scalar_type(), d_output.scalar_type(), [&](auto t, auto o) {
-    using T = decltype(t);
-    using O = decltype(o);
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        backward_rows<T, O>(
-            d_output.const_data_ptr<O>(), other.defined() ? other.const_data_ptr<T>() : nullptr,
-            total.const_data_ptr<T>(), factors.const_data_ptr<Wide<T>>(), inverse.const_data_ptr<Wide<T>>(), D, b * ROWS,
-            std::min(N, (b + 1) * ROWS), d_z.data_ptr<T>(), sums.data_ptr<Wide<T>>() + b * D);
-      }
-    });
-  });
-  return {d_z, sums.sum(0).to(weight.scalar_type())};
-}
-
 struct RMSNorm : torch::autograd::Function<RMSNorm> {
   static torch::autograd::variable_list forward(
       torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps,
       const std::optional<Tensor>& residual) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Normed normed = rms_norm::forward(x, weight, eps, residual);
-    ctx->save_for_backward({normed.total, weight, normed.inverse});
+    const Tensor input = x.contiguous();
+    const Tensor other = residual.has_value() ? residual->contiguous() : Tensor();
+    const int64_t D = input.size(-1), N = D == 0 ? 0 : input.numel() / D;
+    const at::ScalarType wide = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const Tensor factors = weight.to(wide).contiguous();
+    const at::ScalarType output = at::promote_types(input.scalar_type(), weight.scalar_type());
+    TORCH_CHECK_VALUE(
+        output == input.scalar_type() || output == wide, "weight is ", weight.dtype(), ": expected x's dtype or ",
+        wide);
+    const Tensor y = make(input.sizes(), input.options().dtype(output));
+    const Tensor total = other.defined() ? make(input.sizes(), input.options()) : input;
+    const Tensor inverse = at::empty({N}, input.options().dtype(wide));
+    with_types(input.scalar_type(), output, [&](auto t, auto o) {
+      using T = decltype(t);
+      using O = decltype(o);
+      at::parallel_for(0, N, at::divup(1 << 14, std::max<int64_t>(D, 1)), [&](int64_t begin, int64_t end) {
+        forward_rows<T, O>(
+            input.const_data_ptr<T>(), other.defined() ? other.const_data_ptr<T>() : nullptr,
+            factors.const_data_ptr<Wide<T>>(), eps, D, begin, end, other.defined() ? total.data_ptr<T>() : nullptr,
+            y.data_ptr<O>(), inverse.data_ptr<Wide<T>>());
+      });
+    });
+    ctx->save_for_backward({total, weight, inverse});
     ctx->set_materialize_grads(false);
-    if (residual.has_value()) return {normed.y, normed.total};
-    return {normed.y};
+    if (residual.has_value()) return {y, total};
+    return {y};
   }
 
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
     check_once("rms_norm");
     const auto saved = ctx->get_saved_variables();
-    const Tensor& total = saved[0];
+    const Tensor &total = saved[0], &weight = saved[1], &inverse = saved[2];
     const Tensor d_total = output_gradients.size() > 1 ? output_gradients[1] : Tensor();
     if (!output_gradients[0].defined()) return {d_total, Tensor(), Tensor(), d_total};
-    const auto [d_z, d_weight] = rms_norm::backward(output_gradients[0], d_total, total, saved[1], saved[2]);
+    const int64_t D = total.size(-1), N = inverse.numel(), blocks = at::divup(N, ROWS);
+    const at::ScalarType wide = inverse.scalar_type();
+    const Tensor d_y = output_gradients[0].contiguous(), other = d_total.defined() ? d_total.contiguous() : d_total;
+    const Tensor factors = weight.to(wide).contiguous();
+    const Tensor d_z = make(total.sizes(), total.options());
+    const Tensor sums = at::zeros({blocks, D}, inverse.options());
+    with_types(total.scalar_type(), d_y.scalar_type(), [&](auto t, auto o) {
+      using T = decltype(t);
+      using O = decltype(o);
+      at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+          backward_rows<T, O>(
+              d_y.const_data_ptr<O>(), other.defined() ? other.const_data_ptr<T>() : nullptr, total.const_data_ptr<T>(),
+              factors.const_data_ptr<Wide<T>>(), inverse.const_data_ptr<Wide<T>>(), D, b * ROWS,
+              std::min(N, (b + 1) * ROWS), d_z.data_ptr<T>(), sums.data_ptr<Wide<T>>() + b * D);
+        }
+      });
+    });
+    const Tensor d_weight = sums.sum(0).to(weight.scalar_type());
     return {d_z, d_weight, Tensor(), output_gradients.size() > 1 ? d_z : Tensor()};
   }
 };
 
 // Returns {y}, or {y, x + residual}.
-std::vector<Tensor> plain(
-    const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& residual) {
-  const Normed normed = forward(x, weight, eps, residual);
-  if (residual.has_value()) return {normed.y, normed.total};
-  return {normed.y};
-}
-
 std::vector<Tensor> differentiable(
     const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& residual) {
   return RMSNorm::apply(x, weight, eps, residual);
 }
 
 TORCH_LIBRARY_FRAGMENT(creche_native, library) {
-  library.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> Tensor[]");
+  library.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> Tensor[]", differentiable);
 }
-
-TORCH_LIBRARY_IMPL(creche_native, CPU, library) { library.impl("rms_norm", plain); }
-
-TORCH_LIBRARY_IMPL(creche_native, Autograd, library) { library.impl("rms_norm", differentiable); }
 
 }  // namespace creche::rms_norm

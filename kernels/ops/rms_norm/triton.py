@@ -2,11 +2,10 @@
 
 Shapes: N rows (tokens), D hidden.
 
-Forward, a program takes a tile of whole rows. It computes x̂ = x · rsqrt(mean x² + eps) in fp32, rounds it to x's
-dtype, and multiplies it by the weight. With a residual it first rounds and stores the sum, so that it normalises
+Forward, a program takes a tile of whole rows. With a residual it first rounds and stores the sum, so that it normalises
 exactly what the next layer will read.
 
-Backward (roundings pass the gradient on), with g = dy · weight:
+Backward, with x̂ = x · rsqrt(mean x² + eps) and g = dy · weight (roundings pass the gradient on):
 
     dx = rsqrt(mean x² + eps) · (g − x̂ · mean(g · x̂))      dweight = Σ_n dy · round(x̂)
 
@@ -41,10 +40,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     return normed if residual is None else (normed, total)
 
 
+def _allocate(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    normed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    return normed, x.new_empty(0 if residual is None else x.shape)
+
+
 @op("rms_norm")
 def run_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns the normed input, and x + residual (empty without a residual)."""
-    normed, total = _allocate(x, weight, residual)
+    normed, total = _allocate(x, weight, eps, residual)
     if x.numel():
         x_ND, residual_ND = _rows(x), None if residual is None else _rows(residual)
         N, D = x_ND.shape
@@ -69,38 +73,36 @@ def run_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, total_grad: Tensor | None, weight_wanted: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of x and of the weight (empty if unwanted). With a residual, x is the sum."""
-    x_grad = _empty(x, x.dtype)
+    x_grad = x.new_empty(x.shape)
     if not x.numel():
-        weight_grad = weight.new_zeros(weight.shape if weight_wanted else 0)
-    else:
-        grad_ND, x_ND, total_grad_ND = _rows(grad), _rows(x), None if total_grad is None else _rows(total_grad)
-        N, D = x_ND.shape
-        constants = _constants(D, eps)
-        programs = min(launch.blocks(N, constants["BLOCK_N"]), launch.RMS_NORM_PARTIALS)
-        wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-        partial_PD = x.new_empty(programs, D, dtype=wide) if weight_wanted else None
-        with torch.cuda.device_of(x):
-            _backward_kernel[(programs,)](
-                grad_ND,
-                x_ND,
-                weight.contiguous(),
-                total_grad_ND,
-                x_grad,
-                partial_PD,
-                N,
-                grad_ND.stride(0),
-                x_ND.stride(0),
-                0 if total_grad_ND is None else total_grad_ND.stride(0),
-                **constants,
-            )
-        weight_grad = weight.new_empty(0) if partial_PD is None else partial_PD.sum(0).to(weight.dtype)
-    return x_grad, weight_grad
+        return x_grad, weight.new_zeros(weight.shape if weight_wanted else 0)
+    grad_ND, x_ND, total_grad_ND = _rows(grad), _rows(x), None if total_grad is None else _rows(total_grad)
+    N, D = x_ND.shape
+    constants = _constants(D, eps)
+    programs = min(launch.blocks(N, constants["BLOCK_N"]), launch.RMS_NORM_PARTIALS)
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    partial_PD = x.new_empty(programs, D, dtype=wide) if weight_wanted else None
+    with torch.cuda.device_of(x):
+        _backward_kernel[(programs,)](
+            grad_ND,
+            x_ND,
+            weight.contiguous(),
+            total_grad_ND,
+            x_grad,
+            partial_PD,
+            N,
+            grad_ND.stride(0),
+            x_ND.stride(0),
+            0 if total_grad_ND is None else total_grad_ND.stride(0),
+            **constants,
+        )
+    return x_grad, weight.new_empty(0) if partial_PD is None else partial_PD.sum(0).to(weight.dtype)
 
 
-run_forward.register_fake(lambda x, weight, eps, residual: _allocate(x, weight, residual))
+run_forward.register_fake(_allocate)
 run_backward.register_fake(
     lambda grad, x, weight, eps, total_grad, weight_wanted: (
-        _empty(x, x.dtype),
+        x.new_empty(x.shape),
         weight.new_empty(weight.shape if weight_wanted else 0),
     )
 )
@@ -130,15 +132,6 @@ def _constants(D: int, eps: float) -> dict[str, Any]:
     columns = launch.power_of_2(D)
     chosen = launch.rms_norm(columns)
     return {"D": D, "eps": eps, "BLOCK_N": chosen.block // columns, "BLOCK_D": columns, "num_warps": chosen.warps}
-
-
-def _allocate(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    normed = _empty(x, torch.promote_types(x.dtype, weight.dtype))
-    return normed, x.new_empty(0) if residual is None else _empty(x, x.dtype)
-
-
-def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _rows(x: Tensor) -> Tensor:

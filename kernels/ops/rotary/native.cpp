@@ -1,7 +1,7 @@
-// `rotary` on a CPU. One parallel loop over positions rotates queries and keys.
+// `rotary` on a CPU. One parallel loop over positions rotates queries and keys. The backward pass rotates in the other
+// direction, because a rotation's transpose is its inverse.
 //
-// Shapes: B sequences, L positions, H heads. The backward pass rotates in the opposite direction, because a rotation's
-// transpose is its inverse.
+// Shapes: B sequences, L positions, H heads.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -79,10 +79,6 @@ struct Rotary : torch::autograd::Function<Rotary> {
   }
 };
 
-std::tuple<Tensor, Tensor> plain(const Tensor& q, const Tensor& k, const Tensor& cosines, const Tensor& sines) {
-  return rotate(q, k, cosines, sines, 1);
-}
-
 std::tuple<Tensor, Tensor> differentiable(
     const Tensor& q, const Tensor& k, const Tensor& cosines, const Tensor& sines) {
   TORCH_CHECK_VALUE(
@@ -94,11 +90,7 @@ std::tuple<Tensor, Tensor> differentiable(
 }
 
 TORCH_LIBRARY_FRAGMENT(creche_native, library) {
-  library.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)");
+  library.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", differentiable);
 }
-
-TORCH_LIBRARY_IMPL(creche_native, CPU, library) { library.impl("rotary", plain); }
-
-TORCH_LIBRARY_IMPL(creche_native, Autograd, library) { library.impl("rotary", differentiable); }
 
 }  // namespace creche::rotary

@@ -1,7 +1,4 @@
-"""The definition of `rotary` in plain torch.
-
-Shapes: B sequences, L positions, H heads.
-"""
+"""The definition of `rotary` in plain torch."""
 
 import torch
 from torch import Tensor

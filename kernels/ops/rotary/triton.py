@@ -5,9 +5,6 @@ Shapes: B sequences, L positions, H query heads, H_kv key heads, P = D_head / 2 
 
 A program takes a few tokens with all their heads, so that the angles are read once per token. A rotation is linear, and
 its gradient is the opposite rotation: the same kernel with −sin. So the op is its own derivative, of any order.
-
-The backward pass does not overwrite the incoming gradients. Autograd may have given the same memory to other functions
-(the backward of a sum does), no public API tells, and working in place would move as many bytes.
 """
 
 import functools
@@ -55,12 +52,8 @@ def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Ten
                 k_out,
                 B * L,
                 L,
-                q.stride(0),
-                q.stride(1),
-                q.stride(2),
-                k.stride(0),
-                k.stride(1),
-                k.stride(2),
+                q.stride(),
+                k.stride(),
                 **constants,
             )
     return q_out, k_out
@@ -74,11 +67,10 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(cos, sin)
 
 
-def _differentiate(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple:
-    return *run(q_grad, k_grad, *ctx.saved_tensors, not ctx.back), None, None, None
-
-
-run.register_autograd(_differentiate, setup_context=_save)
+run.register_autograd(
+    lambda ctx, q_grad, k_grad: (*run(q_grad, k_grad, *ctx.saved_tensors, not ctx.back), None, None, None),
+    setup_context=_save,
+)
 
 
 @functools.cache
@@ -108,12 +100,8 @@ def _kernel(
     k_out_ptr,
     N,
     L,
-    q_stride_b,
-    q_stride_l,
-    q_stride_h,
-    k_stride_b,
-    k_stride_l,
-    k_stride_h,
+    q_strides,
+    k_strides,
     H: tl.constexpr,
     H_KV: tl.constexpr,
     P: tl.constexpr,
@@ -137,8 +125,8 @@ def _kernel(
 
     is_q = inside & (head < H)
     is_k = inside & (head >= H) & (head < H + H_KV)
-    q_ptr += sequence * q_stride_b + position * q_stride_l + head * q_stride_h + pair
-    k_ptr += sequence * k_stride_b + position * k_stride_l + (head - H) * k_stride_h + pair
+    q_ptr += sequence * q_strides[0] + position * q_strides[1] + head * q_strides[2] + pair
+    k_ptr += sequence * k_strides[0] + position * k_strides[1] + (head - H) * k_strides[2] + pair
     first = tl.where(head < H, tl.load(q_ptr, mask=is_q, other=0), tl.load(k_ptr, mask=is_k, other=0)).to(wide)
     second = tl.where(head < H, tl.load(q_ptr + P, mask=is_q, other=0), tl.load(k_ptr + P, mask=is_k, other=0)).to(wide)
     new_first = (first * cos - second * sin).to(dtype)

@@ -17,65 +17,54 @@ Vec<A> sigmoid(Vec<A> x) {
   return one / (one + exponential(smaller(x.neg(), largest)));
 }
 
-Tensor forward(const Tensor& gate, const Tensor& up) {
-  const Tensor g = gate.contiguous(), u = up.contiguous(), y = make(g.sizes(), g.options());
-  with_storage(g.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using A = Wide<T>;
-    at::parallel_for(0, g.numel(), GRAIN, [&](int64_t begin, int64_t end) {
-      const T *g_at = g.const_data_ptr<T>() + begin, *u_at = u.const_data_ptr<T>() + begin;
-      T* y_at = y.data_ptr<T>() + begin;
-      for_each_vector<A>(end - begin, [&](int64_t v, auto count) {
-        const Vec<A> x = load(g_at + v, count);
-        store(y_at + v, x * sigmoid<A>(x) * load(u_at + v, count), count);
-      });
-    });
-  });
-  return y;
-}
-
-std::pair<Tensor, Tensor> backward(const Tensor& output_gradient, const Tensor& gate, const Tensor& up) {
-  const Tensor d = output_gradient.contiguous(), g = gate.contiguous(), u = up.contiguous();
-  const Tensor d_g = make(g.sizes(), g.options()), d_u = make(u.sizes(), u.options());
-  with_storage(g.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using A = Wide<T>;
-    at::parallel_for(0, g.numel(), GRAIN, [&](int64_t begin, int64_t end) {
-      const T *d_at = d.const_data_ptr<T>() + begin, *g_at = g.const_data_ptr<T>() + begin;
-      const T* u_at = u.const_data_ptr<T>() + begin;
-      T *d_g_at = d_g.data_ptr<T>() + begin, *d_u_at = d_u.data_ptr<T>() + begin;
-      for_each_vector<A>(end - begin, [&](int64_t v, auto count) {
-        const Vec<A> y = load(d_at + v, count), x = load(g_at + v, count), s = sigmoid<A>(x), one(1);
-        store(d_u_at + v, y * x * s, count);
-        store(d_g_at + v, y * load(u_at + v, count) * s * (one + x * (one - s)), count);
-      });
-    });
-  });
-  return {d_g, d_u};
-}
-
 struct SwiGLU : torch::autograd::Function<SwiGLU> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& gate, const Tensor& up) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({gate, up});
-    return swiglu::forward(gate, up);
+    const Tensor g = gate.contiguous(), u = up.contiguous(), y = make(g.sizes(), g.options());
+    with_storage(g.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      using A = Wide<T>;
+      at::parallel_for(0, g.numel(), GRAIN, [&](int64_t begin, int64_t end) {
+        const T *g_at = g.const_data_ptr<T>() + begin, *u_at = u.const_data_ptr<T>() + begin;
+        T* y_at = y.data_ptr<T>() + begin;
+        for_each_vector<A>(end - begin, [&](int64_t v, auto count) {
+          const Vec<A> x = load(g_at + v, count);
+          store(y_at + v, x * sigmoid<A>(x) * load(u_at + v, count), count);
+        });
+      });
+    });
+    return y;
   }
 
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
     check_once("swiglu");
     const auto saved = ctx->get_saved_variables();
-    const auto [d_gate, d_up] = swiglu::backward(output_gradients[0], saved[0], saved[1]);
-    return {d_gate, d_up};
+    const Tensor d = output_gradients[0].contiguous(), g = saved[0].contiguous(), u = saved[1].contiguous();
+    const Tensor d_g = make(g.sizes(), g.options()), d_u = make(u.sizes(), u.options());
+    with_storage(g.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      using A = Wide<T>;
+      at::parallel_for(0, g.numel(), GRAIN, [&](int64_t begin, int64_t end) {
+        const T *d_at = d.const_data_ptr<T>() + begin, *g_at = g.const_data_ptr<T>() + begin;
+        const T* u_at = u.const_data_ptr<T>() + begin;
+        T *d_g_at = d_g.data_ptr<T>() + begin, *d_u_at = d_u.data_ptr<T>() + begin;
+        for_each_vector<A>(end - begin, [&](int64_t v, auto count) {
+          const Vec<A> y = load(d_at + v, count), x = load(g_at + v, count), s = sigmoid<A>(x), one(1);
+          store(d_u_at + v, y * x * s, count);
+          store(d_g_at + v, y * load(u_at + v, count) * s * (one + x * (one - s)), count);
+        });
+      });
+    });
+    return {d_g, d_u};
   }
 };
 
 Tensor differentiable(const Tensor& gate, const Tensor& up) { return SwiGLU::apply(gate, up); }
 
-TORCH_LIBRARY_FRAGMENT(creche_native, library) { library.def("swiglu(Tensor gate, Tensor up) -> Tensor"); }
-
-TORCH_LIBRARY_IMPL(creche_native, CPU, library) { library.impl("swiglu", forward); }
-
-TORCH_LIBRARY_IMPL(creche_native, Autograd, library) { library.impl("swiglu", differentiable); }
+TORCH_LIBRARY_FRAGMENT(creche_native, library) {
+  library.def("swiglu(Tensor gate, Tensor up) -> Tensor", differentiable);
+}
 
 }  // namespace creche::swiglu

@@ -1,12 +1,10 @@
-"""The gated activation in Triton. The forward pass reads gate and up and writes the product. The backward pass reads
-both and the incoming gradient and recomputes silu(gate), so that only the inputs are saved.
+"""The gated activation in Triton. The backward pass recomputes silu(gate), so that only the inputs are saved.
 
 Shapes: N rows (tokens), D hidden. Contiguous tensors are taken as one row of N·D.
 
 The gradients, with s = sigmoid(gate), are  dup = dy · gate · s  and  dgate = dy · up · s · (1 + gate · (1 − s)).
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -17,6 +15,8 @@ from torch import Tensor
 from kernels import launch
 from kernels.registration import op
 
+_CONSTANTS: dict[str, Any] = {"BLOCK": launch.SWIGLU.block, "num_warps": launch.SWIGLU.warps}
+
 
 @op("swiglu")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -25,10 +25,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if out.numel():
         gate_ND, up_ND = _rows(gate, up)
         N, D = gate_ND.shape
-        constants = _constants()
         with torch.cuda.device_of(gate):
-            _forward_kernel[(N * launch.blocks(D, constants["BLOCK"]),)](
-                gate_ND, up_ND, out, D, gate_ND.stride(0), up_ND.stride(0), **constants
+            _forward_kernel[(N * launch.blocks(D, launch.SWIGLU.block),)](
+                gate_ND, up_ND, out, D, gate_ND.stride(0), up_ND.stride(0), **_CONSTANTS
             )
     return out
 
@@ -40,9 +39,8 @@ def run_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
     if grad.numel():
         grad_ND, gate_ND, up_ND = _rows(grad, gate, up)
         N, D = gate_ND.shape
-        constants = _constants()
         with torch.cuda.device_of(gate):
-            _backward_kernel[(N * launch.blocks(D, constants["BLOCK"]),)](
+            _backward_kernel[(N * launch.blocks(D, launch.SWIGLU.block),)](
                 grad_ND,
                 gate_ND,
                 up_ND,
@@ -52,7 +50,7 @@ def run_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
                 grad_ND.stride(0),
                 gate_ND.stride(0),
                 up_ND.stride(0),
-                **constants,
+                **_CONSTANTS,
             )
     return gate_grad, up_grad
 
@@ -61,21 +59,10 @@ swiglu.register_fake(lambda gate, up: gate.new_empty(gate.shape))
 run_backward.register_fake(lambda grad, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)))
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return run_backward(grad, *ctx.saved_tensors)
-
-
-swiglu.register_autograd(_differentiate, setup_context=_save)
-
-
-@functools.cache
-def _constants() -> dict[str, Any]:
-    chosen = launch.swiglu()
-    return {"BLOCK": chosen.block, "num_warps": chosen.warps}
+swiglu.register_autograd(
+    lambda ctx, grad: run_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:

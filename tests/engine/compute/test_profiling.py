@@ -58,7 +58,7 @@ if runtime.rank == 1:
     folder.mkdir(parents=True)
     (folder / "rank-1.txt").symlink_to("/dev/full")
 with pytest.raises(UserError, match="^rank 1: .*No space left on device"):
-    list(profiled((Step(n, 0, 1, 1, 0, []) for n in (1, 2, 3)), (2, 2), folder, runtime, memory=False))
+    list(profiled((Step(n, 0, 1, 1, 0, []) for n in (1, 2, 3)), (2, 2), folder, runtime))
 exit_process()
 """
 
@@ -73,7 +73,6 @@ def test_what_cannot_be_traced_is_refused(tmp_path: Path) -> None:
     for overrides, message in (
         (("run.profile=[3,9]",), r"run.profile=\[3, 9\]: expected the first and the last step to trace, of 4"),
         (("run.profile=[3,2]",), r"run.profile=\[3, 2\]"),
-        (("run.memory_snapshot=true",), "run.memory_snapshot=true: a snapshot is of a GPU's memory"),
     ):
         with pytest.raises(UserError, match=message):
             train(config(tmp_path, *overrides))

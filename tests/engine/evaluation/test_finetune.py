@@ -27,6 +27,7 @@ QUICK = FinetuneConfig(seeds=(1,), learning_rate=3e-3, batch=8, epochs=3)
 
 @pytest.fixture
 def model(cohort: Cohort) -> Llama:
+    assert isinstance(cohort[0].model, Llama)
     return cohort[0].model
 
 
@@ -188,7 +189,8 @@ def test_predictions_that_are_not_finite_are_no_result(
     model: Llama, tokenizer: Tokenizer, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ends_in_nan(self: Any, cohort: Cohort, number: int) -> float:
-        cohort[0].model.out.bias.data.fill_(torch.nan)
+        model: Any = cohort[0].model
+        model.out.bias.data.fill_(torch.nan)
         return 0.0
 
     monkeypatch.setattr(module._Job, "_epoch", ends_in_nan)

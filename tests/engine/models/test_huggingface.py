@@ -46,6 +46,31 @@ def weights_of(shape: Shape) -> tuple[LanguageModel, dict[str, Tensor]]:
     return model, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+def exported_to_transformers(
+    auto: Any, folder: Path, shape: Shape, weights: dict[str, Tensor], tokenizer: Tokenizer
+) -> Any:
+    """Returns what transformers loads from the folder that the student was exported to, with every weight in place."""
+    export_model(folder, shape, weights, tokenizer)
+    theirs, report = auto.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return theirs
+
+
+def assert_comes_back(
+    theirs: Any, folder: Path, shape: Shape, weights: dict[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Asserts that the student's folder, and one that transformers writes beside it, hold its shape and weights."""
+    elsewhere = folder.with_name("elsewhere")
+    theirs.save_pretrained(elsewhere)  # as transformers writes it
+    tokenizer.export(elsewhere)
+    for path in (folder, elsewhere):
+        model, _ = load_model(path)
+        assert model.shape == replace(shape, dropout=0.0), "dropout is a setting of training"
+        loaded = dict(model.named_parameters())
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+
+
 @pytest.fixture
 def exported(tokenizer: Tokenizer, tmp_path: Path) -> Path:
     export_model(tmp_path / "student", SHAPE, weights_of(SHAPE)[1], tokenizer)
@@ -59,10 +84,7 @@ def test_transformers_loads_the_folder_and_computes_the_same_logits(
 ) -> None:
     shape = replace(SHAPE, tied=tied, kv_heads=kv_heads)
     ours, weights = weights_of(shape)
-    export_model(tmp_path / "student", shape, weights, tokenizer)
-    pretrained: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
-    theirs, report = pretrained
-    assert not any(report.values()), report
+    theirs = exported_to_transformers(AutoModelForCausalLM, tmp_path / "student", shape, weights, tokenizer)
     assert theirs.dtype == torch.float32
     ids = tokenizer.encode(next(generate(1, 10)))[: shape.max_length - 1]
     tokens_BL = torch.tensor([[tokenizer.boundary, *ids]])
@@ -107,23 +129,13 @@ def test_a_gpt2_is_the_same_in_transformers_and_comes_back_bit_for_bit(
 ) -> None:
     shape = GPT2Shape(layers=2, hidden=32, heads=4, ffn=48, vocab_size=PIECES, max_length=64, tied=tied, dropout=0.2)
     ours, weights = weights_of(shape)
-    export_model(tmp_path / "student", shape, weights, tokenizer)
-    pretrained: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
-    theirs, report = pretrained
-    assert not any(report.values()), report
+    theirs = exported_to_transformers(AutoModelForCausalLM, tmp_path / "student", shape, weights, tokenizer)
     assert theirs.config.resid_pdrop == theirs.config.attn_pdrop == theirs.config.embd_pdrop == 0.2
     tokens_BL = torch.tensor([tokenizer.encode(next(generate(1, 10)))[:60]])
     with torch.no_grad():
         difference = ours.eval()(tokens_BL) @ ours.head.T - theirs.eval()(tokens_BL).logits[0]
     assert difference.abs().max() <= 1e-4
-    theirs.save_pretrained(tmp_path / "elsewhere")  # as transformers writes it
-    tokenizer.export(tmp_path / "elsewhere")
-    for folder in ("student", "elsewhere"):
-        model, _ = load_model(tmp_path / folder)
-        assert model.shape == replace(shape, dropout=0.0), "dropout is a setting of training"
-        loaded = dict(model.named_parameters())
-        assert loaded.keys() == weights.keys()
-        assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+    assert_comes_back(theirs, tmp_path / "student", shape, weights, tokenizer)
 
 
 def test_a_roberta_is_the_same_in_transformers_and_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -131,24 +143,14 @@ def test_a_roberta_is_the_same_in_transformers_and_comes_back_bit_for_bit(tmp_pa
     tokenizer = tokenization.train(generate(0, 3000), config, PIECES, tmp_path, boundary=True)
     shape = RobertaShape(layers=2, hidden=32, heads=4, ffn=48, vocab_size=PIECES, max_length=64, dropout=0.2)
     ours, weights = weights_of(shape)
-    export_model(tmp_path / "student", shape, weights, tokenizer)
-    pretrained: Any = AutoModelForMaskedLM.from_pretrained(tmp_path / "student", output_loading_info=True)
-    theirs, report = pretrained
-    assert not any(report.values()), report
+    theirs = exported_to_transformers(AutoModelForMaskedLM, tmp_path / "student", shape, weights, tokenizer)
     assert theirs.config.hidden_dropout_prob == theirs.config.attention_probs_dropout_prob == 0.2
     ids = AutoTokenizer.from_pretrained(tmp_path / "student")("the dog <mask> a cat").input_ids
     tokens_BL = torch.tensor([[*ids, *tokenizer.encode(next(generate(1, 10))), tokenizer.mask][:64]])
     with torch.no_grad():
         difference = F.linear(*ours.eval().project(ours(tokens_BL))) - theirs.eval()(tokens_BL).logits[0]
     assert difference.abs().max() <= 1e-4
-    theirs.save_pretrained(tmp_path / "elsewhere")  # as transformers writes it
-    tokenizer.export(tmp_path / "elsewhere")
-    for folder in ("student", "elsewhere"):
-        model, _ = load_model(tmp_path / folder)
-        assert model.shape == replace(shape, dropout=0.0), "dropout is a setting of training"
-        loaded = dict(model.named_parameters())
-        assert loaded.keys() == weights.keys()
-        assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+    assert_comes_back(theirs, tmp_path / "student", shape, weights, tokenizer)
     start = StudentConfig("a", 2, 32, 4, 48, max_length=64, family="roberta", init=str(tmp_path / "student"))
     assert len(import_weights(start, shape, tokenizer)) == len(weights)
 

@@ -62,12 +62,12 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path):
     record = step_record(1, ce=math.nan)
     record["students"]["large"]["grad_norm"] = math.inf
     record["kl"][0][1] = -math.inf
-    write(tmp_path, [record], None)
+    write(tmp_path, [RUN[0], record], None)
 
     def refuse(constant: str) -> float:
         raise AssertionError(f"{constant} is not JSON")
 
-    [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    [_, line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
     read = json.loads(line, parse_constant=refuse)
     assert read["students"]["small"]["ce"] is None
     assert read["students"]["large"]["grad_norm"] is None

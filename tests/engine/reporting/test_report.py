@@ -364,6 +364,7 @@ def test_report_of_one_student_or_eight_whatever_they_measure(tmp_path: Path, st
         "clipped": False,
     }
     with MetricsLog(tmp_path, None) as log:
+        log.write({"kind": "streams", "step": 0, "students": names, "teachers": []})
         for step in (1, 2):
             log.write(
                 {

@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +30,6 @@ from engine.students.gradients import accumulate
 from engine.students.student import Student, decay_groups, student_model
 from engine.system.distributed import Runtime, exit_process, init_distributed
 from engine.teachers.teachers import Teachers, teacher_shares, teacher_streams
-from kernels import linear_ensemble_kl
 
 VOCABULARY, LENGTH, BATCH, STEPS = 61, 16, 8, 20
 OPTIMIZER = OptimizerConfig(clip=1.5, weight_decay=0.1)
@@ -215,10 +215,11 @@ def poison(runtime: Runtime, file: TokenFile, stage: int, what: str, precision: 
 
     bad_rank = runtime.rank == runtime.world_size - 1
     hooks = []
+    model: Any = cohort[1].model
     if what == "gradient" and bad_rank:
-        hooks.append(cohort[1].model.norm.weight.register_hook(lambda g: g * float("nan")))
+        hooks.append(model.norm.weight.register_hook(lambda g: g * float("nan")))
     if what == "forward" and bad_rank:  # It reaches the losses of all through the divergence.
-        hooks.append(cohort[1].model.norm.register_forward_hook(lambda _, __, out: (out[0] * float("nan"), out[1])))
+        hooks.append(model.norm.register_forward_hook(lambda _, __, out: (out[0] * float("nan"), out[1])))
     tally = accumulate(cohort, second, coefficients, teachers)
     for hook in hooks:
         hook.remove()
@@ -247,25 +248,16 @@ def separate(runtime: Runtime, file: TokenFile, stage: int) -> dict:
     cohort = cohort_of(students(tied=True), TrainConfig(zero_stage=stage), runtime)  # pyright: ignore[reportArgumentType]
     teachers, coefficients = teaching("fp32", len(cohort), runtime)
     (step,) = data(file, None, runtime.rank, runtime.world_size).steps(1, 1)
-    (batch,) = step.micro_batches
-    hidden = [student.body(batch) for student in cohort]
-    holders = {}
-    with cohort.gathered_heads():
-        streams = [student.project(hidden_ND) for student, hidden_ND in zip(cohort, hidden, strict=True)]
-        result = linear_ensemble_kl(
-            streams,
-            teachers(batch),
-            batch.targets_N,
-            ce_weight=coefficients.ce_weight,
-            kl_weight=coefficients.kl_weight,
-            normalizer=step.valid_tokens,
-            temperature=coefficients.temperature,
-            divergence=coefficients.divergence,
-        )
-        for i, student in enumerate(cohort):
-            student.backward(result.losses[i], last=True)
-            holders[student.name] = [other.name for other in cohort if holds_gradient(other)]
-            student.discard_gradients()
+    assert len(step.micro_batches) == 1
+    holders, backward = {}, Student.backward
+
+    def backward_alone(student: Student, loss: Tensor, *, last: bool) -> None:
+        backward(student, loss, last=last)
+        holders[student.name] = [other.name for other in cohort if holds_gradient(other)]
+        student.discard_gradients()
+
+    with mock.patch.object(Student, "backward", backward_alone):
+        accumulate(cohort, step, coefficients, teachers)
     return holders
 
 

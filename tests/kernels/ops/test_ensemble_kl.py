@@ -14,10 +14,9 @@ import kernels
 from kernels.ops.ensemble_kl import native
 from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.reference import loss_and_grad
+from tests.kernels.ops.random_losses import DIVERGENCES, RANDOM_LOSSES
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-DIVERGENCES = ("forward", "reverse", "jsd")
 
 
 def make_logits(streams: int, tokens: int, vocabulary: int, *, seed: int = 0, scale: float = 2.0) -> list[Tensor]:
@@ -315,14 +314,8 @@ def test_differentiable_twice_and_forward(divergence):
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # All examples have the same backend.
 )
 @given(
-    seed=st.integers(0, 10**6),
-    students=st.integers(1, 3),
-    teachers=st.integers(0, 2),
+    **RANDOM_LOSSES,
     tokens=st.integers(1, 5),
-    vocabulary=st.integers(2, 40),
-    scale=st.sampled_from([1e-3, 1.0, 10.0]),
-    temperature=st.sampled_from([0.5, 1.0, 2.0]),
-    divergence=st.sampled_from(DIVERGENCES),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_properties(seed, students, teachers, tokens, vocabulary, scale, temperature, divergence, dtype):

@@ -319,7 +319,7 @@ STUDENT = Projected(torch.zeros(2, 3), torch.zeros(5, 3))
     [
         ({"students": []}, "students is empty"),
         ({"students": [STUDENT._replace(hidden=torch.zeros(2, 1, 3))]}, r"expected \[N, D\] and \[V, D\]"),
-        ({"students": [STUDENT._replace(weight=torch.zeros(0))]}, r"student 0 has .* gather the head"),
+        ({"students": [STUDENT._replace(weight=torch.zeros(0))]}, r"student 0 has .* gather a sharded head"),
         ({"teachers": [Projected(torch.zeros(3, 3), torch.zeros(5, 3))]}, "teacher 0 has .* expected N = 2 and V = 5"),
         ({"students": [STUDENT._replace(bias=torch.zeros(3))]}, r"bias \(3,\): expected \[V\] = \[5\]"),
         ({"students": [STUDENT._replace(bias=torch.zeros(5, dtype=torch.int64))]}, "expected floating point on cpu"),

@@ -16,6 +16,7 @@ from kernels import launch
 from kernels.launch import Launch
 from kernels.ops.ensemble_kl import reference, triton, triton_kernel
 from kernels.ops.ensemble_kl.loss_spec import LossSpec
+from tests.kernels.ops.random_losses import DIVERGENCES, RANDOM_LOSSES
 from tests.kernels.ops.triton.agreement import (
     DEVICE,
     assert_agrees,
@@ -27,7 +28,6 @@ from tests.kernels.ops.triton.agreement import (
 )
 from tests.kernels.yardstick import assert_near
 
-DIVERGENCES = ("forward", "reverse", "jsd")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns where NaN and infinity are intended.
 
 
@@ -330,16 +330,7 @@ def test_every_launch_gives_the_same(divergence, dtype, monkeypatch):
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 10**6),
-    students=st.integers(1, 3),
-    teachers=st.integers(0, 2),
-    tokens=st.integers(1, 4),
-    vocabulary=st.integers(2, 40),
-    scale=st.sampled_from([1e-3, 1.0, 10.0]),
-    temperature=st.sampled_from([0.5, 1.0, 2.0]),
-    divergence=st.sampled_from(DIVERGENCES),
-)
+@given(**RANDOM_LOSSES, tokens=st.integers(1, 4))
 def test_properties(seed, students, teachers, tokens, vocabulary, scale, temperature, divergence):
     streams = students + teachers
     logits = make(streams, tokens, vocabulary, scale=scale, seed=seed)
