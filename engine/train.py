@@ -25,7 +25,8 @@ def train(config: Config) -> None:
         for step in run.steps():
             outer_loop.before_step(step, cohort)
             tally = accumulate(cohort, step, coefficients, teachers)
-            # Here the loop waits for the device, once: all students step, or none.
+            # All students step, or none where anything is NaN. Every step waits for the device here; those that are
+            # recorded, or after which ω is learnt, wait once more below.
             verdict = cohort.update(tally.losses_S, tally.ce_S, run.learning_rates(step), stop=bool(stop))
             coefficients = outer_loop.after_step(step, cohort, coefficients, verdict)
             run.after_step(step, tally, verdict)  # It records the step, and evaluates and saves where that is due.

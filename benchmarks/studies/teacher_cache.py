@@ -31,7 +31,7 @@ from engine.students.student import Student, student_model
 from engine.system.distributed import Runtime, init_distributed
 from engine.system.errors import report_errors
 from engine.teachers import cache as teacher_cache
-from engine.teachers.teachers import NO_TEACHERS, Teachers, hash_teachers, load_teachers
+from engine.teachers.teachers import Teachers, hash_teachers, load_teachers
 from kernels import Projected, TopK, linear_ensemble_kl
 
 KEPT_TOKENS = (8, 32, 128)
@@ -65,7 +65,11 @@ def main() -> None:
         cached = teacher_cache.cached_teachers(cache, prepared, data, runtime, hash_teachers(cache))
         print(f"writing the cache of {len(file.tokens):,} tokens, k = 32: {time.perf_counter() - begin:.0f} s")
         time_steps(
-            cohort, data, {"live teachers": live, "cache": cached, "no teachers": NO_TEACHERS}, config, arguments.steps
+            cohort,
+            data,
+            {"live teachers": live, "cache": cached, "no teachers": Teachers([], [], [], [])},
+            config,
+            arguments.steps,
         )
 
 

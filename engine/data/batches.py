@@ -80,7 +80,8 @@ class TokenFile:
     def __init__(self, path: Path, dtype: str, length: int, *, kl_everywhere: bool = False) -> None:
         """Opens the file. Raises UserError where it holds less than one sequence.
 
-        `kl_everywhere` is the setting: Baby Llama's code shifts the targets inside a sequence, so the last has none.
+        `kl_everywhere` is the setting objective.kl_everywhere. In Baby Llama's code a sequence's last position has no
+        target, because the targets are shifted inside the sequence, but its divergence from the teachers counts.
         """
         self.tokens = np.memmap(path, dtype=dtype, mode="r")
         self.length, self.kl_everywhere = length, kl_everywhere

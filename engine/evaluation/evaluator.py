@@ -1,27 +1,25 @@
 """What a run measures while it trains: held-out loss, zero-shot tasks, and texts that its students write.
 
-N tokens, S students; B texts, L positions, D hidden, V vocabulary.
+S students.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from engine.config.settings import EvaluationConfig
-from engine.data.batches import IGNORED, Batch, HeldOutData
+from engine.data.batches import HeldOutData
 from engine.data.tokenizer import Tokenizer
-from engine.evaluation.log_probabilities import cohort_log_probabilities, cohort_target_log_probabilities
+from engine.evaluation.held_out import validation_losses
+from engine.evaluation.log_probabilities import cohort_log_probabilities
 from engine.evaluation.metrics import SetScore, TaskScore, pooled
+from engine.evaluation.samples import samples
 from engine.evaluation.zero_shot import ZeroShot
 from engine.reporting.records import StudentEvaluation
 from engine.students.cohort import Cohort
-from engine.students.student import Student
 from engine.system.distributed import Runtime
 
 PAIRS = "evaluation.pairs"  # the name of the task of minimal pairs in every run's evaluation
-TEMPERATURE = 0.8  # of the samples
 
 
 @dataclass(frozen=True)
@@ -75,51 +73,3 @@ class Evaluator:
 def _accuracy(pairs: SetScore) -> float:
     """Returns the accuracy in which a tie counts as half right."""
     return (pairs.score + pairs.strict_score) / 2
-
-
-def validation_losses(
-    cohort: Cohort, data: HeldOutData, runtime: Runtime, omega: Sequence[float] | None = None
-) -> list[float]:
-    """Returns the mean cross-entropy over all of `data`, in nats per token; a collective call.
-
-    It is each student's and, where there are several, last that of their ensemble, weighted by ω [S] (None: equally).
-    """
-    sums = torch.zeros(len(cohort) + (len(cohort) > 1) + 1, dtype=torch.float64, device=runtime.device)
-    with cohort.evaluating():
-        for batch in data.batches():
-            valid_N = (batch.targets_N != IGNORED).nonzero().squeeze(1)
-            targets_N = batch.targets_N[valid_N]
-            log_prob_SN = cohort_target_log_probabilities(cohort, batch, valid_N, targets_N, omega)
-            sums[:-1] -= log_prob_SN.sum(dim=1, dtype=torch.float64)
-            sums[-1] += len(valid_N)
-    *losses, tokens = runtime.all_reduce_sum(sums)
-    return [loss / tokens for loss in losses]
-
-
-def samples(cohort: Cohort, tokenizer: Tokenizer, count: int, tokens: int) -> list[list[str]]:
-    """Returns `count` texts of at most `tokens` tokens per student, the same on every rank; a collective call."""
-    if count == 0:
-        return [[] for _ in cohort]
-    with cohort.evaluating():
-        return [_sample(cohort, student, tokenizer, count, tokens) for student in cohort]
-
-
-def _sample(cohort: Cohort, student: Student, tokenizer: Tokenizer, count: int, tokens: int) -> list[str]:
-    device = student.runtime.device
-    generator = torch.Generator().manual_seed(student.config.seed)
-    # A text begins behind the boundary token or, where the tokenizer has none, behind a newline.
-    prompt = [tokenizer.boundary] if tokenizer.boundary is not None else tokenizer.encode("\n")[-1:]
-    tokens_BL = torch.tensor([prompt] * count, device=device)
-    for _ in range(min(tokens, student.shape.max_length - 1)):
-        length = tokens_BL.shape[1]
-        last_B = torch.arange(length - 1, count * length, length, device=device)
-        hidden_BD = student.body(Batch(tokens_BL, tokens_BL[:, -1], rows_N=last_B))
-        with cohort.gathered_heads():
-            logits_BV = (hidden_BD @ student.model.head.T).float().cpu()
-        next_B1 = torch.multinomial((logits_BV / TEMPERATURE).softmax(-1), 1, generator=generator)
-        tokens_BL = torch.cat([tokens_BL, next_B1.to(device)], dim=1)
-    texts = []
-    for ids in tokens_BL[:, len(prompt) :].tolist():
-        end = ids.index(tokenizer.boundary) if tokenizer.boundary in ids else len(ids)
-        texts.append(tokenizer.decode(ids[:end]).strip())
-    return texts

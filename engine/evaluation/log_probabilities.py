@@ -41,10 +41,10 @@ class TokenTree:
 
     tokens: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)  # per token: its position in its own text
-    subtree_ends: list[int] = field(default_factory=list)  # per token: as in the table above
+    subtree_ends: list[int] = field(default_factory=list)  # per token: the index behind the last that attends to it
     rows: list[int] = field(default_factory=list)  # indices of the tokens whose hidden states predict something
     targets: list[int] = field(default_factory=list)  # the tokens to predict
-    state_ids: list[int] = field(default_factory=list)  # per target: where in `rows` the token is that predicts it
+    state_ids: list[int] = field(default_factory=list)  # per target: the index into `rows` of its predictor
     text_ids: list[int] = field(default_factory=list)  # per target: the text that it belongs to
 
 
@@ -93,14 +93,20 @@ def causal_trees(texts: Sequence[list[int]], scored_from: Sequence[int], *, shar
         for index in path:
             tree.subtree_ends[index] = len(tree.tokens)
         last_inputs = inputs
-        first = max(scored_from[i], 1)
-        for row, target in zip(path[first - 1 :], texts[i][first:], strict=True):
-            if row not in tree.rows:
-                tree.rows.append(row)
-            tree.state_ids.append(tree.rows.index(row))
-            tree.targets.append(target)
-            tree.text_ids.append(i)
+        _add_targets(tree, i, texts[i], path, max(scored_from[i], 1))
     return trees
+
+
+def _add_targets(tree: TokenTree, text_id: int, text: list[int], path: list[int], first: int) -> None:
+    """Adds the tokens of a text from index `first` on as targets; the token before each of them predicts it."""
+    state_ids = {row: state_id for state_id, row in enumerate(tree.rows)}
+    for row in path[first - 1 :]:
+        if row not in state_ids:
+            state_ids[row] = len(tree.rows)
+            tree.rows.append(row)
+        tree.state_ids.append(state_ids[row])
+    tree.targets.extend(text[first:])
+    tree.text_ids.extend([text_id] * (len(text) - first))
 
 
 def common_prefix_length(texts: Sequence[list[int]]) -> int:

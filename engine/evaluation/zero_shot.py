@@ -48,11 +48,13 @@ class ZeroShot:
         scored_from: list[int] = []  # per text: where the answers to its question part, or where the only answer begins
         end = [tokenizer.end] if masked and tokenizer.end is not None else []
         boundary = [] if tokenizer.boundary is None else [tokenizer.boundary]
+        contexts = sorted({question.context for task in tasks for question in task.questions if question.context})
+        encoded_contexts = dict(zip(contexts, tokenizer.encode_batch(contexts), strict=True))
         answers = [answer for task in tasks for question in task.questions for answer in question.answers]
         encoded_answers = iter(tokenizer.encode_batch(answers))
         for task in tasks:
             for question in task.questions:
-                before = boundary + (tokenizer.encode(question.context) if question.context else [])
+                before = boundary + encoded_contexts.get(question.context, [])
                 ids = [before + next(encoded_answers) for _ in question.answers]
                 for answer, tokens in zip(question.answers, ids, strict=True):
                     size = len(tokens) + len(end)

@@ -218,8 +218,7 @@ def _read(
     or where the folder's tokenizer is not the one given.
     """
     require_folder(folder, key)
-    digest = sha256(folder / "tokenizer.json")
-    if tokenizer is not None and digest != tokenizer.hash:
+    if tokenizer is not None and (digest := sha256(folder / "tokenizer.json")) != tokenizer.hash:
         raise UserError(
             f"{key}: its tokenizer ({digest[:8]}) is not the data's ({tokenizer.hash[:8]}): models learn from one "
             "another over one vocabulary only; drop it, or prepare the data with the tokenizer it was trained with"

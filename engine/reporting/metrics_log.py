@@ -32,20 +32,21 @@ class MetricsLog:
         self._teachers: list[str] = []
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)  # In a buffer, what a full disk refuses would fail again later.
+        records: list[Record] = []
+        if position is not None:
+            self._file.truncate(position)
+            records = list(read_metrics(path))
+        for record in records:
+            if record["kind"] == "streams":
+                self._teachers = record["teachers"]
         # SummaryWriter would write an event per number. FileWriter writes all numbers of a record as one event, which
         # takes a tenth of the time (0.4 ms for 48 numbers).
         self._board = FileWriter(str(run_dir / "tensorboard"))
         if position is not None:
-            self._file.truncate(position)
-            first_step = 0
-            for record in read_metrics(path):
-                first_step = record["step"] + 1
-                if record["kind"] == "streams":
-                    self._teachers = record["teachers"]
             # As SummaryWriter's purge_step does, earlier files lose this step and all after it.
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # pyright: ignore[reportAttributeAccessIssue]
             event = event_pb2.Event(session_log=start)  # pyright: ignore[reportAttributeAccessIssue]
-            self._board.add_event(event, first_step)
+            self._board.add_event(event, records[-1]["step"] + 1 if records else 0)
 
     def write(self, record: Record) -> None:
         """Appends one record as one line, in one write, which the operating system has when this returns.

@@ -179,7 +179,7 @@ def _check_outer(config: Config) -> None:
 def _check_training(config: Config) -> None:
     optimizer, train = config.optimizer, config.train
     if train.epochs is None:
-        number_of_steps(config, chunks=0)  # It refuses a warmup that is too long; epochs need the text for that.
+        number_of_steps(config, chunks=0)  # It refuses a warmup or profile beyond them; epochs need the text for that.
     if optimizer.decay_fraction != OptimizerConfig().decay_fraction and optimizer.schedule != "trapezoid":
         raise UserError(
             f"optimizer.decay_fraction={optimizer.decay_fraction} belongs to schedule=trapezoid, and schedule="

@@ -46,7 +46,7 @@ class LossWeighting:
     def coefficients(self, omega_S: Tensor | None = None) -> LossCoefficients:
         """Returns the coefficients of the formula in `ObjectiveConfig`, which are affine in `omega_S`, [S].
 
-        It is read only where objective.weighted is true, and is needed there.
+        `omega_S` is read only where objective.weighted is true, and is needed there.
         """
         objective, students = self.objective, self.students
         share_S = torch.ones(students, device=self.device)

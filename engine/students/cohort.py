@@ -1,4 +1,4 @@
-"""All students of a run: they all step together, or none does.
+"""All students of a run: they all step together, or none does, where a NaN or an infinity appears.
 
 Gradients reach an engine through its own loss alone, so that no graph is shared between engines.
 
@@ -56,8 +56,8 @@ class Cohort(list[Student]):
     def update(self, losses_S: Tensor, ce_S: Tensor, learning_rates: Sequence[float], *, stop: bool) -> Verdict:
         """Has every student step, or none if a loss or gradient of one is not finite on any rank; a collective call.
 
-        One all-reduce, and one wait for the device, tell every rank the norms, which losses are not finite, and whether
-        a rank was asked to stop.
+        One all-reduce tells every rank the norms, which losses are not finite, and whether a rank was asked to stop.
+        The host waits for it.
 
         Args:
             losses_S, ce_S: this rank's losses and cross-entropies, summed over micro-batches.

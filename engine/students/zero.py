@@ -126,7 +126,8 @@ def discard_gradients(engine: Any, stage: int) -> None:
 def full_tensor(parameter: nn.Parameter, optimizer: torch.optim.AdamW, stage: int, kind: str) -> Tensor:
     """Returns the whole fp32 "weight", or one of MOMENTS, on every rank; a collective call where ZeRO shards it.
 
-    DeepSpeed's accessors, which are public, do not work at stage 0. Do not write to the result.
+    DeepSpeed's accessors, which are public, do not work at stage 0, where the result is the tensor itself. Write with
+    `set_full_tensor` only.
     """
     if stage == 0:
         return parameter.detach() if kind == "weight" else optimizer.state[parameter][kind]

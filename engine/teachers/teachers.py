@@ -82,9 +82,6 @@ class Teachers:
         return steps
 
 
-NO_TEACHERS = Teachers([], [], [], [])
-
-
 def folder_of(teacher: TeacherConfig) -> Path:
     """Returns the Hugging Face folder that `teacher.path` names; UserError where it names none, or it is not whole."""
     path, key = Path(teacher.path), f"teachers: {teacher.path}"

@@ -1,7 +1,8 @@
 """Child-directed English as a probabilistic context-free grammar: the rules and their weights.
 
 A scene begins with a line that says what it is about. Turns follow (statements, questions with or without their
-answers, orders, exclamations), one sentence a line. Its topic's words are likelier, so distant context helps.
+answers, orders, exclamations), one sentence a line; after each turn the scene ends with a fixed probability. Words of
+the scene's topic are likelier until its end, so distant context helps to predict.
 
 The grammar is unambiguous: no text has two derivations. These restrictions keep it so. A noun takes one modifier at
 most. `in`, `on` and `under` modify clauses, the other prepositions nouns. `it` as a subject is never alive. Objects are

@@ -11,11 +11,18 @@ from torch import Tensor
 from kernels.ops.ensemble_kl.loss_spec import LossSpec
 
 
-def ensemble_kl(streams: Sequence[Tensor], targets: Tensor | None, *options: float | str) -> tuple[Tensor, Tensor]:
-    """See `kernels.ensemble_kl`, whose options follow in its order. It is differentiable once, by one node for all
-    students, whose backward pass reads the logits again.
+def ensemble_kl(
+    streams: Sequence[Tensor],
+    targets: Tensor | None,
+    students: int,
+    temperature: float,
+    divergence: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.ensemble_kl`. It is differentiable once, by one node for all students, whose backward pass reads the
+    logits again.
     """
-    return torch.ops.creche_native.ensemble_kl(list(streams), targets, *options)
+    return torch.ops.creche_native.ensemble_kl(list(streams), targets, students, temperature, divergence, ignore_index)
 
 
 def loss_and_grad_(

@@ -138,9 +138,9 @@ def _mm_(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None
 
 def _empty_gradients(student: Projected, needs: Sequence[bool], dtype: torch.dtype, head: _Head) -> list[Tensor | None]:
     make = torch.empty if len(student.hidden) else torch.zeros
-    gradients = [
-        None if x is None or not need else make(x.shape, dtype=dtype) for x, need in zip(student, needs, strict=True)
-    ]
-    if head.column_major and needs[1]:
-        gradients[1] = make(student.weight.T.shape, dtype=dtype).T
-    return gradients
+
+    def like(x: Tensor) -> Tensor:
+        transposed = head.column_major and x is student.weight
+        return make(x.T.shape, dtype=dtype).T if transposed else make(x.shape, dtype=dtype)
+
+    return [None if x is None or not need else like(x) for x, need in zip(student, needs, strict=True)]

@@ -5,6 +5,9 @@ Shapes: B sequences, L positions, H query heads, H_kv key heads, P = D_head / 2 
 
 A program takes a few tokens with all their heads, so that the angles are read once per token. A rotation is linear, and
 its gradient is the opposite rotation: the same kernel with −sin. So the op is its own derivative, of any order.
+
+The backward pass does not overwrite the incoming gradients. Autograd may have given the same memory to other functions
+(the backward of a sum does), no public API tells, and working in place would move as many bytes.
 """
 
 import functools

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.data.batches import Batch, HeldOutData, TokenFile
-from engine.evaluation.evaluator import validation_losses
+from engine.evaluation.held_out import validation_losses
 from engine.students.cohort import Cohort
 from engine.system.distributed import Runtime
 

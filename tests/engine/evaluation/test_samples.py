@@ -6,7 +6,7 @@ from torch import Tensor
 
 from engine.data.batches import Batch
 from engine.data.tokenizer import Tokenizer
-from engine.evaluation.evaluator import samples
+from engine.evaluation.samples import samples
 from engine.students.cohort import Cohort
 
 COUNT = 60
