@@ -7,8 +7,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# A disk that is full or not ours to write to, and paths through a file or to a folder where a file should be.
-_DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+_DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # It is full or not ours.
+_WRONG_PATH = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)  # A file is where a folder should be, or the other way round.
 
 
 class UserError(Exception):
@@ -21,7 +21,7 @@ class OtherRankError(Exception):
 
 def disk_refuses(error: BaseException) -> bool:
     """Returns whether `error` says that a disk is full, read-only or not ours to write to, or a path cannot be."""
-    return isinstance(error, OSError) and error.errno in _DISK_REFUSES
+    return isinstance(error, OSError) and error.errno in (*_DISK_REFUSES, *_WRONG_PATH)
 
 
 @contextmanager

@@ -30,6 +30,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "error: [Errno 122] Disk quota exceeded\n"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "error: [Errno 13] Permission denied: 'x'\n"),
         (OSError(errno.EROFS, "Read-only file system", "x"), "error: [Errno 30] Read-only file system: 'x'\n"),
+        (FileExistsError(errno.EEXIST, "File exists", "x"), "error: [Errno 17] File exists: 'x'\n"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "x"), "error: [Errno 20] Not a directory: 'x'\n"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
