@@ -49,10 +49,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import TopK, launch
+from kernels import launch
 from kernels.ops.ensemble_kl import triton as ensemble_kl
-from kernels.ops.ensemble_kl.loss_spec import LossSpec
-from kernels.ops.linear_ensemble_kl.triton_top_k import add_divergence
 from kernels.ops.rms_norm import triton as rms_norm
 from kernels.ops.rotary import triton as rotary
 from kernels.ops.swiglu import triton as swiglu
@@ -126,7 +124,7 @@ class Row:
 
 
 def cases() -> list[Case]:
-    return [*elementwise_cases(), *ensemble_cases(), *top_k_cases()]
+    return [*elementwise_cases(), *ensemble_cases()]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -205,34 +203,6 @@ def _launch_ensemble(
         temperature=2.0,
         divergence=divergence,
         gpu=ensemble_kl.Gpu(chip.target.warp_size, chip.target.backend == "cuda" and int(chip.target.arch) >= 100),
-    )
-
-
-def top_k_cases() -> Iterator[Case]:
-    bf16 = [(f"bf16 gradient {divergence}", torch.bfloat16) for divergence in ("forward", "reverse", "jsd")]
-    forms = [("losses forward", None), ("fp32 gradient forward", torch.float32), *bf16]
-    for V in (16000, 32000, 50257):
-        for k in (8, 32, 128):
-            for form, dtype in forms:
-                yield Case(
-                    "linear_ensemble_kl", f"top k={k} {form} V={V} fp32", "creche", N * V,
-                    partial(_launch_top_k, k, V, form.split()[-1], dtype),
-                )  # fmt: skip
-
-
-def _launch_top_k(k: int, V: int, divergence: str, dtype: torch.dtype | None, chip: Chip) -> None:
-    """Launches the kernel; `dtype` is the gradient's, and None computes losses alone."""
-    fp32, width, rows = torch.float32, -(-V // 64) * 64, meta(N, dtype=torch.bool)
-    add_divergence(
-        meta(N, width, dtype=fp32),
-        None if dtype is None else meta(N, width, dtype=dtype),
-        TopK(meta(N, k, dtype=fp32), meta(N, k, dtype=torch.int32), meta(N, dtype=fp32)),
-        LossSpec(meta(N), meta(1), meta(1, 2, dtype=fp32), rows, rows, 2.0, divergence),
-        meta(1, 2, N, dtype=fp32),
-        first=0,
-        pair=(0, 1),
-        vocabulary=V,
-        lanes=chip.target.warp_size,
     )
 
 

@@ -6,7 +6,7 @@ from kernels.dispatch import backend
 from kernels.name_conflict import refuse_name_conflict
 from kernels.ops.attention import attention
 from kernels.ops.ensemble_kl import EnsembleKL, ensemble_kl
-from kernels.ops.linear_ensemble_kl import LinearEnsembleKL, Projected, TopK, linear_ensemble_kl
+from kernels.ops.linear_ensemble_kl import LinearEnsembleKL, Projected, linear_ensemble_kl
 from kernels.ops.rms_norm import rms_norm
 from kernels.ops.rotary import rotary
 from kernels.ops.swiglu import swiglu
@@ -15,7 +15,6 @@ __all__ = [
     "EnsembleKL",
     "LinearEnsembleKL",
     "Projected",
-    "TopK",
     "attention",
     "backend",
     "ensemble_kl",

@@ -69,11 +69,6 @@ def ensemble_kl(
     return Launch(128 * vector, 128 // lanes, parts=parts)
 
 
-def ensemble_kl_top_k(itemsize: int, lanes: int) -> Launch:
-    """128 threads take 16 bytes of the gradient each, or of the logits without one. `itemsize` is of its elements."""
-    return Launch(128 * (16 // itemsize), 128 // lanes)
-
-
 def rms_norm(columns: int) -> Launch:
     """A program takes one row, or several short ones. A thread has 16 elements: two 128-bit loads of 16-bit numbers."""
     block = max(2048, columns)

@@ -2,7 +2,7 @@
 
     deepspeed recipes/distill.py teachers.0.path=runs/teacher-gpt2 teachers.1.path=runs/teacher-llama
     deepspeed recipes/distill.py --config recipes/baby_llama/student-58m.yaml data.path=babylm_10M
-    deepspeed recipes/distill.py cache.path=cache/nano cache.k=32     teachers predict once, and are read afterwards
+    deepspeed recipes/distill.py cache.path=cache       teachers predict once; their hidden states are read later
     python recipes/distill.py --config recipes/baby_llama_2/student.yaml --dry-run
 
 A teacher is a Hugging Face folder of a known family, or the folder of a run; its tokenizer must be the data's.

@@ -14,8 +14,10 @@ import pydantic
 
 from engine.compute.flops import Flops, Workload, inference, outer_update, training
 from engine.config.settings import Config
+from engine.data.batches import Step
 from engine.models.base import Shape
 from engine.system.errors import UserError
+from engine.teachers.teachers import Teachers
 
 FILE = "usage.json"
 
@@ -57,7 +59,7 @@ class Usage:
 
     run: str = ""  # its name and when it began
     students: dict[str, ModelUsage] = field(default_factory=dict)
-    teachers: ModelUsage = ModelUsage()  # their forward passes here, or those that filled the cache
+    teachers: ModelUsage = ModelUsage()  # their forward passes here, those that filled the cache, and their heads'
     outer: ModelUsage = ModelUsage()
     seconds: float = 0.0  # of training, from start to start; ranks side by side count once
     joules: float | None = None  # of all devices while training; None where they do not report it
@@ -118,12 +120,16 @@ class Usage:
 
 
 def step_cost(
-    config: Config, students: Sequence[Shape], teachers: Sequence[Shape], work: Workload, held_out: Workload | None
+    config: Config,
+    students: Sequence[Shape],
+    teachers: Sequence[tuple[Shape, Workload]],
+    work: Workload,
+    held_out: Workload | None,
 ) -> StepCost:
     """Returns what a step uses.
 
     Args:
-        teachers: the models that predict in the step; none where their predictions are read from a cache.
+        teachers: each with what it reads in the step; no sequences where its hidden states are read from a cache.
         held_out: what an update of the outer loop read in this step; None where there was no update.
     """
     outer, outer_tokens = Flops(), 0
@@ -132,34 +138,41 @@ def step_cost(
         outer_tokens = held_out.tokens + (work.tokens if config.outer.terms == "all" else 0)
     return StepCost(
         [training(shape, work, recompute=config.train.recompute) for shape in students],
-        sum((inference(shape, work) for shape in teachers), Flops()),
-        work.tokens if teachers else 0,
+        sum((inference(shape, read) for shape, read in teachers), Flops()),
+        max((read.tokens for _, read in teachers), default=0),
         outer,
         outer_tokens,
     )
 
 
-def new_usage(
-    run: str, students: Sequence[str], folders: Sequence[Path], cached: tuple[Sequence[Shape], Workload] | None
-) -> Usage:
-    """Returns the usage of a run that begins.
+def teachers_work(teachers: Teachers, step: Step, work: Workload, world_size: int) -> list[tuple[Shape, Workload]]:
+    """Returns each teacher's shape and what it reads in a step, of which `work` is what the students read."""
+    reads = [teachers.reads(batch) for batch in step.micro_batches]
+    result = []
+    for number, teacher in enumerate(teachers.teachers):
+        sequences, length = world_size * sum(read[number][0] for read in reads), reads[0][number][1]
+        tokens = work.tokens if sequences else 0
+        result.append((teacher.shape, replace(work, sequences=sequences, length=length, tokens=tokens)))
+    return result
 
-    Args:
-        folders: of teachers and initial weights.
-        cached: the shapes of the teachers whose predictions are read from a cache, and the text that they predict; None
-            without a cache. What it took to fill the cache counts in full, whichever run did it.
+
+def new_usage(run: str, students: Sequence[str], folders: Sequence[Path], teachers: Teachers, sequences: int) -> Usage:
+    """Returns the usage of a run that begins, and that will read so many sequences in all.
+
+    What it takes to compute the hidden states in the teachers' cache counts in full, whichever run does it. `folders`
+    are those of teachers and initial weights.
 
     Raises UserError where a usage.json in one of the folders is damaged.
     """
     inherited = {str(folder): read_usage(folder) for folder in folders}
-    teachers = ModelUsage()
-    if cached is not None:
-        shapes, work = cached
-        teachers = teachers.plus(sum((inference(shape, work) for shape in shapes), Flops()), tokens=work.tokens)
+    filling, tokens = Flops(), 0
+    for teacher, (windows, length, kept) in zip(teachers.teachers, teachers.reads_for_cache(sequences), strict=True):
+        filling += inference(teacher.shape, Workload(windows, length, rows=0, valid=0, tokens=0))
+        tokens = max(tokens, kept)
     return Usage(
         run,
         {name: ModelUsage() for name in students},
-        teachers,
+        ModelUsage().plus(filling, tokens=tokens),
         inherited=tuple(usage for usage in inherited.values() if usage is not None),
         unknown=tuple(folder for folder, usage in inherited.items() if usage is None),
     )

@@ -1,7 +1,8 @@
 """Settings from YAML and the command line, in three layers: a later layer goes over an earlier one.
 
 The layers are the defaults of `engine.config.settings`, a YAML file (`--config`) and dotted overrides such as
-`students.0.layers=8`. An unknown key or a value of the wrong type is a UserError; nothing is ignored.
+`students.0.layers=8`, or `students.layers=8` for every student. An unknown key or a value of the wrong type is a
+UserError; nothing is ignored.
 """
 
 import dataclasses
@@ -40,7 +41,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def build(cls: type[C], settings: dict[str, Any], overrides: Sequence[str] = ()) -> C:
-    """Returns dataclass `cls` filled from nested settings and `a.b.0.c=value` overrides.
+    """Returns dataclass `cls` filled from nested settings and `a.b.0.c=value` overrides. A list's key that is no number
+    sets the value in each of its items.
 
     Raises UserError for what does not fit; the message names the key, what was expected and the nearest known key.
     """
@@ -83,17 +85,29 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise UserError(f"{override!r}: expected key=value, such as train.steps=1000")
-    *parents, last = path.split(".")
-    parent: Any = settings
-    for depth, (key, next_key) in enumerate(pairwise([*parents, last])):
-        parent = parent[_key_in(parent, key, path, empty=[] if next_key == "0" else {})]
-        if not isinstance(parent, dict | list):
-            raise UserError(f"{override!r}: {'.'.join(parents[: depth + 1])} is a value and has no {last!r}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"{override!r}: the value is not YAML; put quotes around text with special signs") from None
-    parent[_key_in(parent, last, path, empty=None)] = value
+    parents: list[Any] = [settings]
+    keys = path.split(".")
+    for depth, (key, next_key) in enumerate(pairwise(keys)):
+        parents = _each_item(parents, key)
+        new = list if next_key == "0" else dict
+        parents = [parent[_key_in(parent, key, path, empty=new())] for parent in parents]
+        if not all(isinstance(parent, dict | list) for parent in parents):
+            raise UserError(f"{override!r}: {'.'.join(keys[: depth + 1])} is a value and has no {keys[depth + 1]!r}")
+    for parent in _each_item(parents, keys[-1]):
+        parent[_key_in(parent, keys[-1], path, empty=None)] = value
+
+
+def _each_item(parents: list[Any], key: str) -> list[Any]:
+    """Returns the parents, but where `key` is a name and a parent is a list of mappings, the mappings."""
+    result: list[Any] = []
+    for parent in parents:
+        named = isinstance(parent, list) and key.isidentifier() and all(isinstance(item, dict) for item in parent)
+        result += parent if named and parent else [parent]
+    return result
 
 
 def _key_in(items: Any, key: str, path: str, empty: Any) -> Any:

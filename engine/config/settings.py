@@ -21,6 +21,7 @@ def _refuse_bool(value: Any) -> Any:
 
 _Number = pydantic.BeforeValidator(_refuse_bool)
 Count = Annotated[int, pydantic.Field(ge=1), _Number]
+Even = Annotated[int, pydantic.Field(ge=2, multiple_of=2), _Number]
 Natural = Annotated[int, pydantic.Field(ge=0), _Number]
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False), _Number]
 NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False), _Number]
@@ -118,16 +119,20 @@ class TeacherConfig(Settings):
     """Hugging Face folder of a known family, or the folder of a run that has exported one student."""
     weight: Positive = 1.0
     """Weight of this teacher beside the others; only their ratios matter."""
+    context: Literal["chunk", "stream"] = "chunk"
+    """chunk reads the students' own sequences; stream reads the text in windows that do not depend on them."""
+    window: Even | None = None
+    """stream: tokens of a window, half of which are context; null takes twice train.length, at most its max_length."""
 
 
 @dataclass(frozen=True)
 class CacheConfig(Settings):
-    """The teachers' predictions for every fixed chunk of the training text, computed once and kept on disk."""
+    """The teachers' hidden states for the training text, computed once and kept on disk."""
 
     path: str
-    """Folder of the cache. It is made where it is missing, and refused where it holds other predictions."""
-    k: Count = 32
-    """Number of most probable tokens kept of each prediction; all others share one bucket."""
+    """Folder of the cache. It is made where it is missing, and refused where it holds other states."""
+    dtype: Literal["exact", "int8"] = "exact"
+    """exact keeps states as live teachers compute them; int8 takes a quarter of that in fp32, half in bf16, rounded."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from engine.system.errors import UserError
-from kernels import TopK
 
 IGNORED = -100  # The target of a position where nothing is to be predicted.
 
@@ -37,8 +36,9 @@ class Batch:
     rows_N: Tensor | None = None  # int64: which positions of the flattened tokens are rows. None means all.
     kl_mask_N: Tensor | None = None  # bool: the rows whose divergences count. None means those with a target.
     samples_B: Tensor | None = None  # int64: the sequences' numbers in the endless sequence of epochs, if any.
-    chunks: tuple[int, ...] = ()  # The sequences' chunks of the file.
-    predicted: tuple[TopK, ...] = ()  # The teachers' predictions, where a cache keeps them (engine.teachers.cache).
+    begins: tuple[int, ...] = ()  # Where each sequence's first token stands in the file; not given for masked tokens.
+    # [N, D] per teacher whose hidden states were read from the cache, None for one who predicts now (engine.teachers).
+    teacher_states: tuple[Tensor | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class TokenFile:
             kl_mask_N = to_device((targets_BL != IGNORED).flatten(), device)
             targets_BL[:, -1] = IGNORED
         tokens_BL = to_device(tokens[:, :-1].contiguous(), device)
-        return Batch(tokens_BL, to_device(targets_BL.flatten(), device), kl_mask_N=kl_mask_N)
+        begins = tuple(start - context for start, context in zip(starts, contexts, strict=True))
+        return Batch(tokens_BL, to_device(targets_BL.flatten(), device), kl_mask_N=kl_mask_N, begins=begins)
 
     def _read(self, starts: Sequence[int], length: int) -> tuple[np.ndarray, list[int]]:
         """Returns sequences of `length` tokens, int64 [B, length], and how many tokens in front of each are context.
@@ -208,11 +209,8 @@ class TrainingData:
             )
 
     def _batch(self, samples: range, starts: Sequence[int]) -> Batch:
-        return replace(
-            self.file.batch(starts, self.device, samples),
-            samples_B=to_device(torch.tensor(samples), self.device),
-            chunks=tuple(self.chunk_of(sample) for sample in samples),
-        )
+        batch = self.file.batch(starts, self.device, samples)
+        return replace(batch, samples_B=to_device(torch.tensor(samples), self.device))
 
     def _words(self, start: int) -> int:
         if self.word_starts is None:

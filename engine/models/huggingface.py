@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config.settings import StudentConfig
@@ -155,15 +155,22 @@ def import_weights(config: StudentConfig, shape: Shape, tokenizer: Tokenizer) ->
 
 
 def load_model(
-    folder: Path, key: str | None = None, *, tokenizer: Tokenizer | None = None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    key: str | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype = torch.float32,
+    head_only: bool = False,
 ) -> tuple[LanguageModel, Tokenizer]:
     """Returns the model and the tokenizer of a Hugging Face folder, on the CPU, for evaluation.
+
+    With `head_only` nothing is read but the head, and the model's body stays on the meta device.
 
     Raises UserError, beginning with `key`, where the folder is not a whole model, has another tokenizer than the one
     given, no fast tokenizer, or a tokenizer with a larger vocabulary than the model's.
     """
     key = key or str(folder)
-    shape, tensors = _read(folder, key, tokenizer, None, dtype)
+    shape, tensors = _read(folder, key, tokenizer, None, dtype, head_only=head_only)
     tokenizer = tokenizer or tokenization.load(folder)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
@@ -210,9 +217,15 @@ def hf_weights(shape: Shape, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _read(
-    folder: Path, key: str, tokenizer: Tokenizer | None, wanted: Shape | None, dtype: torch.dtype
+    folder: Path,
+    key: str,
+    tokenizer: Tokenizer | None,
+    wanted: Shape | None,
+    dtype: torch.dtype,
+    *,
+    head_only: bool = False,
 ) -> tuple[Shape, dict[str, Tensor]]:
-    """Returns shape and weights, by the model's own names.
+    """Returns shape and weights, or with `head_only` the head's weights, by the model's own names.
 
     Raises UserError, beginning with `key`, where they are not a model's, not finite, or do not fit the shape `wanted`,
     or where the folder's tokenizer is not the one given.
@@ -226,16 +239,22 @@ def _read(
     shape = shape_of_folder(folder, key)
     if wanted is not None and shape.weight_shape != wanted.weight_shape:
         raise UserError(f"{key}: its shape {shape} is not the student's {wanted}: make the settings equal")
+    with torch.device("meta"):
+        model = new_model(shape)
+    head = {id(model.head), id(model.head_bias)}
+    parameters = {name: p for name, p in model.named_parameters() if not head_only or id(p) in head}
+    expected = {name: list(p.shape) for name, p in parameters.items()}
+    prefix, tensors = _FORMATS[shape.family].prefix, {}
     try:
-        tensors = load_file(folder / "model.safetensors")
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            for stored_name in file.keys():  # noqa: SIM118, the file is no mapping.
+                name = stored_name.removeprefix(prefix)
+                if name in expected or not (head_only or _UNUSED.search(stored_name)):
+                    tensors[name] = file.get_tensor(stored_name)
     except SafetensorError as error:
         raise UserError(f"{key}: model.safetensors is damaged ({error}); fetch it again") from None
-    prefix = _FORMATS[shape.family].prefix
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if not _UNUSED.search(name)}
     for name in _TIED_WEIGHTS if shape.tied else ():
         tensors.pop(name, None)
-    with torch.device("meta"):
-        expected = {name: list(p.shape) for name, p in new_model(shape).named_parameters()}
     for name in sorted(expected.keys() | tensors.keys()):
         if name in tensors and _is_transposed(shape, name) and tensors[name].ndim == 2:
             tensors[name] = tensors[name].T.contiguous()

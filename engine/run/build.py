@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from engine.compute.flops import Workload
 from engine.compute.hardware import peak_flops
 from engine.compute.usage import Usage, new_usage
 from engine.config import loading
@@ -22,7 +21,7 @@ from engine.evaluation.evaluator import PAIRS, Evaluator
 from engine.evaluation.tasks import Task, minimal_pairs, read_tasks
 from engine.evaluation.zero_shot import ZeroShot
 from engine.models.families import shape_of
-from engine.models.huggingface import import_weights, shape_of_folder
+from engine.models.huggingface import import_weights
 from engine.reporting.metrics_log import MetricsLog
 from engine.reporting.progress import Progress
 from engine.run import checkpoint
@@ -38,7 +37,7 @@ from engine.students.student import Student, student_model
 from engine.system.distributed import Runtime
 from engine.system.errors import UserError
 from engine.system.provenance import git_commit
-from engine.teachers import cache
+from engine.teachers.cache import cached_teachers
 from engine.teachers.teachers import STORAGE, Teachers, folder_of, hash_teachers, load_teachers
 
 HELD_OUT_SEED = 0  # of the held-out text's masks, in every run
@@ -63,17 +62,15 @@ def build_run(config: Config, runtime: Runtime, stack: ExitStack) -> Run:
     evaluator = _evaluator(config, prepared, tasks, held_out_file, data.micro_batch, runtime)
 
     state = _state(config, prepared, folder, source)
-    teachers = _teachers(config, prepared, data, runtime, state)
+    teachers = _teachers(config, prepared, train_file, runtime, state, stack)
     cohort = _cohort(config, prepared, source, state, runtime)
     weighting = LossWeighting(config.objective, len(cohort), runtime.device, teachers.weights, data.file.token_count(0))
     outer_data = _outer_data(config, held_out_file, data.micro_batch, runtime)
     outer_state = OuterState(state.omega, state.outer_updates) if state.omega else None
     outer_loop = OuterLoop(config.outer, steps, weighting, outer_data, outer_state)
 
-    teacher_shapes = [shape_of_folder(folder_of(t), f"teachers: {t.path}") for t in config.teachers]
     if not state.usage.students:
-        text = Workload.whole(train_file.chunks, config.train.length)
-        state = replace(state, usage=_new_usage(config, (teacher_shapes, text) if config.cache else None))
+        state = replace(state, usage=_new_usage(config, teachers, steps * config.train.batch))
     topology = f"{runtime.world_size} rank(s), ZeRO {config.train.stage(runtime.world_size)}"
     previous_topology, state = state.topology, replace(state, topology=topology)
     peak = _peak_flops(config, runtime)
@@ -97,7 +94,6 @@ def build_run(config: Config, runtime: Runtime, stack: ExitStack) -> Run:
         total_steps=steps,
         evaluator=evaluator,
         teachers=teachers,
-        teacher_shapes=teacher_shapes if config.cache is None else [],
         cohort=cohort,
         outer_loop=outer_loop,
         recorder=recorder,
@@ -197,10 +193,12 @@ def _state(config: Config, prepared: Prepared, folder: Path, source: Path | None
     return state
 
 
-def _teachers(config: Config, prepared: Prepared, data: TrainingData, runtime: Runtime, state: RunState) -> Teachers:
+def _teachers(
+    config: Config, prepared: Prepared, file: TokenFile, runtime: Runtime, state: RunState, stack: ExitStack
+) -> Teachers:
     if config.cache is not None:
-        return cache.cached_teachers(config, prepared, data, runtime, state.teachers)
-    return load_teachers(config, prepared.tokenizer, runtime.device)
+        return cached_teachers(config, prepared, file, runtime, state.teachers, stack)
+    return load_teachers(config, prepared.tokenizer, file, runtime.device)
 
 
 def _cohort(config: Config, prepared: Prepared, source: Path | None, state: RunState, runtime: Runtime) -> Cohort:
@@ -222,11 +220,11 @@ def _cohort(config: Config, prepared: Prepared, source: Path | None, state: RunS
     return Cohort(students, runtime)
 
 
-def _new_usage(config: Config, cached: tuple[list, Workload] | None) -> Usage:
+def _new_usage(config: Config, teachers: Teachers, sequences: int) -> Usage:
     folders = [folder_of(teacher) for teacher in config.teachers]
     folders += [Path(student.init) for student in config.students if student.init is not None]
     run = f"{config.run.name}, begun {datetime.now(UTC).isoformat(timespec='seconds')}"
-    return new_usage(run, [student.name for student in config.students], folders, cached)
+    return new_usage(run, [student.name for student in config.students], folders, teachers, sequences)
 
 
 def _peak_flops(config: Config, runtime: Runtime) -> float | None:

@@ -20,7 +20,7 @@ _FREE_TO_CHANGE = (
     "run.profile",
     "data.path",  # What the text holds is compared by its hash.
     "data.folder",
-    "cache.path",  # Whose predictions the cache holds is compared by hashes.
+    "cache.path",  # Whose states the cache holds is compared by hashes.
     "train.micro_batch",
     "train.zero_stage",
     "train.recompute",
@@ -109,8 +109,12 @@ def _check_masked(config: Config) -> None:
         raise UserError("students of family roberta predict masked tokens: set data.tokenizer.mask=true")
     if config.cache is not None:
         raise UserError(
-            "cache: every epoch masks other tokens, so the teachers' predictions change with it and cannot be kept; "
+            "cache: every epoch masks other tokens, so the teachers' hidden states change with it and cannot be kept; "
             "drop the cache"
+        )
+    if any(teacher.context == "stream" for teacher in config.teachers):
+        raise UserError(
+            "teachers.context=stream: a teacher of robertas reads the sequences that were masked for them; take chunk"
         )
     if config.objective.kl_everywhere or config.objective.reduction == "sequence":
         raise UserError(
@@ -150,11 +154,18 @@ def _check_objective(config: Config) -> None:
     if teachers < 2 and objective.mix != "logits":
         raise UserError(f"objective.mix={objective.mix} with {teachers} teacher(s): drop it, or name more teachers")
     if config.cache is not None and not teachers:
-        raise UserError("cache without teachers: name the teachers whose predictions it keeps, or drop it")
-    if config.cache is not None and config.train.chunks != "fixed":
-        raise UserError(
-            f"cache with train.chunks={config.train.chunks}: it holds fixed chunks; take train.chunks=fixed"
-        )
+        raise UserError("cache without teachers: name the teachers whose states it keeps, or drop it")
+    for teacher in config.teachers:
+        if teacher.context == "chunk" and config.cache is not None and config.train.chunks != "fixed":
+            raise UserError(
+                f"cache with train.chunks={config.train.chunks}: a teacher with context=chunk reads other sequences in "
+                "every epoch, so that its states cannot be kept; take teachers.context=stream, or train.chunks=fixed"
+            )
+        if teacher.context == "chunk" and teacher.window is not None:
+            raise UserError(
+                f"teachers: window={teacher.window} belongs to context=stream, and context=chunk reads the students' "
+                "sequences; drop it"
+            )
 
 
 def _check_outer(config: Config) -> None:

@@ -2,19 +2,18 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.compute import profiling
 from engine.compute.flops import Workload
-from engine.compute.usage import step_cost
+from engine.compute.usage import step_cost, teachers_work
 from engine.config.settings import Config
 from engine.data.batches import Step, TrainingData
 from engine.data.prepare import Prepared
 from engine.evaluation.evaluator import Evaluator
-from engine.models.base import Shape
 from engine.reporting.report import write_report
 from engine.run import checkpoint
 from engine.run.export import export_run, export_student
@@ -44,7 +43,6 @@ class Run:
     total_steps: int
     evaluator: Evaluator
     teachers: Teachers
-    teacher_shapes: Sequence[Shape]  # shapes of the teachers that run in each step; empty with a cache
     cohort: Cohort
     outer_loop: OuterLoop
     recorder: Recorder
@@ -92,11 +90,12 @@ class Run:
     def _state_after(self, step: Step, verdict: Verdict) -> RunState:
         state, skipped = self.state, verdict.skipped
         update, world_size = self.outer_loop.last_update, self.runtime.world_size
+        work = Workload.of_step(step, world_size)
         cost = step_cost(
             self.config,
             [student.shape for student in self.cohort],
-            self.teacher_shapes,
-            Workload.of_step(step, world_size),
+            teachers_work(self.teachers, step, work, world_size),
+            work,
             None if update is None else Workload.of_step(update.held_out, world_size),
         )
         seconds = 0.0 if update is None else update.seconds

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.data.batches import IGNORED, Batch, Step
 from engine.students.coefficients import LossCoefficients
 from engine.students.cohort import Cohort
-from kernels import LinearEnsembleKL, Projected, TopK, linear_ensemble_kl
+from kernels import LinearEnsembleKL, Projected, linear_ensemble_kl
 
 
 class Tally:
@@ -37,7 +37,7 @@ def accumulate(
     cohort: Cohort,
     step: Step,
     coefficients: LossCoefficients,
-    teachers: Callable[[Batch], Sequence[Projected | TopK]] = lambda batch: (),
+    teachers: Callable[[Batch], Sequence[Projected]] = lambda batch: (),
 ) -> Tally:
     """Accumulates every student's gradient of its loss over the step's micro-batches, and returns the losses.
 

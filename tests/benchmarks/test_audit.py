@@ -20,9 +20,7 @@ from kernels.ops.rms_norm import triton as rms_norm
 from kernels.ops.swiglu import triton as swiglu
 
 ELEMENTWISE = [case for case in audit.elementwise_cases() if case.by == "creche"]
-ENSEMBLE = {
-    f"{case.op} {case.name}": case for case in (*audit.ensemble_cases(), *audit.top_k_cases()) if case.by == "creche"
-}
+ENSEMBLE = {f"{case.op} {case.name}": case for case in audit.ensemble_cases() if case.by == "creche"}
 SAMPLE = [
     ("ensemble_kl single forward S=1 K=1 V=32000 bf16", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]),
     ("ensemble_kl single forward S=1 K=4 V=16000 bf16", ["cuda:100"]),
@@ -33,9 +31,6 @@ SAMPLE = [
     ("ensemble_kl single reverse S=1 K=2 V=32000 bf16", ["cuda:90"]),
     ("ensemble_kl single jsd S=2 K=0 V=32000 bf16", ["cuda:90"]),
     ("linear_ensemble_kl single forward S=1 K=2 V=50257 fp32", ["cuda:90"]),
-    ("linear_ensemble_kl top k=32 losses forward V=32000 fp32", ["cuda:90"]),
-    ("linear_ensemble_kl top k=8 fp32 gradient forward V=50257 fp32", ["cuda:90"]),
-    ("linear_ensemble_kl top k=128 bf16 gradient jsd V=16000 fp32", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]),
 ]
 
 

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernels import Projected, TopK
+from kernels import Projected
 from kernels.ops.ensemble_kl.reference import loss_and_grad
 from kernels.ops.linear_ensemble_kl import reference
 
@@ -24,7 +24,7 @@ def assert_near(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "") -> N
 
 
 @contextmanager
-def stored_gradients(students: Sequence[Projected | TopK]) -> Iterator[None]:
+def stored_gradients(students: Sequence[Projected]) -> Iterator[None]:
     """Makes the reference of `linear_ensemble_kl`, which computes in fp32, round the gradients of the logits to the
     dtype of their products' other operands: that of hidden states and head, or fp32 where these differ.
     """

@@ -3,7 +3,6 @@
 Shapes: N tokens, S students, R streams.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,12 +34,6 @@ class LossSpec(NamedTuple):
     def for_rows(self, rows: slice) -> "LossSpec":
         """Returns the spec of these tokens alone."""
         return self._replace(targets=self.targets[rows], ce_rows=self.ce_rows[rows], kl_rows=self.kl_rows[rows])
-
-    def for_streams(self, streams: Sequence[int]) -> "LossSpec":
-        """Returns the spec of these streams alone. A single stream has no divergence."""
-        return self._replace(
-            kl_weight=None if self.kl_weight is None or len(streams) == 1 else self.kl_weight[:, streams]
-        )
 
     def normalized(self, normalizer: int | Tensor, dtype: torch.dtype) -> "LossSpec":
         """Returns the spec with its weights in this dtype and divided by the normalizer."""

@@ -1,7 +1,7 @@
 // `ensemble_kl` on a CPU. A thread takes one row of all streams at a time, which stays in its core's cache.
 //
 // Shapes: N tokens, V vocabulary, S students, R streams. reference.py has the definitions, and the gradients' formulas
-// at `divergence_gradient`. A row takes three steps:
+// at `_divergence_gradient`. A row takes three steps:
 //   softmax      reads each logit once from memory, and writes probabilities to a buffer of this thread;
 //   divergences  computes the row's sums Σ p·f(u) from logits and probabilities in cache;
 //   gradients    computes the gradients from the same, and writes them once.

@@ -47,7 +47,7 @@ def ensemble_kl(
     def divergence_from(i: int, j: int) -> Tensor:
         if j == i:
             return torch.zeros_like(ce_SN[0])
-        return divergence_of(*_distributions(logits_RNV[i], logits_RNV[j].detach(), temperature), divergence)
+        return _divergence(*_distributions(logits_RNV[i], logits_RNV[j].detach(), temperature), divergence)
 
     kl_RN = [torch.stack([divergence_from(i, j) for j in range(len(streams))]) for i in range(students)]
     return ce_SN, torch.stack(kl_RN)
@@ -77,19 +77,19 @@ def loss_and_grad(
         if wanted[i]:
             ce_gradient_NV = torch.softmax(learner_NV, -1)
             ce_gradient_NV.scatter_add_(1, label_N1, -torch.ones_like(ce_N)[:, None])
-            gradients[i] = scale_rows(ce_gradient_NV, spec.ce_weight[i] * spec.ce_rows)
+            gradients[i] = _scale_rows(ce_gradient_NV, spec.ce_weight[i] * spec.ce_rows)
         for j, peer_NV in enumerate(logits_RNV):
             if kl_SRN is None or spec.kl_weight is None or j == i:
                 continue
             pair = _distributions(learner_NV, peer_NV, spec.temperature)
-            kl_SRN[i, j] = torch.where(spec.kl_rows, divergence_of(*pair, spec.divergence), 0)
+            kl_SRN[i, j] = torch.where(spec.kl_rows, _divergence(*pair, spec.divergence), 0)
             if (gradient_NV := gradients[i]) is not None:
                 weight_N = spec.temperature * spec.kl_weight[i, j] * spec.kl_rows  # T² · d (logits / T) / d logits
-                gradient_NV += scale_rows(divergence_gradient(*pair, spec.divergence), weight_N)
+                gradient_NV += _scale_rows(_divergence_gradient(*pair, spec.divergence), weight_N)
     return ce_SN, kl_SRN, gradients
 
 
-def scale_rows(gradient_NV: Tensor, weight_N: Tensor) -> Tensor:
+def _scale_rows(gradient_NV: Tensor, weight_N: Tensor) -> Tensor:
     """Returns weight · gradient, and 0 where the weight is 0 even if the gradient does not exist."""
     return gradient_NV.mul_(weight_N[:, None]).masked_fill_((weight_N == 0)[:, None], 0)
 
@@ -110,7 +110,7 @@ def _distributions(learner_NV: Tensor, peer_NV: Tensor, temperature: float) -> t
     return p, q, difference / temperature - (p_lse_N1 - q_lse_N1)
 
 
-def divergence_of(p: Tensor, q: Tensor, u: Tensor, divergence: str) -> Tensor:
+def _divergence(p: Tensor, q: Tensor, u: Tensor, divergence: str) -> Tensor:
     """Returns the learner's divergence from its peer [N], in nats. For the arguments see `_distributions`."""
     if divergence == "forward":
         return _kl(q, p, -u)
@@ -120,8 +120,8 @@ def divergence_of(p: Tensor, q: Tensor, u: Tensor, divergence: str) -> Tensor:
     return (_kl(q, mean, _log_ratio_to_mean(-u)) + _kl(p, mean, _log_ratio_to_mean(u))) / 2
 
 
-def divergence_gradient(p: Tensor, q: Tensor, u: Tensor, divergence: str) -> Tensor:
-    """Returns the derivative of `divergence_of` with respect to the learner's logits / T, [N, V], the peer constant.
+def _divergence_gradient(p: Tensor, q: Tensor, u: Tensor, divergence: str) -> Tensor:
+    """Returns the derivative of `_divergence` with respect to the learner's logits / T, [N, V], the peer constant.
 
     It is p − q for "forward", p·(u − E[u]) for "reverse" and ½·p·(v − E[v]) for "jsd", where v = log p − log m,
     m = (p + q) / 2, and E is the mean under p.

@@ -24,7 +24,7 @@ class Gpu(NamedTuple):
 
 
 @functools.cache
-def gpu_of(device: torch.device) -> Gpu:
+def _gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return Gpu(32, False)
     properties = torch.cuda.get_device_properties(device)
@@ -62,7 +62,7 @@ def run(
     (tokens, width), streams = logits[0].shape, len(logits)
     if not tokens:
         return
-    gpu = gpu or gpu_of(logits[0].device)
+    gpu = gpu or _gpu_of(logits[0].device)
     ce_weight, kl_weight = weights
     if losses is not None and losses[1] is None:
         temperature = 1.0  # No divergence needs it.

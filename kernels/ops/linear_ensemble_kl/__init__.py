@@ -25,19 +25,6 @@ class Projected(NamedTuple):
     bias: Tensor | None = None
 
 
-class TopK(NamedTuple):
-    """A teacher's predictions as a cache keeps them: the k most probable tokens, and all others as one bucket.
-
-    log_prob: [N, k] floating point, in nats, at the loss's own temperature.
-    index: [N, k] integers, the tokens, which differ within a row.
-    tail: [N] floating point, the probability of all other tokens, so that Σ exp(log_prob) + tail = 1.
-    """
-
-    log_prob: Tensor
-    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
-    tail: Tensor
-
-
 class LinearEnsembleKL(NamedTuple):
     """The students' losses, to call backward on, and their detached parts.
 
@@ -53,7 +40,7 @@ class LinearEnsembleKL(NamedTuple):
 
 def linear_ensemble_kl(
     students: Sequence[Projected],
-    teachers: Sequence[Projected | TopK],
+    teachers: Sequence[Projected],
     targets: Tensor,
     *,
     ce_weight: Tensor,
@@ -81,8 +68,7 @@ def linear_ensemble_kl(
 
     Args:
         students: S ≥ 1 streams. Gradients are computed only for tensors that require them while grad mode is on.
-        teachers: K = R − S streams, R ≤ 8. They are not evaluated if kl_weight is None. The divergence from a `TopK`
-            compares k + 1 buckets: the k tokens and all others together (`top_k.py`).
+        teachers: K = R − S streams, R ≤ 8. They are not evaluated if kl_weight is None.
         targets: [N] int64 token ids in [0, V), or `ignore_index` for rows without CE.
         ce_weight: [S], without gradient, on the students' device.
         kl_weight: [S, R], like ce_weight. Its diagonal is not read. None: no KL is computed.
@@ -162,15 +148,12 @@ class _LossWithGradients(torch.autograd.Function):
         return None, None, *input_gradients
 
 
-def _check_streams(students: Sequence[Projected], teachers: Sequence[Projected | TopK]) -> None:
+def _check_streams(students: Sequence[Projected], teachers: Sequence[Projected]) -> None:
     if not students:
         raise ValueError("students is empty: expected at least one; pass [Projected(hidden, weight, bias)]")
     first = students[0]
     names = [f"student {i}" for i in range(len(students))] + [f"teacher {k}" for k in range(len(teachers))]
     for name, stream in zip(names, (*students, *teachers), strict=True):
-        if isinstance(stream, TopK):
-            _check_top_k(name, stream, len(first.hidden), first.hidden.device)
-            continue
         hidden, weight, bias = stream
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}"
         if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
@@ -192,21 +175,6 @@ def _check_streams(students: Sequence[Projected], teachers: Sequence[Projected |
                     f"{name} has a tensor of {x.dtype} on {x.device}: expected floating point on"
                     f" {first.hidden.device}, where student 0's hidden states are; cast or move it"
                 )
-
-
-def _check_top_k(name: str, top: TopK, tokens: int, device: torch.device) -> None:
-    shapes = f"log_prob {tuple(top.log_prob.shape)}, index {tuple(top.index.shape)}, tail {tuple(top.tail.shape)}"
-    if top.log_prob.ndim != 2 or top.log_prob.shape != top.index.shape or top.tail.shape != (len(top.index),):
-        raise ValueError(f"{name} has {shapes}: expected [N, k], [N, k] and [N]; reshape them")
-    if len(top.index) != tokens:
-        raise ValueError(f"{name} has {shapes}: expected N = {tokens}, as student 0 has; pass the same tokens")
-    dtypes_fit = top.log_prob.is_floating_point() and top.tail.is_floating_point() and not top.index.is_floating_point()
-    if not dtypes_fit or any(x.device != device for x in top):
-        dtypes = ", ".join(f"{x.dtype} on {x.device}" for x in top)
-        raise ValueError(
-            f"{name} has {dtypes}: expected floating point log_prob, integers in index, floating point tail, all on"
-            f" {device}; cast or move them"
-        )
 
 
 def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

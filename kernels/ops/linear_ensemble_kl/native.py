@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.native import loss_and_grad_
 from kernels.ops.ensemble_kl.reference import widest_dtype
-from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
+from kernels.ops.linear_ensemble_kl import Projected
 from kernels.ops.linear_ensemble_kl.reference import even_chunk
 
 BUDGET = 96 * 2**20  # The bytes of a chunk's logits. With fewer, the products lose more than the cache gains (LOG.md).
@@ -24,21 +24,20 @@ BUDGET = 96 * 2**20  # The bytes of a chunk's logits. With fewer, the products l
 
 def losses_and_gradients(
     students: Sequence[Projected],
-    teachers: Sequence[Projected | TopK],
+    teachers: Sequence[Projected],
     spec: LossSpec,
     normalizer: int | Tensor,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Tensor, Tensor | None, list[list[Tensor | None]]]:
     """As `losses_and_gradients` in `reference.py`."""
-    streams, dense, top_k_teachers = top_k.split(students, teachers)
+    streams = [*students, *teachers]
     dtype = widest_dtype(x for stream in streams for x in stream)
     heads = [_TiledHead(x, dtype) if _uses_tiles(x, dtype) else _Head(x, dtype, dtype) for x in streams]
     spec = spec.normalized(normalizer, dtype)
-    active, wanted, dense_spec = spec.active_rows, [any(flags) for flags in needs], spec.for_streams(dense)
+    active, wanted = spec.active_rows, [any(flags) for flags in needs]
 
     tokens, vocab_size = len(active), len(streams[0].weight)
-    tensors = len(streams) + len(students) * len(top_k_teachers)
-    chunk = even_chunk(tokens, max(1, BUDGET // (tensors * vocab_size * dtype.itemsize)))
+    chunk = even_chunk(tokens, max(1, BUDGET // (len(streams) * vocab_size * dtype.itemsize)))
     buffers_RnV = [torch.empty(chunk, vocab_size, dtype=dtype) for _ in streams]
     gradients = [
         _empty_gradients(student, flags, dtype, head)
@@ -57,14 +56,9 @@ def losses_and_gradients(
         for h, head, out in zip(hidden, heads, logits, strict=True):
             head.project(h, out)
         d_logits = [x.view(head.dtype)[:, :vocab_size] for head, x in zip(heads, logits[: len(students)], strict=False)]
-        # This comes first, because gradients then replace the logits.
-        added = top_k.losses_and_gradients(logits[: len(students)], top_k_teachers, spec, rows, kl_SRN, wanted)
-        ce_SN[:, rows], kl_SRn = loss_and_grad_(logits, dense_spec.for_rows(rows), wanted, into=d_logits)
+        ce_SN[:, rows], kl_SRn = loss_and_grad_(logits, spec.for_rows(rows), wanted, into=d_logits)
         if kl_SRN is not None and kl_SRn is not None:
-            kl_SRN[:, dense, rows] = kl_SRn
-        for d, d_top_k in zip(d_logits, added, strict=True):
-            if d_top_k is not None:
-                d.add_(d_top_k)
+            kl_SRN[:, :, rows] = kl_SRn
         for d, h, head, (d_hidden, d_weight, d_bias) in zip(d_logits, hidden, heads, gradients, strict=False):
             if d_hidden is not None:
                 head.hidden_gradient(d, d_hidden[rows])

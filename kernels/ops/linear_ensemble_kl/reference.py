@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.reference import loss_and_grad, widest_dtype
-from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
+from kernels.ops.linear_ensemble_kl import Projected
 
 # The bytes of a chunk's [n, V] tensors. On a CPU small chunks stay in cache. A GPU needs at least 1,000 rows.
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
@@ -26,7 +26,7 @@ def even_chunk(tokens: int, most: int) -> int:
 
 def losses_and_gradients(
     students: Sequence[Projected],
-    teachers: Sequence[Projected | TopK],
+    teachers: Sequence[Projected],
     spec: LossSpec,
     normalizer: int | Tensor,
     needs: Sequence[Sequence[bool]],
@@ -41,7 +41,7 @@ def losses_and_gradients(
         losses [S]; ce [S, N]; kl [S, R, N], or None without `kl_weight`; for each student the gradients of (hidden,
         weight, bias), None where unwanted. All are fp32, or float64 if a stream is.
     """
-    streams, dense, top_k_teachers = top_k.split(students, teachers)
+    streams = [*students, *teachers]
     dtype = widest_dtype(x for stream in streams for x in stream)
     heads = [(weight.to(dtype), None if bias is None else bias.to(dtype)) for _, weight, bias in streams]
     spec = spec.normalized(normalizer, dtype)
@@ -53,25 +53,20 @@ def losses_and_gradients(
         for student, flags in zip(students, needs, strict=True)
     ]
 
-    active, wanted, dense_spec = spec.active_rows, [any(flags) for flags in needs], spec.for_streams(dense)
+    active, wanted = spec.active_rows, [any(flags) for flags in needs]
     device, tokens, vocab_size = active.device, len(active), len(heads[0][0])
     ce_SN = torch.zeros(len(students), tokens, dtype=dtype, device=device)
     kl_SRN = None if spec.kl_weight is None else ce_SN.new_zeros(*spec.kl_weight.shape, tokens)
-    tensors = len(streams) + (1 + bool(top_k_teachers)) * len(students) + TEMPORARIES
-    row_bytes = tensors * vocab_size * dtype.itemsize
+    row_bytes = (len(streams) + len(students) + TEMPORARIES) * vocab_size * dtype.itemsize
     chunk = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // row_bytes)
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)
         # Inactive rows may hold anything. As zeros they cannot spread a NaN through the matrix products.
         hidden = [stream.hidden[rows].to(dtype).masked_fill(~active[rows, None], 0) for stream in streams]
         logits = [torch.nn.functional.linear(h, *head) for h, head in zip(hidden, heads, strict=True)]
-        ce_SN[:, rows], kl_SRn, d_logits = loss_and_grad(logits, dense_spec.for_rows(rows), wanted)
+        ce_SN[:, rows], kl_SRn, d_logits = loss_and_grad(logits, spec.for_rows(rows), wanted)
         if kl_SRN is not None and kl_SRn is not None:
-            kl_SRN[:, dense, rows] = kl_SRn
-        added = top_k.losses_and_gradients(logits[: len(students)], top_k_teachers, spec, rows, kl_SRN, wanted)
-        for d, d_top_k in zip(d_logits, added, strict=True):
-            if d is not None and d_top_k is not None:
-                d.add_(d_top_k)
+            kl_SRN[:, :, rows] = kl_SRn
         for d, h, (weight, _), (d_hidden, d_weight, d_bias) in zip(d_logits, hidden, heads, gradients, strict=False):
             if d is None:
                 continue

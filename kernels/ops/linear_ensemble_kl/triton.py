@@ -1,12 +1,11 @@
-"""`linear_ensemble_kl` on a GPU. cuBLAS does the matrix products. Between them, one launch runs over a chunk's logits,
-and one more for each pair of a student and a teacher of which only the top k is known (`triton_top_k.py`).
+"""`linear_ensemble_kl` on a GPU. cuBLAS does the matrix products. Between them, one launch runs over a chunk's logits.
 
 Shapes: N tokens, D hidden, V vocabulary, W = V rounded up to a multiple of 64, S students, K teachers, R = S + K
 streams; n tokens of a chunk.
 
 Logits are fp32 whatever the storage. Their gradients have the storage's dtype, as the next products' operands must.
-Gradients in fp32 replace the logits, unless launches for a top k follow. They are not divided by the normalizer, which
-would take them below fp16's range. The products' alpha does that, in fp32. Sums over chunks are fp32.
+Gradients in fp32 replace the logits. They are not divided by the normalizer, which would take them below fp16's range.
+The products' alpha does that, in fp32. Sums over chunks are fp32.
 """
 
 import math
@@ -18,9 +17,8 @@ from torch import Tensor
 
 from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.ensemble_kl.triton import loss_and_grad
-from kernels.ops.linear_ensemble_kl import Projected, TopK, top_k
+from kernels.ops.linear_ensemble_kl import Projected
 from kernels.ops.linear_ensemble_kl.reference import even_chunk
-from kernels.ops.linear_ensemble_kl.triton_top_k import add_divergence
 from kernels.registration import op
 
 CHUNK_BYTES = 2**30  # The size of a chunk's logits and gradients.
@@ -30,7 +28,7 @@ ALIGNMENT = 64  # Columns. Rows begin on 128 bytes, so every load of 16 bytes is
 
 def losses_and_gradients(
     students: Sequence[Projected],
-    teachers: Sequence[Projected | TopK],
+    teachers: Sequence[Projected],
     spec: LossSpec,
     normalizer: int | Tensor,
     needs: Sequence[Sequence[bool]],
@@ -40,20 +38,18 @@ def losses_and_gradients(
     Raises:
         ValueError: A tensor is float64.
     """
-    streams, dense, top_k_teachers = top_k.split(students, teachers)
-    for r, stream in zip(dense, streams, strict=True):
+    streams = [*students, *teachers]
+    for r, stream in enumerate(streams):
         if any(x is not None and x.dtype == torch.float64 for x in stream):
             raise ValueError(
                 f"stream {r} holds torch.float64: the Triton kernel computes in fp32; convert it, or choose"
                 " kernels.backend('reference')"
             )
-    order, kl_weight = [*dense, *(r for r, _ in top_k_teachers)], spec.kl_weight
     ce, kl, *flat_gradients = _sweep(
         [x for stream in streams for x in stream],
-        [x for _, teacher in top_k_teachers for x in teacher],
         spec.targets,
         spec.ce_weight.float(),
-        None if kl_weight is None else _reorder(kl_weight.float(), order),
+        None if spec.kl_weight is None else spec.kl_weight.float(),
         spec.ce_rows,
         spec.kl_rows,
         float(spec.temperature),
@@ -67,14 +63,13 @@ def losses_and_gradients(
         [next(remaining) if x is not None and need else None for x, need in zip(student, flags, strict=True)]
         for student, flags in zip(students, needs, strict=True)
     ]
-    kl = None if kl_weight is None else _reorder(kl, [order.index(r) for r in range(len(order))])
+    kl = None if spec.kl_weight is None else kl
     return spec.normalized(normalizer, torch.float32).total_losses(ce, kl), ce, kl, gradients
 
 
 @op("linear_ensemble_kl")
 def _sweep(
     streams: Sequence[Tensor | None],
-    top_ks: Sequence[Tensor],
     targets: Tensor,
     ce_weight: Tensor,
     kl_weight: Tensor | None,
@@ -90,34 +85,27 @@ def _sweep(
 
     Args:
         streams: hidden, weight and bias of each stream. needs: The flags of each student's.
-        top_ks: log_prob, index and tail of each teacher known by its top k. The last columns of kl_weight and kl are
-            these teachers'.
     """
     hidden, weight, bias = (cast(Sequence[Any], streams[k::3]) for k in range(3))
-    S, N, V, dense = len(ce_weight), len(targets), len(weight[0]), len(hidden)
-    ce, kl, *gradients = outputs = _allocate(streams, top_ks, targets, ce_weight, needs)
+    S, N, V = len(ce_weight), len(targets), len(weight[0])
+    ce, kl, *gradients = outputs = _allocate(streams, targets, ce_weight, needs)
     if kl_weight is None:
         kl.zero_()
-    else:
-        kl_weight = kl_weight.contiguous()
-    top_k_teachers = [TopK(*(x.contiguous() for x in top_ks[k : k + 3])) for k in range(0, len(top_ks), 3)]
     targets, ce_rows, kl_rows = targets.contiguous(), ce_rows.contiguous(), kl_rows.contiguous()
     spec = LossSpec(targets, ce_weight, kl_weight, ce_rows, kl_rows, temperature, divergence)
-    dense_spec = spec if kl_weight is None else spec._replace(kl_weight=kl_weight[:, :dense])
     active = spec.active_rows
     # Products take the dtype of hidden states and head if they agree, else fp32.
     heads = [w if h.dtype == w.dtype else w.float() for h, w in zip(hidden, weight, strict=True)]
     wanted = [any(needs[3 * i : 3 * i + 3]) for i in range(S)]
-    separate = [bool(top_k_teachers) or w.dtype != torch.float32 for w in heads]  # Gradients do not replace the logits.
     gradient_bytes = sum(
-        w.element_size() for w, want, is_separate in zip(heads, wanted, separate, strict=False) if want and is_separate
+        w.element_size() for w, want in zip(heads, wanted, strict=False) if want and w.dtype != torch.float32
     )
     chunk = even_chunk(N, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (V * (4 * len(heads) + gradient_bytes))))
     width = math.ceil(V / ALIGNMENT) * ALIGNMENT
     logits_RnW = [ce.new_empty(chunk, width) for _ in heads]
     d_SnW = [
-        None if not want else torch.empty_like(logits, dtype=w.dtype) if is_separate else logits
-        for logits, w, want, is_separate in zip(logits_RnW, heads, wanted, separate, strict=False)
+        None if not want else logits if w.dtype == torch.float32 else torch.empty_like(logits, dtype=w.dtype)
+        for logits, w, want in zip(logits_RnW, heads, wanted, strict=False)
     ]
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
@@ -131,13 +119,9 @@ def _sweep(
                 out.copy_(b.expand(n, V))
             _add_product(out, x, w.T, beta=0 if b is None else 1)
         d = [None if d_nW is None else d_nW[:n] for d_nW in d_SnW]
-        ce[:, rows], kl_SRn = loss_and_grad([logits[:n] for logits in logits_RnW], d, dense_spec.for_rows(rows), V)
+        ce[:, rows], kl_SRn = loss_and_grad([logits[:n] for logits in logits_RnW], d, spec.for_rows(rows), V)
         if kl_SRn is not None:
-            kl[:, :dense, rows] = kl_SRn
-        for r, teacher in enumerate(top_k_teachers if kl_weight is not None else (), start=dense):
-            for i in range(S):
-                logits = logits_RnW[i][:n]
-                add_divergence(logits, d[i], teacher, spec, kl, first=start, pair=(i, r), vocabulary=V)
+            kl[:, :, rows] = kl_SRn
         remaining = iter(gradients)
         for i, d_nW in enumerate(d):
             if d_nW is None:
@@ -156,28 +140,16 @@ def _sweep(
     return outputs if divisor is None else [ce, kl, *(gradient.div_(divisor) for gradient in gradients)]
 
 
-_sweep.register_fake(
-    lambda streams, top_ks, targets, ce_weight, *rest: _allocate(streams, top_ks, targets, ce_weight, needs=rest[-1])
-)
+_sweep.register_fake(lambda streams, targets, ce_weight, *rest: _allocate(streams, targets, ce_weight, needs=rest[-1]))
 
 
 def _allocate(
-    streams: Sequence[Tensor | None],
-    top_ks: Sequence[Tensor],
-    targets: Tensor,
-    ce_weight: Tensor,
-    needs: Sequence[bool],
+    streams: Sequence[Tensor | None], targets: Tensor, ce_weight: Tensor, needs: Sequence[bool]
 ) -> list[Tensor]:
-    S, R, N = len(ce_weight), (len(streams) + len(top_ks)) // 3, len(targets)
+    S, R, N = len(ce_weight), len(streams) // 3, len(targets)
     ce = ce_weight.new_empty(S, N)
     gradients = [ce.new_empty(x.shape) for x, need in zip(streams, needs, strict=False) if x is not None and need]
     return [ce, ce.new_empty(S, R, N), *gradients]
-
-
-def _reorder(x: Tensor, order: Sequence[int]) -> Tensor:
-    """Returns x[:, order], without copying `order` to the device."""
-    columns = x.unbind(1)
-    return x if list(order) == sorted(order) else torch.stack([columns[r] for r in order], 1)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels.native
-from kernels import Projected, TopK
+from kernels import Projected
 from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.linear_ensemble_kl import native, reference
 from tests.kernels.yardstick import assert_near, stored_gradients
@@ -48,7 +48,7 @@ def test_products(M: int, K: int, N: int, across: bool, add: bool) -> None:
 
 
 def losses_and_gradients(
-    backend, students: int, streams: Sequence[Projected | TopK], divergence: str = "forward", needs=None
+    backend, students: int, streams: Sequence[Projected], divergence: str = "forward", needs=None
 ) -> list[Tensor]:
     """Ignores every third row in the cross-entropy, and every second in the divergences."""
     tokens, vocabulary = streams[0][0].shape[0], streams[0][1].shape[0]
@@ -63,12 +63,12 @@ def losses_and_gradients(
     return [losses, ce, kl, *(g for flat in gradients for g in flat if g is not None)]
 
 
-def exact(students: int, streams: Sequence[Projected | TopK], *rest) -> list[Tensor]:
-    wide = [type(s)(*(x.double() if x is not None and x.is_floating_point() else x for x in s)) for s in streams]  # pyright: ignore[reportArgumentType]
+def exact(students: int, streams: Sequence[Projected], *rest) -> list[Tensor]:
+    wide = [Projected(*(x if x is None else x.double() for x in s)) for s in streams]  # pyright: ignore[reportArgumentType]
     return losses_and_gradients(reference, students, wide, *rest)
 
 
-def assert_as_exact(students: int, streams: Sequence[Projected | TopK], *rest) -> None:
+def assert_as_exact(students: int, streams: Sequence[Projected], *rest) -> None:
     ours = losses_and_gradients(native, students, streams, *rest)
     with stored_gradients(streams[:students]):
         plain = losses_and_gradients(reference, students, streams, *rest)
@@ -92,11 +92,6 @@ def test_students_and_teachers(chunk: int, divergence: str, monkeypatch: pytest.
 def test_gradients_take_the_place_of_logits_already_read(divergence: str) -> None:
     """The rows have several blocks."""
     assert_as_exact(2, [stream(6, 2500, 16), stream(6, 2500, 24), stream(6, 2500, 8)], divergence)
-
-
-def test_beside_a_teacher_known_by_its_top_k() -> None:
-    log_prob, index = draw(40, 200, seed=5, dtype=FP32).log_softmax(-1).topk(8)
-    assert_as_exact(1, [stream(40, 200, 16), TopK(log_prob, index, 1 - log_prob.exp().sum(-1))])
 
 
 def test_ignored_rows_may_hold_anything() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels import Projected, TopK
+from kernels import Projected
 from kernels.ops.ensemble_kl.loss_spec import LossSpec
 from kernels.ops.linear_ensemble_kl import reference, triton
 from tests.kernels.ops.triton.agreement import DEVICE, honest_memory_and_casts, rows
@@ -36,7 +36,7 @@ def make(streams: int, tokens: int, vocabulary: int, *dtypes: torch.dtype, bias=
 def run(
     backend,
     students: int,
-    streams: Sequence[Projected | TopK],
+    streams: Sequence[Projected],
     *,
     kl=True,
     normalizer: int | Tensor = 3,
@@ -74,14 +74,11 @@ def flat(swept: Swept) -> list[Tensor]:
     return [x for x in (losses, ce, kl, *(g for student in gradients for g in student)) if x is not None]
 
 
-def wide(streams: Sequence[Projected | TopK]) -> list[Projected | TopK]:
-    return [
-        type(s)(*(x.double() if x is not None and x.is_floating_point() else x for x in s))  # pyright: ignore[reportArgumentType]
-        for s in streams
-    ]
+def wide(streams: Sequence[Projected]) -> list[Projected]:
+    return [Projected(*(x if x is None else x.double() for x in s)) for s in streams]  # pyright: ignore[reportArgumentType]
 
 
-def check(students: int, streams: Sequence[Projected | TopK], **options) -> list[Tensor]:
+def check(students: int, streams: Sequence[Projected], **options) -> list[Tensor]:
     with honest_memory_and_casts():
         ours = flat(run(triton, students, streams, **options))
     with stored_gradients(streams[:students]):
