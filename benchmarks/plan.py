@@ -337,7 +337,9 @@ def job_of(recipe: Path) -> Job:
     config = build(Config, read_yaml(recipe))
     vocab_size = config.data.tokenizer.vocab_size or 16000
     train, K = config.train, range(len(config.teachers))
-    teachers = tuple(teacher_shape(config, i, vocab_size, recipe.parent) for i in K if config.cache is None)
+    if config.cache is not None or any(teacher.context == "stream" for teacher in config.teachers):
+        raise UserError(f"{recipe}: its teachers have a cache or windows of their own; only others can be planned")
+    teachers = tuple(teacher_shape(config, i, vocab_size, recipe.parent) for i in K)
     streams = len(config.students) + (len(K) if config.objective.mix == "each" else bool(K))
     return Job(
         tuple(shape_of(student, vocab_size) for student in config.students),

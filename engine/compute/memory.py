@@ -1,5 +1,7 @@
 """The memory that a step takes, estimated from shapes."""
 
+from collections.abc import Collection
+
 from engine.config.settings import Config
 from engine.models.base import Shape
 from engine.models.families import parameter_count
@@ -16,6 +18,8 @@ def peak_memory(
     ranks: int,
     stage: int,
     kind: str = "cpu",
+    *,
+    heads_only: Collection[str] = (),
 ) -> float:
     """Returns the bytes of tensors at a step's peak, on one rank.
 
@@ -25,6 +29,7 @@ def peak_memory(
         students, teachers: shapes by name.
         tokens: how many the rank takes at once, in one micro-batch.
         kind: of the devices, "cpu" or "cuda".
+        heads_only: the names of teachers whose hidden states come from a cache, so that their bodies are not there.
     """
     train, shapes = config.train, students.values()
     storage = 2 if train.precision == "bf16" else 4  # bytes of a weight, a gradient or an activation
@@ -37,8 +42,8 @@ def peak_memory(
     gradients = storage * sum(sizes) if stage < 3 else 0
     flat_gradients = storage * max(buckets) if stage > 0 or ranks > 1 else 0  # one student's, on the way to other ranks
 
-    predicting = {} if config.cache is not None else teachers
-    streams = len(shapes) + (len(predicting) if config.objective.mix == "each" else min(1, len(predicting)))
+    bodies = {name: shape for name, shape in teachers.items() if name not in heads_only}
+    streams = len(shapes) + (len(teachers) if config.objective.mix == "each" else min(1, len(teachers)))
     at_loss = min(LOGITS[kind], 4.0 * tokens * streams * max(shape.vocab_size for shape in shapes))
     for shape in shapes:
         layers = 1 if train.recompute else shape.layers
@@ -47,9 +52,10 @@ def peak_memory(
         at_loss += 4 * shape.vocab_size * shape.hidden  # the head's gradient, summed in fp32
     if tokens * ranks < train.batch * train.length:
         at_loss += gradients  # of earlier micro-batches
-    for shape in predicting.values():
-        at_loss += tokens * storage * (_activations(shape, train.length) + shape.hidden)
-    teacher_weights = storage * sum(parameter_count(shape) for shape in predicting.values())
+    at_loss += tokens * storage * sum(_activations(shape, train.length) for shape in bodies.values())
+    at_loss += tokens * storage * sum(shape.hidden for shape in teachers.values())
+    teacher_weights = storage * sum(parameter_count(shape) for shape in bodies.values())
+    teacher_weights += storage * sum(teachers[name].hidden * teachers[name].vocab_size for name in heads_only)
     return constant + teacher_weights + max(at_loss, gradients + flat_gradients)
 
 

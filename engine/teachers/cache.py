@@ -55,10 +55,9 @@ class CachedTeachers(Teachers):
         self._writers = [_Writer(store) for store in stores]
 
     def states(self, number: int, batch: Batch) -> Tensor:
-        """Returns the hidden states [N, D] that were read for the batch, or computes and keeps them."""
-        read_ND = batch.teacher_states[number]
-        if read_ND is not None:
-            return read_ND
+        """See `Teachers.states`. What is computed is kept."""
+        if batch.teacher_states[number] is not None:
+            return super().states(number, batch)
         store = self._stores[number]
         computed = stored(super().states(number, batch), store.int8)
         self._writers[number].add(store.windows.pieces(batch.begins), computed)

@@ -188,8 +188,10 @@ class StateStore:
 
     def _check_manifest(self, manifest: dict[str, Any]) -> None:
         path = self.folder / MANIFEST
+        # Another rank or another run writes its manifest before its parts: so the manifest is looked for after them.
+        others = list(self.folder.iterdir()) if self.folder.is_dir() else []
         if not path.is_file():
-            if self.folder.is_dir() and any(file.suffix != ".partial" for file in self.folder.iterdir()):
+            if any(file.suffix != ".partial" for file in others):
                 raise UserError(
                     f"{self.folder} holds something else, without a {MANIFEST}: expected a teacher's states or a new "
                     "folder; name another cache.path"

@@ -130,8 +130,9 @@ class Teachers:
         return [Projected(h, t.head, t.head_bias) for t, h in zip(self.teachers, hidden, strict=True)]
 
     def states(self, number: int, batch: Batch) -> Tensor:
-        """Returns one teacher's hidden states [N, D] of the batch's rows."""
-        return self.teachers[number].states(batch)
+        """Returns one teacher's hidden states [N, D] of the batch's rows: those that the batch has, or new ones."""
+        states_ND = batch.teacher_states[number] if batch.teacher_states else None
+        return self.teachers[number].states(batch) if states_ND is None else states_ND
 
     def reads(self, batch: Batch) -> list[tuple[int, int]]:
         """Returns how many sequences, and of which length, the body of each teacher reads for the batch."""
@@ -218,9 +219,16 @@ def windows_of(config: Config, teacher: TeacherConfig, shape: Shape, file: Token
     """Returns the windows in which a teacher of this shape reads the text in `file`."""
     if teacher.context == "chunk":
         return Windows(file, config.train.length, stream=False)
-    # Twice the students' length gives each token at least as much context as a student's last one has.
-    window = teacher.window or 2 * min(config.train.length, shape.max_length // 2)
-    return Windows(file, window, stream=True)
+    return Windows(file, stream_window(config, teacher, shape), stream=True)
+
+
+def stream_window(config: Config, teacher: TeacherConfig, shape: Shape) -> int:
+    """Returns the tokens of a window of a teacher with the context stream.
+
+    By default they are twice the students' length, so that each token has as much context as a student's last one, or
+    the most that the model can read.
+    """
+    return teacher.window or 2 * min(config.train.length, shape.max_length // 2)
 
 
 def hash_teachers(config: Config) -> tuple[str, ...]:
