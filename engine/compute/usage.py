@@ -146,29 +146,33 @@ def step_cost(
 
 
 def teachers_work(teachers: Teachers, step: Step, work: Workload, world_size: int) -> list[tuple[Shape, Workload]]:
-    """Returns each teacher's shape and what it reads in a step, of which `work` is what the students read."""
-    reads = [teachers.reads(batch) for batch in step.micro_batches]
+    """Returns each teacher's shape and what it reads in a step, of which `work` is what the students read.
+
+    Where the hidden states come from a cache, only the products with the heads are left.
+    """
     result = []
-    for number, teacher in enumerate(teachers.teachers):
-        sequences, length = world_size * sum(read[number][0] for read in reads), reads[0][number][1]
-        tokens = work.tokens if sequences else 0
-        result.append((teacher.shape, replace(work, sequences=sequences, length=length, tokens=tokens)))
+    for teacher in teachers.teachers:
+        reads = [teacher.reads(batch) for batch in step.micro_batches]
+        sequences = 0 if teachers.cached else world_size * sum(count for count, _ in reads)
+        tokens = 0 if teachers.cached else work.tokens
+        result.append((teacher.shape, replace(work, sequences=sequences, length=reads[0][1], tokens=tokens)))
     return result
 
 
-def new_usage(run: str, students: Sequence[str], folders: Sequence[Path], teachers: Teachers, sequences: int) -> Usage:
-    """Returns the usage of a run that begins, and that will read so many sequences in all.
+def new_usage(run: str, students: Sequence[str], folders: Sequence[Path], teachers: Teachers) -> Usage:
+    """Returns the usage of a run that begins; `folders` are those of teachers and initial weights.
 
-    What it takes to compute the hidden states in the teachers' cache counts in full, whichever run does it. `folders`
-    are those of teachers and initial weights.
+    What it takes to fill the teachers' cache counts in full, whichever run does it.
 
     Raises UserError where a usage.json in one of the folders is damaged.
     """
     inherited = {str(folder): read_usage(folder) for folder in folders}
     filling, tokens = Flops(), 0
-    for teacher, (windows, length, kept) in zip(teachers.teachers, teachers.reads_for_cache(sequences), strict=True):
-        filling += inference(teacher.shape, Workload(windows, length, rows=0, valid=0, tokens=0))
-        tokens = max(tokens, kept)
+    for teacher in teachers.teachers if teachers.cached else ():
+        windows = teacher.windows
+        assert windows is not None
+        filling += inference(teacher.shape, Workload(windows.blocks, windows.length, rows=0, valid=0, tokens=0))
+        tokens = max(tokens, windows.blocks * windows.block_length)
     return Usage(
         run,
         {name: ModelUsage() for name in students},

@@ -70,7 +70,7 @@ def build_run(config: Config, runtime: Runtime, stack: ExitStack) -> Run:
     outer_loop = OuterLoop(config.outer, steps, weighting, outer_data, outer_state)
 
     if not state.usage.students:
-        state = replace(state, usage=_new_usage(config, teachers, steps * config.train.batch))
+        state = replace(state, usage=_new_usage(config, teachers))
     topology = f"{runtime.world_size} rank(s), ZeRO {config.train.stage(runtime.world_size)}"
     previous_topology, state = state.topology, replace(state, topology=topology)
     peak = _peak_flops(config, runtime)
@@ -220,11 +220,11 @@ def _cohort(config: Config, prepared: Prepared, source: Path | None, state: RunS
     return Cohort(students, runtime)
 
 
-def _new_usage(config: Config, teachers: Teachers, sequences: int) -> Usage:
+def _new_usage(config: Config, teachers: Teachers) -> Usage:
     folders = [folder_of(teacher) for teacher in config.teachers]
     folders += [Path(student.init) for student in config.students if student.init is not None]
     run = f"{config.run.name}, begun {datetime.now(UTC).isoformat(timespec='seconds')}"
-    return new_usage(run, [student.name for student in config.students], folders, teachers, sequences)
+    return new_usage(run, [student.name for student in config.students], folders, teachers)
 
 
 def _peak_flops(config: Config, runtime: Runtime) -> float | None:

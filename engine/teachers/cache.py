@@ -42,6 +42,8 @@ PART_BYTES = 128 * 2**20  # of a teacher's states that are in memory before they
 class CachedTeachers(Teachers):
     """Teachers whose hidden states are read one step ahead, and kept where they have to be computed."""
 
+    cached = True
+
     def __init__(
         self,
         names: list[str],
@@ -62,19 +64,6 @@ class CachedTeachers(Teachers):
         computed = stored(super().states(number, batch), store.int8)
         self._writers[number].add(store.windows.pieces(batch.begins), computed)
         return computed.values(store.dtype)  # The kept ones, so that a run that goes on sees what this one has seen.
-
-    def reads(self, batch: Batch) -> list[tuple[int, int]]:
-        """Returns that nothing is read: all of `reads_for_cache` counts when the run begins."""
-        return [(0, 0)] * len(self.teachers)
-
-    def reads_for_cache(self, sequences: int) -> list[tuple[int, int, int]]:
-        """See `Teachers.reads_for_cache`. With fixed chunks no more is read than the run itself reads."""
-        result = []
-        for store in self._stores:
-            windows = store.windows
-            count = windows.blocks if windows.stream else min(windows.blocks, sequences)
-            result.append((count, windows.length, count * windows.block_length))
-        return result
 
     def read_ahead(self, steps: Iterator[Step]) -> Iterator[Step]:
         """Yields the steps with the hidden states that are there. A thread reads them during the step before.

@@ -97,6 +97,8 @@ class Teacher:
 class Teachers:
     """K streams of predictions for a batch, without gradient: one per teacher, or one of all teachers together."""
 
+    cached = False  # whether the teachers' hidden states come from a cache
+
     def __init__(
         self, names: list[str], weights: list[float], teachers: Sequence[Teacher], shares: Sequence[float]
     ) -> None:
@@ -133,15 +135,6 @@ class Teachers:
         """Returns one teacher's hidden states [N, D] of the batch's rows: those that the batch has, or new ones."""
         states_ND = batch.teacher_states[number] if batch.teacher_states else None
         return self.teachers[number].states(batch) if states_ND is None else states_ND
-
-    def reads(self, batch: Batch) -> list[tuple[int, int]]:
-        """Returns how many sequences, and of which length, the body of each teacher reads for the batch."""
-        return [teacher.reads(batch) for teacher in self.teachers]
-
-    def reads_for_cache(self, sequences: int) -> list[tuple[int, int, int]]:
-        """Returns how many windows, and of which length, each body reads for the cache of a run that reads so many
-        sequences, and how many tokens' states it keeps of them."""
-        return [(0, 0, 0)] * len(self.teachers)
 
     def read_ahead(self, steps: Iterator[Step]) -> Iterator[Step]:
         """Yields the steps as they are. Cached teachers add their hidden states (engine.teachers.cache)."""

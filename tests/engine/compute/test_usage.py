@@ -106,18 +106,23 @@ def test_teacher_students_and_outer_loop_apart(tmp_path: Path, monkeypatch: pyte
     assert all(0 < step["mfu"] < step["hfu"] for step in steps)
 
 
-def test_filling_a_cache_is_counted_once(tmp_path: Path) -> None:
-    train(config(tmp_path, "teacher"))
-    settings: dict[str, Any] = {
-        "teachers": [{"path": str(tmp_path / "runs" / "teacher")}],
-        "cache": {"path": str(tmp_path / "cache"), "k": 16},
-    }
+@pytest.mark.parametrize(("context", "window"), [("chunk", 32), ("stream", 64)])
+def test_filling_a_cache_is_counted_in_every_run_that_reads_it(tmp_path: Path, context: str, window: int) -> None:
+    train(config(tmp_path, "teacher", "students.max_length=64"))
+    teachers: dict[str, Any] = {"teachers": [{"path": str(tmp_path / "runs" / "teacher"), "context": context}]}
+    train(config(tmp_path, "live", **teachers))
+    head = inference(SMALL, replace(WORKLOAD, sequences=0))
     for name in ("first", "second"):
-        train(config(tmp_path, name, **settings))
+        train(config(tmp_path, name, **teachers, cache={"path": str(tmp_path / "cache")}))
         usage = usage_of(tmp_path / "runs" / name).teachers
-        sequences = usage.tokens // 32
-        assert sequences > 50
-        assert usage.model_flops == inference(SMALL, Workload.whole(sequences, 32)).model
+        windows = usage.tokens // 32
+        assert windows > 50
+        filling = inference(SMALL, Workload(windows, window, 0, 0, 0))
+        assert usage.model_flops == filling.model + 6 * head.model
+    live = usage_of(tmp_path / "runs" / "live").teachers
+    # Of windows of its own a live teacher reads a fixed number at once.
+    windows_a_step = 4 if context == "chunk" else 2048 // 64
+    assert live.model_flops == 6 * inference(SMALL, replace(WORKLOAD, sequences=windows_a_step, length=window)).model
 
 
 def test_of_masked_text_what_is_predicted_reaches_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,16 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from engine.compute.memory import LOGITS
 from engine.config.loading import build, read_yaml
 from engine.config.settings import Config
+from engine.run import dry_run
 from engine.run.dry_run import describe_run
 from engine.system.errors import UserError
 from kernels.ops.linear_ensemble_kl import native, triton
@@ -65,6 +68,46 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     assert f"FLOPs: {flops:.3g}, the teachers' part 0" in found
     rows = [line.split() for line in found.splitlines() if re.match(r" +[124] ", line)]
     assert [row[:2] for row in rows] == [["1", "1"], ["2", "1"], ["4", "1"]], "8 ranks do not divide 4 sequences"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "window", "live_windows", "pays_from"),
+    [
+        ([], 16, 200, 2),
+        (["teachers.context=stream"], 32, 200, 2),  # A live teacher reads one window for a fixed sequence of 16 tokens,
+        (["teachers.context=stream", "train.chunks=random"], 32, 400, 1),  # and two for one that begins anywhere.
+        (["teachers.context=stream", "teachers.window=8"], 8, 800, 2),
+    ],
+)
+def test_a_cache_by_hand(
+    overrides: list[str], window: int, live_windows: int, pays_from: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(dry_run, "training_tokens", lambda data: (400, True))
+    monkeypatch.setattr(dry_run, "peak_flops", lambda device, dtype: 1e6)
+    student = {"name": "a", "layers": 1, "hidden": 8, "heads": 2, "ffn": 16, "tied": False, "max_length": 64}
+    teacher = {"students": [{**student, "hidden": 16}], "run": {"name": "by-hand"}}
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(teacher))
+    settings = {
+        "students": [student],
+        "teachers": [{"path": "runs/by-hand"}],
+        "cache": {"path": "cache"},
+        "data": {"tokenizer": {"vocab_size": 100}},
+        "train": {"steps": 50, "batch": 4, "length": 16},
+        "optimizer": {"warmup": 1},
+    }
+    said = describe_run(build(Config, settings, overrides), tmp_path)
+    assert f"cache: {400 * 64 / 2**30:.2f} GiB, 64 bytes a token of text" in said
+    weights, pairs = 4 * 16 * 16 + 3 * 16 * 16, window * (window + 1) // 2
+    body = 2 * window * weights + 4 * pairs * 16
+    kept = window if overrides == [] else window // 2
+    filling, heads, live = 400 // kept * body, 3200 * 2 * 16 * 100, live_windows * body
+    assert f"{filling:.3g} FLOPs to fill it" in said
+    student_flops = 3200 * 6 * (4 * 8 * 8 + 3 * 8 * 16 + 8 * 17 + 100 * 8)
+    saved, whole = live - filling, student_flops + live + heads
+    assert f"it saves {saved:.3g} of {whole:.3g} FLOPs, {saved / 3.6e9:,.1f} hours at this device's 1e+06" in said
+    assert said.count(f"it pays from epoch {pays_from} on") == 1
+    less = describe_run(build(Config, settings, [*overrides, "cache.dtype=int8"]), tmp_path)
+    assert "20 bytes a token of text" in less
 
 
 def test_memory_falls_with_ranks_and_no_gpt2_is_allocated() -> None:
