@@ -187,16 +187,15 @@ def ensemble_kl_at_once(
     rows_N, students = targets_N != -100, len(ce_weight_S)
     module = dispatch.implementation("ensemble_kl", targets_N)
     objective = LossSpec(targets_N, ce_weight_S, kl_weight_SR, rows_N, rows_N, 1.0, "forward")
-    wanted = [True] * students
+    gradients = logits_RNV[:students]
     if dispatch.current() == "native":
-        ce_SN, kl_SRN = module.loss_and_grad_(logits_RNV, objective, wanted)
-        return ce_SN, kl_SRN, logits_RNV[:students]
+        ce_SN, kl_SRN = module.loss_and_grad_(logits_RNV, gradients, objective)
+        return ce_SN, kl_SRN, gradients
     if dispatch.current() == "triton":
-        gradients = logits_RNV[:students]
         ce_SN, kl_SRN = module.loss_and_grad(logits_RNV, gradients, objective, logits_RNV[0].shape[1])
         return ce_SN, kl_SRN, gradients
     wide = [eager.at_least_fp32(logits) for logits in logits_RNV]
-    return module.loss_and_grad(wide, objective, wanted)
+    return module.loss_and_grad(wide, objective, [True] * students)
 
 
 def linear_ensemble_kl(

@@ -1,4 +1,4 @@
-"""Chooses how every Triton kernel is launched: one short rule per op, justified by `benchmarks/audit.py` (registers,
+"""Chooses how every Triton kernel is launched: two short rules, justified by `benchmarks/audit.py` (registers,
 spills, load width, occupancy) or by `benchmarks/ops.py` on a GPU. No rule looks at a device: it sees shapes and the
 number of threads in a warp.
 
@@ -33,15 +33,7 @@ STUDENTS_AT_ONCE = 4  # One launch computes losses and gradients of so many stud
 
 
 def ensemble_kl(
-    width: int,
-    students: int,
-    streams: int,
-    itemsize: int,
-    lanes: int,
-    *,
-    divergence: str,
-    mixed: bool,
-    paired: bool = False,
+    width: int, students: int, streams: int, vector: int, lanes: int, *, plain: bool, paired: bool
 ) -> Launch:
     """128 threads read 16 bytes of each stream at a time, or 256 threads where there is little to hold in registers. If
     128 threads can hold the whole row, `block` >= width. More threads could hold longer rows, but that is slower than
@@ -49,13 +41,11 @@ def ensemble_kl(
     holds S·(R − 1) sums. AMD has twice the registers per thread and needs no sweeps.
 
     Args:
-        width: The number of columns, padding included. itemsize: The bytes of a logit.
+        width: The number of columns, padding included. vector: The number of logits in 16 bytes.
         lanes: The threads of a warp: 64 on AMD, else 32.
-        mixed: Whether streams differ in dtype. If so, and for divergences other than "forward", no row stays on chip.
+        plain: Whether the divergence is "forward" and the streams have one dtype. Else no row stays on chip.
         paired: Whether fp32 is computed on pairs of registers, as on NVIDIA from sm_100 on, which takes more registers.
     """
-    vector = 16 // itemsize
-    plain = divergence == "forward" and not mixed
     if plain and students <= 2 and streams <= 3:
         tile = 128 * vector
         if width <= 4 * tile:  # 64 bytes per stream and thread.
@@ -63,26 +53,19 @@ def ensemble_kl(
         return Launch(256 * vector, 256 // lanes)
     if students > STUDENTS_AT_ONCE:  # One element at a time, and half of the sums.
         return Launch(128 * vector, 128 // lanes, parts=vector, sweeps=2 if lanes == 32 else 1)
-    parts = 1 if itemsize == 4 or streams < 4 else 2 if students == 1 else 4
+    parts = 1 if vector == 4 or streams < 4 else 2 if students == 1 else 4
     if plain and streams <= 5 and students * (streams - 1) <= (6 if paired or lanes == 64 else 12):
         parts = 1
     return Launch(128 * vector, 128 // lanes, parts=parts)
 
 
-def rms_norm(columns: int) -> Launch:
-    """A program takes one row, or several short ones. A thread has 16 elements: two 128-bit loads of 16-bit numbers."""
+def rows(columns: int, most_warps: int = 32) -> Launch:
+    """A program takes one row, or several short ones. A row is one of `rms_norm`'s, a token's pairs in all heads of
+    `rotary`, or part of one of `swiglu`'s. A thread has 16 elements: two 128-bit loads of 16-bit numbers (one on AMD,
+    whose warps have 64 lanes)."""
     block = max(2048, columns)
-    return Launch(block, warps=min(block // 512, 32))
+    return Launch(block, warps=min(block // 512, most_warps))
 
 
+SWIGLU = rows(2048)
 RMS_NORM_PARTIALS = 512  # Rows of weight gradients, one per program: enough to fill a GPU, few beside the tokens.
-
-
-def rotary(columns: int) -> Launch:
-    """A program takes one token, or several small ones. A thread has 16 of a token's `columns` pairs in all heads."""
-    block = max(2048, columns)
-    return Launch(block, warps=min(block // 512, 16))
-
-
-# A thread has 16 elements: two 128-bit loads of each input in 16 bits (one on AMD, whose warps have 64 lanes).
-SWIGLU = Launch(2048, warps=4)

@@ -11,6 +11,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/ScalarType.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
 
 #include <cmath>
 #include <cstdint>
@@ -25,6 +27,9 @@
 #endif
 
 namespace creche {
+
+using torch::autograd::AutogradContext;
+using Tensors = torch::autograd::variable_list;
 
 // The arithmetic type of a storage type: float64 for float64, else fp32.
 template <class T>

@@ -86,7 +86,7 @@ def test_rows_off_16_bytes_are_seen(key):
 
 @pytest.mark.parametrize(("key", "columns"), [("cuda:90", 4096), ("hip:gfx942", 8192)])
 def test_spills_are_seen(key, columns, monkeypatch):
-    monkeypatch.setattr(launch, "rms_norm", lambda columns: Launch(columns, warps=1))
+    monkeypatch.setattr(launch, "rows", lambda columns: Launch(columns, warps=1))
     x, weight = meta(64, columns), meta(columns)
     case = Case("rms_norm", "", "creche", x.numel(), lambda _: rms_norm.run_backward(x, x, weight, 1e-6, x, True))
     row = audit.audit(case, key)

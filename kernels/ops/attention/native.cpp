@@ -9,8 +9,6 @@
 // torch's own kernel also cuts the keys, into matrix products too small for a BLAS. Here they are register tiles.
 
 #include <c10/util/Unroll.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <cstring>
 #include <memory>
@@ -261,7 +259,7 @@ Tensor with_adjacent_columns(const Tensor& x) { return x.stride(-1) == 1 ? x : x
 
 struct Attention : torch::autograd::Function<Attention> {
   static Tensor forward(
-      torch::autograd::AutogradContext* ctx, const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal) {
+      AutogradContext* ctx, const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor q = with_adjacent_columns(q_), k = with_adjacent_columns(k_), v = with_adjacent_columns(v_);
     const Tensor out = make(q.sizes(), q.options());
@@ -299,8 +297,7 @@ struct Attention : torch::autograd::Function<Attention> {
     return out;
   }
 
-  static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
+  static Tensors backward(AutogradContext* ctx, Tensors output_gradients) {
     check_once("attention");
     const auto saved = ctx->get_saved_variables();
     const Tensor q = with_adjacent_columns(saved[0]), k = with_adjacent_columns(saved[1]);

@@ -7,9 +7,6 @@
 //   gradients    computes the gradients from the same, and writes them once.
 // Every row is computed alone and in one order, so results are bitwise repeatable with any number of threads.
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <array>
 #include <memory>
@@ -401,15 +398,6 @@ class Row {
   std::array<std::array<A, BLOCK>, MAX_STREAMS> buffers_;
 };
 
-// The arguments of `ensemble_kl` besides the streams.
-struct Options {
-  Tensor targets;  // May be undefined.
-  int64_t students;
-  double temperature;
-  std::string divergence;
-  int64_t ignore_index;
-};
-
 Problem make_problem(
     at::TensorList streams, int64_t students, double temperature, c10::string_view divergence, bool with_kl) {
   const bool wide = std::any_of(streams.begin(), streams.end(), [](const Tensor& x) { return x.dtype() == at::kDouble; });
@@ -432,15 +420,6 @@ void set_rows(Problem& problem, const Tensor& targets, const Tensor& ce_rows, co
   problem.targets = keep(targets).const_data_ptr<int64_t>();
   problem.ce_rows = keep(ce_rows).const_data_ptr<bool>();
   problem.kl_rows = keep(kl_rows).const_data_ptr<bool>();
-}
-
-Problem make_problem(at::TensorList streams, const Options& options) {
-  Problem problem = make_problem(streams, options.students, options.temperature, options.divergence, true);
-  if (options.targets.defined()) {
-    const Tensor rows = options.targets.ne(options.ignore_index);
-    set_rows(problem, options.targets, rows, rows);
-  }
-  return problem;
 }
 
 // Sets the losses' weights: ce [S, N] and kl [S, R, N], or ce [S] and kl [S, R] for all rows. kl may be undefined.
@@ -504,36 +483,34 @@ std::tuple<Tensor, Tensor> loss_and_grad_(
 }
 
 struct EnsembleKL : torch::autograd::Function<EnsembleKL> {
-  static torch::autograd::variable_list forward(
-      torch::autograd::AutogradContext* ctx, at::TensorList streams, const Options& options) {
+  static Tensors forward(
+      AutogradContext* ctx, at::TensorList streams, const std::optional<Tensor>& targets,
+      const std::optional<Tensor>& rows, int64_t students, double temperature, const std::string& divergence) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    torch::autograd::variable_list saved = streams.vec();
-    saved.push_back(options.targets);
+    Tensors saved = streams.vec();
+    saved.insert(saved.end(), {targets.value_or(Tensor()), rows.value_or(Tensor())});
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["students"] = options.students;
-    ctx->saved_data["temperature"] = options.temperature;
-    ctx->saved_data["divergence"] = options.divergence;
-    ctx->saved_data["ignore_index"] = options.ignore_index;
-    Problem problem = make_problem(streams, options);
+    ctx->saved_data["students"] = students;
+    ctx->saved_data["temperature"] = temperature;
+    ctx->saved_data["divergence"] = divergence;
+    Problem problem = make_problem(streams, students, temperature, divergence, true);
+    if (targets.has_value()) set_rows(problem, *targets, *rows, *rows);
     const auto [ce, kl] = run_with_losses(problem);
     return {ce, kl};
   }
 
-  static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
+  static Tensors backward(AutogradContext* ctx, Tensors output_gradients) {
     check_once("ensemble_kl");
-    torch::autograd::variable_list streams = ctx->get_saved_variables();
-    const Options options{
-        streams.back(),
-        ctx->saved_data["students"].toInt(),
-        ctx->saved_data["temperature"].toDouble(),
-        ctx->saved_data["divergence"].toStringRef(),
-        ctx->saved_data["ignore_index"].toInt()};
-    streams.pop_back();
-    Problem problem = make_problem(streams, options);
-    set_weights(problem, output_gradients[0], output_gradients[1].to(at::kDouble).div(options.temperature));
-    // One for each stream and one for the options. Those of teachers and of the options stay undefined.
-    torch::autograd::variable_list gradients(streams.size() + 1);
+    Tensors streams = ctx->get_saved_variables();
+    const Tensor rows = streams.back(), targets = streams[streams.size() - 2];
+    streams.resize(streams.size() - 2);
+    const double temperature = ctx->saved_data["temperature"].toDouble();
+    const int64_t students = ctx->saved_data["students"].toInt();
+    Problem problem = make_problem(streams, students, temperature, ctx->saved_data["divergence"].toStringRef(), true);
+    if (targets.defined()) set_rows(problem, targets, rows, rows);
+    set_weights(problem, output_gradients[0], output_gradients[1].to(at::kDouble).div(temperature));
+    // One for each stream and for each of the five other arguments. Only students' are defined.
+    Tensors gradients(streams.size() + 5);
     for (int i = 0; i < problem.students; ++i) {
       if (!ctx->needs_input_grad(i)) continue;
       gradients[i] = make(streams[i].sizes(), streams[i].options());
@@ -544,38 +521,23 @@ struct EnsembleKL : torch::autograd::Function<EnsembleKL> {
   }
 };
 
-// What torch calls, with and without autograd.
-template <bool with_autograd>
-std::tuple<Tensor, Tensor> call(
-    at::TensorList streams,
-    const std::optional<Tensor>& targets,
-    int64_t students,
-    double temperature,
-    c10::string_view divergence,
-    int64_t ignore_index) {
-  const Options options{targets.value_or(Tensor()), students, temperature, std::string(divergence), ignore_index};
-  if constexpr (with_autograd) {
-    const auto losses = EnsembleKL::apply(streams, options);
-    return {losses[0], losses[1]};
-  }
-  Problem problem = make_problem(streams, options);
-  return run_with_losses(problem);
+std::tuple<Tensor, Tensor> differentiable(
+    at::TensorList streams, const std::optional<Tensor>& targets, int64_t students, double temperature,
+    c10::string_view divergence, int64_t ignore_index) {
+  const auto rows = targets.has_value() ? std::optional(targets->ne(ignore_index)) : std::nullopt;
+  const auto losses = EnsembleKL::apply(streams, targets, rows, students, temperature, std::string(divergence));
+  return {losses[0], losses[1]};
 }
 
 TORCH_LIBRARY_FRAGMENT(creche_native, library) {
   library.def(
       "ensemble_kl(Tensor[] streams, Tensor? targets, int students, float temperature, str divergence, "
-      "int ignore_index) -> (Tensor, Tensor)");
+      "int ignore_index) -> (Tensor, Tensor)",
+      differentiable);
   library.def(
       "ensemble_kl_loss_and_grad_(Tensor[] logits, Tensor(a!)?[] gradients, Tensor targets, Tensor ce_weight, "
-      "Tensor? kl_weight, Tensor ce_rows, Tensor kl_rows, float temperature, str divergence) -> (Tensor, Tensor)");
+      "Tensor? kl_weight, Tensor ce_rows, Tensor kl_rows, float temperature, str divergence) -> (Tensor, Tensor)",
+      loss_and_grad_);
 }
-
-TORCH_LIBRARY_IMPL(creche_native, CPU, library) {
-  library.impl("ensemble_kl", call<false>);
-  library.impl("ensemble_kl_loss_and_grad_", loss_and_grad_);
-}
-
-TORCH_LIBRARY_IMPL(creche_native, Autograd, library) { library.impl("ensemble_kl", call<true>); }
 
 }  // namespace creche::ensemble_kl

@@ -26,14 +26,10 @@ def ensemble_kl(
 
 
 def loss_and_grad_(
-    logits_RNV: Sequence[Tensor], spec: LossSpec, wanted: Sequence[bool], into: Sequence[Tensor] | None = None
+    logits_RNV: Sequence[Tensor], gradients_SNV: Sequence[Tensor | None], spec: LossSpec
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes `loss_and_grad` of `reference.py` in one pass. Gradients replace the logits of the `wanted` students.
-
-    Args:
-        into: For each student, the [N, V] tensor of any dtype that receives its gradient instead. Its rows may begin
-            where those of its logits begin, if they take no more bytes.
+    """Computes `loss_and_grad` of `reference.py` in one pass. Gradients, of any dtype, are written where they are not
+    None. Their rows may begin where those of the student's logits begin, if they take no more bytes.
     """
-    gradients = [x if want else None for x, want in zip(into or logits_RNV, wanted, strict=False)]
-    ce_SN, kl_SRN = torch.ops.creche_native.ensemble_kl_loss_and_grad_(list(logits_RNV), gradients, *spec)
+    ce_SN, kl_SRN = torch.ops.creche_native.ensemble_kl_loss_and_grad_(list(logits_RNV), list(gradients_SNV), *spec)
     return ce_SN, None if spec.kl_weight is None else kl_SRN

@@ -64,13 +64,9 @@ def run(
         return
     gpu = gpu or _gpu_of(logits[0].device)
     ce_weight, kl_weight = weights
-    if losses is not None and losses[1] is None:
-        temperature = 1.0  # No divergence needs it.
     itemsizes = [x.element_size() for x in logits]
-    mixed, vector = len({*itemsizes}) > 1, 16 // min(itemsizes)
-    chosen = launch.ensemble_kl(
-        width, students, streams, min(itemsizes), gpu.lanes, divergence=divergence, mixed=mixed, paired=gpu.paired
-    )
+    vector, plain = 16 // min(itemsizes), divergence == "forward" and len({*itemsizes}) == 1
+    chosen = launch.ensemble_kl(width, students, streams, vector, gpu.lanes, plain=plain, paired=gpu.paired)
     lanes = gpu.lanes * chosen.warps
     places = [logits[0] if g is None else g for g in gradients or ()]
     constants = {
@@ -131,7 +127,7 @@ def loss_and_grad(
     ce, kl, statistics, mean_ratios = _allocate(logits, S, divergence)
     saved, losses, weights = (statistics, mean_ratios), (ce, kl), (ce_weight[:, None].expand(S, N), None)
     if kl_weight is None or len(logits) == 1:
-        logits, kl_rows, losses = logits[:S], None, (ce, None)
+        logits, losses, temperature = logits[:S], (ce, None), 1.0  # No divergence needs the rest.
         kl.zero_()
     else:
         weights = weights[0], kl_weight[:, :, None].expand(S, -1, N)
@@ -178,7 +174,8 @@ def ensemble_kl(
             )
     rows = None if targets is None else targets != ignore_index
     targets = None if targets is None else targets.contiguous()
-    return _forward(list(streams), targets, rows, students, float(temperature), divergence)[:2]
+    temperature = 1.0 if len(streams) == 1 else float(temperature)  # No divergence needs it.
+    return _forward(list(streams), targets, rows, students, temperature, divergence)[:2]
 
 
 @op("ensemble_kl")
@@ -241,18 +238,14 @@ def _backward(
     divergence: str,
 ) -> list[Tensor]:
     """Returns the gradients of the wanted students, in their order."""
-    S, R = len(wanted), len(streams)
     gradients = _allocate_gradients(streams, wanted)
-    if d_kl is None or R == 1:  # There is no divergence, so teachers and temperature play no part.
-        sums = statistics[R : R + S] if temperature == 1 or R == 1 else statistics[2 * R :]
-        streams, statistics, temperature, d_kl = streams[:S], torch.cat((statistics[:S], sums)), 1.0, None
     remaining = iter(gradients)
     run(
         streams,
-        students=S,
+        students=len(wanted),
         targets=targets,
         ce_rows=rows,
-        kl_rows=None if d_kl is None else rows,
+        kl_rows=rows,
         saved=(statistics, mean_ratios),
         gradients=[next(remaining) if want else None for want in wanted],
         weights=(d_ce, d_kl),
@@ -263,9 +256,7 @@ def _backward(
 
 
 def _allocate_gradients(streams: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
-    return [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, want in zip(streams, wanted, strict=False) if want
-    ]
+    return [x.new_empty(x.shape) for x, want in zip(streams, wanted, strict=False) if want]
 
 
 _backward.register_fake(lambda d_ce, d_kl, streams, *rest: _allocate_gradients(streams, wanted=rest[4]))

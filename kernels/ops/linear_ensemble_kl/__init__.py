@@ -74,13 +74,8 @@ def linear_ensemble_kl(
         kl_weight: [S, R], like ce_weight. Its diagonal is not read. None: no KL is computed.
         normalizer: The step's count of valid tokens over all ranks and micro-batches, ≥ 1: an int or a 0-d tensor,
             whose value is checked on the CPU only. If all rows given here are ignored, the losses are 0.
-        temperature: T > 0, of the divergences.
-        divergence: "forward", "reverse" or "jsd".
         kl_mask: [N] bool, the rows in which KL counts. None: the rows in which CE counts.
-        ignore_index: The target of rows to ignore.
-
-    Returns:
-        LinearEnsembleKL(losses, ce, kl).
+        temperature, divergence, ignore_index: As in `kernels.ensemble_kl`.
 
     Raises:
         ValueError: An argument is not as described.

@@ -34,8 +34,7 @@ def losses_and_gradients(
     dtype = widest_dtype(x for stream in streams for x in stream)
     heads = [_TiledHead(x, dtype) if _uses_tiles(x, dtype) else _Head(x, dtype, dtype) for x in streams]
     spec = spec.normalized(normalizer, dtype)
-    active, wanted = spec.active_rows, [any(flags) for flags in needs]
-
+    active = spec.active_rows
     tokens, vocab_size = len(active), len(streams[0].weight)
     chunk = even_chunk(tokens, max(1, BUDGET // (len(streams) * vocab_size * dtype.itemsize)))
     buffers_RnV = [torch.empty(chunk, vocab_size, dtype=dtype) for _ in streams]
@@ -56,7 +55,8 @@ def losses_and_gradients(
         for h, head, out in zip(hidden, heads, logits, strict=True):
             head.project(h, out)
         d_logits = [x.view(head.dtype)[:, :vocab_size] for head, x in zip(heads, logits[: len(students)], strict=False)]
-        ce_SN[:, rows], kl_SRn = loss_and_grad_(logits, spec.for_rows(rows), wanted, into=d_logits)
+        wanted = [d if any(flags) else None for d, flags in zip(d_logits, needs, strict=True)]
+        ce_SN[:, rows], kl_SRn = loss_and_grad_(logits, wanted, spec.for_rows(rows))
         if kl_SRN is not None and kl_SRn is not None:
             kl_SRN[:, :, rows] = kl_SRn
         for d, h, head, (d_hidden, d_weight, d_bias) in zip(d_logits, hidden, heads, gradients, strict=False):

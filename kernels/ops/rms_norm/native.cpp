@@ -3,9 +3,6 @@
 // Shapes: N rows, D columns. With the input z, r = 1 / sqrt(mean(z²) + eps), x̂ = z·r, y = x̂·weight and the gradient g
 // of y, the gradients are dweight = Σ_n g·x̂ and dz = r·(g·weight − x̂·mean(g·weight·x̂)).
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
-
 #include <optional>
 #include <vector>
 
@@ -80,9 +77,8 @@ void with_types(at::ScalarType input, at::ScalarType output, const Body& body) {
 }
 
 struct RMSNorm : torch::autograd::Function<RMSNorm> {
-  static torch::autograd::variable_list forward(
-      torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps,
-      const std::optional<Tensor>& residual) {
+  static Tensors forward(
+      AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& residual) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor input = x.contiguous();
     const Tensor other = residual.has_value() ? residual->contiguous() : Tensor();
@@ -112,8 +108,7 @@ struct RMSNorm : torch::autograd::Function<RMSNorm> {
     return {y};
   }
 
-  static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
+  static Tensors backward(AutogradContext* ctx, Tensors output_gradients) {
     check_once("rms_norm");
     const auto saved = ctx->get_saved_variables();
     const Tensor &total = saved[0], &weight = saved[1], &inverse = saved[2];

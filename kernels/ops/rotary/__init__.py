@@ -20,9 +20,6 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         cos, sin: [L, D_head / 2], with one column per pair (Hugging Face's [L, D_head] repeats them). Pass fp32,
             because bf16 angles are wrong by 0.4%.
 
-    Returns:
-        The rotated (q, k).
-
     Raises:
         ValueError: The shapes do not match.
     """

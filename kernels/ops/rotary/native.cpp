@@ -3,9 +3,6 @@
 //
 // Shapes: B sequences, L positions, H heads.
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
-
 #include "../../native/vector.h"
 
 namespace creche::rotary {
@@ -37,11 +34,9 @@ std::tuple<Tensor, Tensor> rotate(
   const Tensor from[] = {q.stride(-1) == 1 ? q : q.contiguous(), k.stride(-1) == 1 ? k : k.contiguous()};
   const Tensor to[] = {make(q.sizes(), q.options()), make(k.sizes(), k.options())};
   const int64_t L = q.size(1), half = q.size(3) / 2, work = std::max<int64_t>(1, q.size(2) * q.size(3));
-  for (int x = 0; x < 2; ++x) {
-    TORCH_CHECK_VALUE(
-        (from[x].scalar_type() == at::kDouble) == (wide == at::kDouble), "q is ", q.dtype(), ", k is ", k.dtype(),
-        ": expected float64 for both or for neither");
-  }
+  TORCH_CHECK_VALUE(
+      (k.scalar_type() == at::kDouble) == (wide == at::kDouble), "q is ", q.dtype(), ", k is ", k.dtype(),
+      ": expected float64 for both or for neither");
   at::parallel_for(0, q.size(0) * L, at::divup(1 << 14, work), [&](int64_t begin, int64_t end) {
     for (int x = 0; x < 2; ++x) {
       with_storage(from[x].scalar_type(), [&](auto element) {
@@ -61,17 +56,15 @@ std::tuple<Tensor, Tensor> rotate(
 }
 
 struct Rotary : torch::autograd::Function<Rotary> {
-  static torch::autograd::variable_list forward(
-      torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& cosines,
-      const Tensor& sines) {
+  static Tensors forward(
+      AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& cosines, const Tensor& sines) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({cosines, sines});
     const auto [rotated_q, rotated_k] = rotate(q, k, cosines, sines, 1);
     return {rotated_q, rotated_k};
   }
 
-  static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
+  static Tensors backward(AutogradContext* ctx, Tensors output_gradients) {
     check_once("rotary");
     const auto saved = ctx->get_saved_variables();
     const auto [d_q, d_k] = rotate(output_gradients[0], output_gradients[1], saved[0], saved[1], -1);

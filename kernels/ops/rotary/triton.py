@@ -80,7 +80,7 @@ run.register_autograd(
 def _constants(H: int, width: int, H_kv: int, back: bool) -> dict[str, Any]:
     P = width // 2
     block_h, block_p = launch.power_of_2(H + H_kv), launch.power_of_2(P)
-    chosen = launch.rotary(block_h * block_p)
+    chosen = launch.rows(block_h * block_p, most_warps=16)
     return {
         "H": H,
         "H_KV": H_kv,

@@ -13,9 +13,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Args:
         gate, up: [..., D], of one shape and one floating-point dtype.
 
-    Returns:
-        [..., D].
-
     Raises:
         ValueError: The shapes or dtypes differ.
     """

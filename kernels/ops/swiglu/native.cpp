@@ -1,8 +1,5 @@
 // `swiglu` on a CPU. The backward pass computes the sigmoid again, which costs less than reading it would.
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
-
 #include "../../native/vector.h"
 
 namespace creche::swiglu {
@@ -18,7 +15,7 @@ Vec<A> sigmoid(Vec<A> x) {
 }
 
 struct SwiGLU : torch::autograd::Function<SwiGLU> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& gate, const Tensor& up) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& gate, const Tensor& up) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({gate, up});
     const Tensor g = gate.contiguous(), u = up.contiguous(), y = make(g.sizes(), g.options());
@@ -37,8 +34,7 @@ struct SwiGLU : torch::autograd::Function<SwiGLU> {
     return y;
   }
 
-  static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, torch::autograd::variable_list output_gradients) {
+  static Tensors backward(AutogradContext* ctx, Tensors output_gradients) {
     check_once("swiglu");
     const auto saved = ctx->get_saved_variables();
     const Tensor d = output_gradients[0].contiguous(), g = saved[0].contiguous(), u = saved[1].contiguous();

@@ -57,12 +57,11 @@ def sweep(
     valid = targets != -100
     copies = [s.detach().clone() for s in streams]
     spec = LossSpec(targets, ce_weight, kl_weight, valid, valid, temperature, divergence)
-    wanted = [True] * len(ce_weight)
     if kernels.backend().name == "native":
-        ce, kl = native.loss_and_grad_(copies, spec, wanted)
         gradients = copies[: len(ce_weight)]
+        ce, kl = native.loss_and_grad_(copies, gradients, spec)
     else:
-        ce, kl, gradients = loss_and_grad(copies, spec, wanted)
+        ce, kl, gradients = loss_and_grad(copies, spec, [True] * len(ce_weight))
     assert kl is not None
     return ce, kl, [gradient for gradient in gradients if gradient is not None]
 
