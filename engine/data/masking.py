@@ -33,7 +33,7 @@ class Masking:
         self._ordinary = np.setdiff1d(np.arange(vocab_size), [mask, *special])
         self._may_hide = np.isin(np.arange(vocab_size), self._ordinary)
 
-    def hide(self, tokens_L: np.ndarray, sample: int, context: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def hide(self, tokens_L: np.ndarray, sample: int, context: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the tokens with some hidden, and which are to be predicted (bool [L]); the first `context` stay."""
         rng = np.random.default_rng([self.seed, _MASK, sample])
         uniform_L, replacement_L = rng.random((2, len(tokens_L)))
@@ -43,19 +43,6 @@ class Masking:
         hidden_L = np.where(becomes_mask_L, self.mask, tokens_L)
         random_L = predicted_L & ~becomes_mask_L & (replacement_L < REPLACED_BY_MASK + REPLACED_AT_RANDOM)
         return np.where(random_L, rng.choice(self._ordinary, len(tokens_L)), hidden_L), predicted_L
-
-    def batch(
-        self, tokens_BL: np.ndarray, samples: Sequence[int], device: torch.device, contexts: Sequence[int] | None = None
-    ) -> Batch:
-        """Returns sequences with tokens hidden; the batch's rows and targets are those to predict."""
-        sequences = zip(tokens_BL, samples, contexts or [0] * len(samples), strict=True)
-        hidden, predicted = zip(*(self.hide(*sequence) for sequence in sequences), strict=True)
-        rows_N = np.stack(predicted).ravel().nonzero()[0]
-        return Batch(
-            to_device(torch.from_numpy(np.stack(hidden).astype(np.int64)), device),
-            to_device(torch.from_numpy(tokens_BL.ravel()[rows_N].astype(np.int64)), device),
-            rows_N=to_device(torch.from_numpy(rows_N), device),
-        )
 
 
 class MaskedFile(TokenFile):
@@ -74,5 +61,12 @@ class MaskedFile(TokenFile):
         return int(self.masking.hide(tokens_L, sample, context)[1].sum())
 
     def batch(self, starts: Sequence[int], device: torch.device, samples: Sequence[int] = ()) -> Batch:
+        """Returns the sequences with tokens hidden; the batch's rows and targets are those to predict."""
         tokens_BL, contexts = self._read(starts, self.length)
-        return self.masking.batch(tokens_BL, samples, device, contexts)
+        hidden, predicted = zip(*map(self.masking.hide, tokens_BL, samples, contexts), strict=True)
+        rows_N = np.stack(predicted).ravel().nonzero()[0]
+        return Batch(
+            to_device(torch.from_numpy(np.stack(hidden)), device),
+            to_device(torch.from_numpy(tokens_BL.ravel()[rows_N]), device),
+            rows_N=to_device(torch.from_numpy(rows_N), device),
+        )

@@ -29,14 +29,14 @@ from engine.data.batches import IGNORED, Batch, Step
 from engine.data.tokenizer import Tokenizer
 from engine.evaluation.log_probabilities import TokenTree, collate, plan_batches, single_text
 from engine.evaluation.metrics import SetScore, TaskScore, binomial_error, pearson
-from engine.evaluation.tasks import folder_of, json_lines
+from engine.evaluation.tasks import folder_of, read_items
 from engine.models.base import LanguageModel
 from engine.models.classifier import DROPOUT, Classifier
 from engine.models.families import new_model
 from engine.students.coefficients import LossWeighting
 from engine.students.cohort import Cohort
 from engine.students.gradients import accumulate
-from engine.students.schedule import schedule_factor
+from engine.students.schedule import learning_rate
 from engine.students.student import Student
 from engine.system.distributed import Runtime
 from engine.system.errors import UserError
@@ -138,10 +138,8 @@ def read_datasets(task: str, data: Path) -> list[Dataset]:
 
 
 def _read_examples(task: str, file: Path) -> Examples:
-    if not file.is_file():
-        raise UserError(f"{task}: no {file}: fetch it, or leave the task out")
     texts, labels = [], []
-    for number, item in enumerate(json_lines(file, label=int), 1):
+    for _, number, item in read_items(task, file, label=int):
         try:
             texts.append(tuple(template.format(**item) for template in TEXTS[task]))
         except KeyError as error:
@@ -149,8 +147,6 @@ def _read_examples(task: str, file: Path) -> Examples:
         if item["label"] < 0:
             raise UserError(f"{file}:{number}: label {item['label']}: expected 0 or more; fetch the file again")
         labels.append(item["label"])
-    if not labels:
-        raise UserError(f"{file} holds no examples: fetch it again, or leave the task out")
     return Examples(texts, labels)
 
 
@@ -241,16 +237,36 @@ class _Job:
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        self.masked, longest = not self.model.shape.causal, min(LONGEST, self.model.shape.max_length)
-        self.train, self.validation = (
-            _trees(examples, self.tokenizer, longest, self.say, self.dataset.name, at_first=self.masked)
-            for examples in (self.dataset.train, self.dataset.validation)
-        )
+        self.masked = not self.model.shape.causal
+        self.train, self.validation = self._trees(self.dataset.train), self._trees(self.dataset.validation)
         self.steps_per_epoch = -(-len(self.train) // self.settings.batch)
         self.steps = self.settings.epochs * self.steps_per_epoch
         self.optimizer = replace(self.recipe.optimizer, warmup=int(self.recipe.warmup * self.steps))
         self.coefficients = LossWeighting(ObjectiveConfig(), 1, self.runtime.device).coefficients()
         self.history: list[list[int]] = []  # the predictions after every epoch
+
+    def _trees(self, examples: Examples) -> list[TokenTree]:
+        """Returns every example as a tree of one text, cut to what the model can read, with its number as the text's.
+
+        Before each text of an example stands a boundary token, where the tokenizer has one. The label is predicted at
+        the last token or, by a masked model, at the first.
+        """
+        boundary = [] if self.tokenizer.boundary is None else [self.tokenizer.boundary]
+        longest = min(LONGEST, self.model.shape.max_length)
+        encoded = iter(self.tokenizer.encode_batch([text for texts in examples.texts for text in texts]))
+        trees, cut = [], 0
+        for number, (texts, label) in enumerate(zip(examples.texts, examples.labels, strict=True)):
+            parts = [boundary + next(encoded) for _ in texts]
+            cut += sum(map(len, parts)) > longest
+            while sum(map(len, parts)) > longest:
+                max(parts, key=len).pop()
+            ids = [token for part in parts for token in part]
+            trees.append(single_text(ids, 0 if self.masked else len(ids) - 1, label, number))
+        if cut:
+            self.say(
+                f"{self.dataset.name}: {cut} of {len(trees)} examples are longer than {longest} tokens and were cut"
+            )
+        return trees
 
     def run(self, state: Path) -> list[list[int]]:
         """Trains from the epoch on that `state` holds; returns the predictions after every epoch; a collective call."""
@@ -307,7 +323,7 @@ class _Job:
                 micro_batches=self._batches(examples, epoch),
             )
             tally = accumulate(cohort, step, self.coefficients)
-            rate = settings.learning_rate * schedule_factor(self.optimizer, number, self.steps)
+            rate = learning_rate(cohort[0].config, self.optimizer, number, self.steps)
             if cohort.update(tally.losses_S, tally.ce_S, [rate], stop=False).skipped:
                 raise UserError(
                     f"{self.dataset.name}: loss not finite in epoch {epoch + 1}: lower finetune.learning_rate"
@@ -340,38 +356,14 @@ class _Job:
 
     def _predict(self, cohort: Cohort) -> list[int]:
         """Returns the likeliest class of every example of the validation part; a collective call."""
-        (student,) = cohort
         predicted = torch.zeros(len(self.validation), dtype=torch.float64, device=self.runtime.device)
         with cohort.evaluating():
             for mine in self._shares(self.validation):
-                batch = self._batch([self.validation[i] for i in mine], 0)
-                logits_NC = F.linear(*student.project(student.body(batch)))
+                with cohort.streams(self._batch([self.validation[i] for i in mine], 0)) as [stream]:
+                    logits_NC = F.linear(*stream)
                 finite_N = logits_NC.isfinite().all(-1)  # The largest of NaNs would be class 0.
                 predicted[mine] = torch.where(finite_N, logits_NC.argmax(-1).double(), torch.nan)
         classes = self.runtime.all_reduce_sum(predicted)
         if not all(map(math.isfinite, classes)):
             raise UserError(f"{self.dataset.name}: predictions are not finite: lower finetune.learning_rate")
         return list(map(int, classes))
-
-
-def _trees(
-    examples: Examples, tokenizer: Tokenizer, longest: int, say: Callable[[str], None], name: str, *, at_first: bool
-) -> list[TokenTree]:
-    """Returns every example as a tree of one text, cut to `longest` tokens, with its number as the text's.
-
-    Before each text of an example stands a boundary token, where the tokenizer has one. The label is predicted at the
-    last token or, with `at_first`, at the first.
-    """
-    boundary = [] if tokenizer.boundary is None else [tokenizer.boundary]
-    encoded = iter(tokenizer.encode_batch([text for texts in examples.texts for text in texts]))
-    trees, cut = [], 0
-    for number, (texts, label) in enumerate(zip(examples.texts, examples.labels, strict=True)):
-        parts = [boundary + next(encoded) for _ in texts]
-        cut += sum(map(len, parts)) > longest
-        while sum(map(len, parts)) > longest:
-            max(parts, key=len).pop()
-        ids = [token for part in parts for token in part]
-        trees.append(single_text(ids, 0 if at_first else len(ids) - 1, label, number))
-    if cut:
-        say(f"{name}: {cut} of {len(trees)} examples are longer than {longest} tokens and were cut")
-    return trees

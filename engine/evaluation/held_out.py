@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.data.batches import IGNORED, HeldOutData
-from engine.evaluation.log_probabilities import cohort_target_log_probabilities
+from engine.evaluation.log_probabilities import target_log_probabilities
 from engine.students.cohort import Cohort
 from engine.system.distributed import Runtime
 
@@ -24,8 +24,8 @@ def validation_losses(
     with cohort.evaluating():
         for batch in data.batches():
             valid_N = (batch.targets_N != IGNORED).nonzero().squeeze(1)
-            targets_N = batch.targets_N[valid_N]
-            log_prob_SN = cohort_target_log_probabilities(cohort, batch, valid_N, targets_N, omega)
+            with cohort.streams(batch) as streams:
+                log_prob_SN = target_log_probabilities(streams, valid_N, batch.targets_N[valid_N], omega)
             sums[:-1] -= log_prob_SN.sum(dim=1, dtype=torch.float64)
             sums[-1] += len(valid_N)
     *losses, tokens = runtime.all_reduce_sum(sums)

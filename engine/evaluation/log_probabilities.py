@@ -42,9 +42,9 @@ class TokenTree:
     tokens: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)  # per token: its position in its own text
     subtree_ends: list[int] = field(default_factory=list)  # per token: the index behind the last that attends to it
-    rows: list[int] = field(default_factory=list)  # indices of the tokens whose hidden states predict something
+    rows: dict[int, int] = field(default_factory=dict)  # per token whose state predicts something: the state's number
     targets: list[int] = field(default_factory=list)  # the tokens to predict
-    state_ids: list[int] = field(default_factory=list)  # per target: the index into `rows` of its predictor
+    state_ids: list[int] = field(default_factory=list)  # per target: the number of the state that predicts it
     text_ids: list[int] = field(default_factory=list)  # per target: the text that it belongs to
 
 
@@ -93,20 +93,12 @@ def causal_trees(texts: Sequence[list[int]], scored_from: Sequence[int], *, shar
         for index in path:
             tree.subtree_ends[index] = len(tree.tokens)
         last_inputs = inputs
-        _add_targets(tree, i, texts[i], path, max(scored_from[i], 1))
+        targets = texts[i][max(scored_from[i], 1) :]
+        tree.targets.extend(targets)
+        # The token before each target predicts it.
+        tree.state_ids.extend(tree.rows.setdefault(row, len(tree.rows)) for row in path[-len(targets) :])
+        tree.text_ids.extend([i] * len(targets))
     return trees
-
-
-def _add_targets(tree: TokenTree, text_id: int, text: list[int], path: list[int], first: int) -> None:
-    """Adds the tokens of a text from index `first` on as targets; the token before each of them predicts it."""
-    state_ids = {row: state_id for state_id, row in enumerate(tree.rows)}
-    for row in path[first - 1 :]:
-        if row not in state_ids:
-            state_ids[row] = len(tree.rows)
-            tree.rows.append(row)
-        tree.state_ids.append(state_ids[row])
-    tree.targets.extend(text[first:])
-    tree.text_ids.extend([text_id] * (len(text) - first))
 
 
 def common_prefix_length(texts: Sequence[list[int]]) -> int:
@@ -118,7 +110,7 @@ def common_prefix_length(texts: Sequence[list[int]]) -> int:
 def single_text(ids: list[int], row: int, target: int, text_id: int) -> TokenTree:
     """Returns a tree of one text in which the state of one token, `row`, predicts one target."""
     ends = [len(ids)] * len(ids)
-    return TokenTree(ids, list(range(len(ids))), ends, rows=[row], targets=[target], state_ids=[0], text_ids=[text_id])
+    return TokenTree(ids, list(range(len(ids))), ends, {row: 0}, targets=[target], state_ids=[0], text_ids=[text_id])
 
 
 def masked_copies(ids: list[int], scored: Sequence[int], mask: int, text_id: int) -> list[TokenTree]:
@@ -227,20 +219,10 @@ def cohort_log_probabilities(cohort: Cohort, omega: Sequence[float] | None = Non
     """
 
     def log_probabilities(batch: TreeBatch) -> Tensor:
-        inputs = Batch(batch.tokens_BL, batch.targets_N, batch.rows_U)
-        return cohort_target_log_probabilities(cohort, inputs, batch.state_ids_N, batch.targets_N, omega)
+        with cohort.streams(Batch(batch.tokens_BL, batch.targets_N, batch.rows_U)) as streams:
+            return target_log_probabilities(streams, batch.state_ids_N, batch.targets_N, omega)
 
     return log_probabilities
-
-
-def cohort_target_log_probabilities(
-    cohort: Cohort, batch: Batch, state_ids_N: Tensor, targets_N: Tensor, omega: Sequence[float] | None
-) -> Tensor:
-    """Returns `target_log_probabilities` of the hidden states that the students compute from a batch."""
-    hidden = [student.body(batch) for student in cohort]
-    with cohort.gathered_heads():
-        streams = [student.project(hidden_UD) for student, hidden_UD in zip(cohort, hidden, strict=True)]
-        return target_log_probabilities(streams, state_ids_N, targets_N, omega)
 
 
 def target_log_probabilities(

@@ -7,7 +7,6 @@ class; for a correlation, the difference in tokens instead of the model's.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -43,11 +42,8 @@ class TaskScore:
     @property
     def phenomena(self) -> list[SetScore]:
         """The sets of each phenomenon pooled, as BabyLM 2023 reports BLiMP."""
-        sets = defaultdict(list)
-        for set_score in self.sets:
-            if set_score.phenomenon is not None:
-                sets[set_score.phenomenon].append(set_score)
-        return [pooled(phenomenon, sets[phenomenon]) for phenomenon in sorted(sets)]
+        names = sorted({s.phenomenon for s in self.sets if s.phenomenon is not None})
+        return [pooled(name, [s for s in self.sets if s.phenomenon == name]) for name in names]
 
 
 def _weighted_mean(name: str, sets: Sequence[SetScore], weights: Sequence[int]) -> SetScore:

@@ -18,11 +18,11 @@ def samples(cohort: Cohort, tokenizer: Tokenizer, count: int, tokens: int) -> li
     if count == 0:
         return [[] for _ in cohort]
     with cohort.evaluating():
-        return [_sample(cohort, student, tokenizer, count, tokens) for student in cohort]
+        return [_sample(student, tokenizer, count, tokens) for student in cohort]
 
 
-def _sample(cohort: Cohort, student: Student, tokenizer: Tokenizer, count: int, tokens: int) -> list[str]:
-    device = student.runtime.device
+def _sample(student: Student, tokenizer: Tokenizer, count: int, tokens: int) -> list[str]:
+    alone, device = Cohort([student], student.runtime), student.runtime.device
     generator = torch.Generator().manual_seed(student.config.seed)
     # A text begins behind the boundary token or, where the tokenizer has none, behind a newline.
     prompt = [tokenizer.boundary] if tokenizer.boundary is not None else tokenizer.encode("\n")[-1:]
@@ -30,9 +30,8 @@ def _sample(cohort: Cohort, student: Student, tokenizer: Tokenizer, count: int, 
     for _ in range(min(tokens, student.shape.max_length - 1)):
         length = tokens_BL.shape[1]
         last_B = torch.arange(length - 1, count * length, length, device=device)
-        hidden_BD = student.body(Batch(tokens_BL, tokens_BL[:, -1], rows_N=last_B))
-        with cohort.gathered_heads():
-            logits_BV = (hidden_BD @ student.model.head.T).float().cpu()
+        with alone.streams(Batch(tokens_BL, tokens_BL[:, -1], rows_N=last_B)) as [(hidden_BD, head_VD, _)]:
+            logits_BV = (hidden_BD @ head_VD.T).float().cpu()
         next_B1 = torch.multinomial((logits_BV / TEMPERATURE).softmax(-1), 1, generator=generator)
         tokens_BL = torch.cat([tokens_BL, next_B1.to(device)], dim=1)
     texts = []

@@ -28,7 +28,7 @@ from engine.models.base import LanguageModel
 from engine.models.huggingface import OMEGA, load_model
 from engine.system.distributed import init_distributed
 from engine.system.errors import UserError
-from engine.system.files import written_aside
+from engine.system.files import write_text, written_aside
 from engine.system.formatting import align_columns
 from engine.system.provenance import git_commit
 
@@ -124,8 +124,7 @@ def write_scores(folder: Path, model: str, scores: Sequence[TaskScore], provenan
     tasks = [{**asdict(t), "mean": asdict(t.mean), "phenomena": [asdict(p) for p in t.phenomena]} for t in scores]
     content = {"model": model, **provenance, "tasks": tasks}
     try:
-        with written_aside(folder / "scores.json") as aside:
-            aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_text(folder / "scores.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
         with written_aside(folder / "scores.csv") as aside, aside.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("model", "task", *(column.name for column in fields(SetScore))))

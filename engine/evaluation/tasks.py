@@ -63,28 +63,6 @@ def read_tasks(names: Sequence[str], data: Path) -> list[Task]:
     return [ZERO_SHOT[name](name, data) for name in names]
 
 
-def json_lines(file: Path, **types: type) -> Iterator[dict]:
-    """Yields the objects of a JSON-lines file.
-
-    Raises UserError, which names file and line, for an object in which a key of `types` is missing, has a value of
-    another type, or an empty text.
-    """
-    try:
-        text = file.read_text(encoding="utf-8").rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
-    # JSON may hold line separators that splitlines would split at.
-    for number, line in enumerate(text.split("\n") if text else [], 1):
-        try:
-            item = json.loads(line)
-            if not all(isinstance(item[key], kind) and item[key] != "" for key, kind in types.items()):
-                raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError):
-            expected = " and ".join(f"{key} ({kind.__name__})" for key, kind in types.items())
-            raise UserError(f"{file}:{number}: expected {expected} in a JSON object; fetch the file again") from None
-        yield item
-
-
 def minimal_pairs(name: str, path: Path, sets: int | None = None) -> Task:
     """Returns the pairs of a JSON-lines file or of all in a folder.
 
@@ -92,7 +70,7 @@ def minimal_pairs(name: str, path: Path, sets: int | None = None) -> Task:
     or files for another number of sets than `sets`.
     """
     questions = []
-    for file, _, item in _items(name, path, sets, sentence_good=str, sentence_bad=str):
+    for file, _, item in read_items(name, path, sets, sentence_good=str, sentence_bad=str):
         subset = item.get("phenomenon") or item.get("UID") or file.stem
         phenomenon = item.get("linguistics_term")
         if phenomenon == "s-selection":
@@ -102,19 +80,38 @@ def minimal_pairs(name: str, path: Path, sets: int | None = None) -> Task:
     return Task(name, questions, accuracies)
 
 
-def _items(name: str, path: Path, sets: int | None, **types: type) -> Iterator[tuple[Path, int, dict]]:
-    """Yields file, line and item for every item of a JSON-lines file, or of all in a folder."""
+def read_items(name: str, path: Path, sets: int | None = None, **types: type) -> Iterator[tuple[Path, int, dict]]:
+    """Yields file, line number and object for every line of a JSON-lines file, or of all in a folder.
+
+    Raises UserError for a missing or empty file, for files of another number than `sets`, and for an object in which a
+    key of `types` is missing, has a value of another type, or an empty text; then it names file and line.
+    """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
+    if not files:
         raise UserError(f"{name}={path}: expected a file or folder of *.jsonl: fetch it, or leave the task out")
     if len(files) != (sets or len(files)):
         raise UserError(f"{name}: {path} holds {len(files)} sets, expected {sets}: fetch the missing ones")
     for file in files:
-        number = 0
-        for number, item in enumerate(json_lines(file, **types), 1):
-            yield file, number, item
-        if number == 0:
+        if not file.is_file():
+            raise UserError(f"{name}: no {file}: fetch it, or leave the task out")
+        try:
+            text = file.read_text(encoding="utf-8").rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
+        if not text:
             raise UserError(f"{name}: {file} holds no items: fetch it again, or leave the task out")
+        # JSON may hold line separators that splitlines would split at.
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                item = json.loads(line)
+                if not all(isinstance(item[key], kind) and item[key] != "" for key, kind in types.items()):
+                    raise TypeError
+            except (json.JSONDecodeError, KeyError, TypeError):
+                expected = " and ".join(f"{key} ({kind.__name__})" for key, kind in types.items())
+                raise UserError(
+                    f"{file}:{number}: expected {expected} in a JSON object; fetch the file again"
+                ) from None
+            yield file, number, item
 
 
 def accuracies(questions: Sequence[Question], scores: Numbers, lengths: Sequence[Sequence[int]]) -> list[SetScore]:
@@ -149,7 +146,7 @@ def _ewok(name: str, data: Path) -> Task:
     folder = folder_of(name, data, "ewok_filtered", "ewok_fast", "ewok")
     questions = [
         Question(item["Domain"], tuple(f"{item['Context1']} {item[target]}" for target in ("Target1", "Target2")))
-        for _, _, item in _items(name, folder, 11, Context1=str, Target1=str, Target2=str, Domain=str)
+        for _, _, item in read_items(name, folder, 11, Context1=str, Target1=str, Target2=str, Domain=str)
     ]
     return Task(name, questions, accuracies)
 
@@ -158,7 +155,7 @@ def _entity_tracking(name: str, data: Path) -> Task:
     questions = []
     folder = folder_of(name, data, "entity_tracking", "entity_tracking_fast")
     sets = 3 if folder.name == "entity_tracking" else None  # The milestones' data has fewer.
-    for file, number, item in _items(name, folder, sets, input_prefix=str, options=list, numops=int):
+    for file, number, item in read_items(name, folder, sets, input_prefix=str, options=list, numops=int):
         if len(item["options"]) < 2 or not all(isinstance(option, str) and option for option in item["options"]):
             raise UserError(f"{file}:{number}: expected at least two texts in options; fetch the file again")
         answers = tuple(item["input_prefix"] + option for option in item["options"])
@@ -169,7 +166,7 @@ def _entity_tracking(name: str, data: Path) -> Task:
 def _wug(name: str, data: Path) -> Task:
     questions, ratios = [], []
     folder = folder_of(name, data, "wug_adj_nominalization")
-    for file, number, item in _items(name, folder, 1, sentences=str, ratio=Real):
+    for file, number, item in read_items(name, folder, 1, sentences=str, ratio=Real):
         answers = tuple(item["sentences"].split("\t"))
         if len(answers) != 2 or not all(answers) or not 0 <= item["ratio"] <= 1:
             raise UserError(f"{file}:{number}: expected two sentences with a tab between, and a ratio of 0 to 1")

@@ -6,6 +6,7 @@ engine.models.huggingface, and in `engine.models.base.initial_weights` the names
 stream. FLOPs, checks and evaluation ask the Shape and need nothing; engine.compute.memory estimates by `mlp_matrices`.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def new_model(shape: Shape, *, recompute: bool = False) -> LanguageModel:
     return _MODELS[shape.family](shape, recompute=recompute)
 
 
+@cache
 def parameter_count(shape: Shape) -> int:
     """Returns the number of a model's parameters, without making the model; a shared weight counts once."""
     with torch.device("meta"):

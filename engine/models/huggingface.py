@@ -208,9 +208,10 @@ def shape_of_folder(folder: Path, key: str) -> Shape:
 
 def hf_weights(shape: Shape, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns a model's parameters by Hugging Face's names, fp32, laid out as there."""
+    family = _FORMATS[shape.family]
     return {
-        name if name.startswith("lm_head.") else _FORMATS[shape.family].prefix + name: (
-            (weight.T if _is_transposed(shape, name) else weight).float().contiguous()
+        name if name.startswith("lm_head.") else family.prefix + name: (
+            (weight.T if re.search(family.transposed, name) else weight).float().contiguous()
         )
         for name, weight in weights.items()
     }
@@ -244,11 +245,11 @@ def _read(
     head = {id(model.head), id(model.head_bias)}
     parameters = {name: p for name, p in model.named_parameters() if not head_only or id(p) in head}
     expected = {name: list(p.shape) for name, p in parameters.items()}
-    prefix, tensors = _FORMATS[shape.family].prefix, {}
+    family, tensors = _FORMATS[shape.family], {}
     try:
         with safe_open(folder / "model.safetensors", "pt") as file:
             for stored_name in file.keys():  # noqa: SIM118, the file is no mapping.
-                name = stored_name.removeprefix(prefix)
+                name = stored_name.removeprefix(family.prefix)
                 if name in expected or not (head_only or _UNUSED.search(stored_name)):
                     tensors[name] = file.get_tensor(stored_name)
     except SafetensorError as error:
@@ -256,7 +257,7 @@ def _read(
     for name in _TIED_WEIGHTS if shape.tied else ():
         tensors.pop(name, None)
     for name in sorted(expected.keys() | tensors.keys()):
-        if name in tensors and _is_transposed(shape, name) and tensors[name].ndim == 2:
+        if name in tensors and re.search(family.transposed, name) and tensors[name].ndim == 2:
             tensors[name] = tensors[name].T.contiguous()
         size = list(tensors[name].shape) if name in tensors else None
         if size != expected.get(name):
@@ -268,10 +269,6 @@ def _read(
             raise UserError(f"{key}: {name} is not finite (NaN or infinite): the model has diverged; take another")
         tensors[name] = tensors[name].to(dtype)
     return shape, tensors
-
-
-def _is_transposed(shape: Shape, name: str) -> bool:
-    return re.search(_FORMATS[shape.family].transposed, name) is not None
 
 
 def _hf_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Gradients reach an engine through its own loss alone, so that no graph is shared between engines.
 
-S students.
+N tokens, D hidden, S students.
 """
 
 import math
@@ -14,8 +14,10 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from engine.data.batches import Batch
 from engine.students.student import Student
 from engine.system.distributed import Runtime
+from kernels import Projected
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,17 @@ class Cohort(list[Student]):
         return [student.name for student in self]
 
     @contextmanager
-    def gathered_heads(self) -> Iterator[None]:
-        """Makes every head whole on every rank; under ZeRO 3 it holds from the loss to the end of the backward pass.
+    def streams(self, batch: Batch) -> Iterator[list[Projected]]:
+        """Yields every student's stream of logits; under ZeRO 3 the heads are whole on every rank until the block ends.
 
-        Begin it after the bodies have run: a body releases the embedding that it has used, and a tied head with it.
+        They are gathered once the bodies have run: a body releases the embedding that it has used, and a tied head with
+        it.
         """
+        hidden = [student.body(batch) for student in self]
         models = [student.model for student in self if student.zero_stage == 3]
         heads = [head for model in models for head in (model.head, model.head_bias) if head is not None]
         with deepspeed.zero.GatheredParameters(heads) if heads else nullcontext():
-            yield
+            yield [student.model.project(hidden_ND) for student, hidden_ND in zip(self, hidden, strict=True)]
 
     def update(self, losses_S: Tensor, ce_S: Tensor, learning_rates: Sequence[float], *, stop: bool) -> Verdict:
         """Has every student step, or none if a loss or gradient of one is not finite on any rank; a collective call.

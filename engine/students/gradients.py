@@ -45,9 +45,7 @@ def accumulate(
     """
     tally = Tally(len(cohort), step.micro_batches[0].targets_N.device)
     for batch in step.micro_batches:
-        hidden = [student.body(batch) for student in cohort]
-        with cohort.gathered_heads():
-            streams = [student.project(hidden_ND) for student, hidden_ND in zip(cohort, hidden, strict=True)]
+        with cohort.streams(batch) as streams:
             result = linear_ensemble_kl(
                 streams,
                 teachers(batch),

@@ -22,7 +22,6 @@ from engine.models.families import new_model, shape_of
 from engine.students import zero
 from engine.students.stopwatch import Stopwatch
 from engine.system.distributed import Runtime
-from kernels import Projected
 
 # One student's fp32 state on the CPU: "weight/<parameter>", "exp_avg/<parameter>" and "exp_avg_sq/<parameter>".
 StudentState = Mapping[str, Tensor]
@@ -75,9 +74,6 @@ class Student:
         # Evaluation is not training time.
         with self.clock.running() if torch.is_grad_enabled() else nullcontext():
             return self.engine(*inputs)
-
-    def project(self, hidden_ND: Tensor) -> Projected:
-        return self.model.project(hidden_ND)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates the gradient of `loss`; after the last micro-batch of a step, reduces it over the ranks.
@@ -145,15 +141,9 @@ def student_model(
     if state is None:
         initial_weights(model, config.layers, config.seed)
     else:
-        set_weights(model, state)
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(state[f"weight/{name}"])
     return model
-
-
-@torch.no_grad()
-def set_weights(model: nn.Module, state: StudentState) -> None:
-    """Sets a model's parameters to the weights of `state`."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(state[f"weight/{name}"])
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -21,15 +21,6 @@ from engine.system.errors import UserError
 PUNCTUATION = ",.?!"
 
 
-@dataclass(frozen=True)
-class Document:
-    """A scene, one sentence a line."""
-
-    text: str
-    words: int  # White-space tokens.
-    nats: float  # −log of the document's probability: no model of documents can average less.
-
-
 # The choice among a symbol's expansions: their cumulative probabilities (without the last, which is 1), the expansions
 # themselves, reversed for a stack, and the nats of each. A word carries the space before it; punctuation carries none.
 Choice: TypeAlias = tuple[list[float], list[list["Choice | str"]], list[float]]
@@ -71,18 +62,18 @@ def _rng(seed: int) -> random.Random:
     return random.Random(seed)
 
 
-def documents(seed: int) -> Iterator[Document]:
-    """Yields scenes without end, independent of one another; a seed gives the same ones on every platform.
+def documents(seed: int) -> Iterator[tuple[str, float]]:
+    """Yields scenes without end, one sentence a line, independent of one another, each with −log of its probability.
 
-    Raises ValueError for a negative seed.
+    No model of documents can average fewer nats. A seed gives the same scenes on every platform. Raises ValueError for
+    a negative seed.
     """
     rng = _rng(seed)
     share = 1 / len(TOPICS)
     scenes: list[list[Choice | str]] = [[_choices(topic)[START]] for topic in TOPICS]
     any_topic = [share * i for i in range(1, len(TOPICS))], scenes, [-math.log(share)] * len(TOPICS)
     while True:
-        text, nats = _sample(rng, any_topic)
-        yield Document(text, len(text.split()), nats)
+        yield _sample(rng, any_topic)
 
 
 def generate(seed: int, words: int) -> Iterator[str]:
@@ -92,9 +83,9 @@ def generate(seed: int, words: int) -> Iterator[str]:
     """
     if words < 1:
         raise ValueError(f"words is {words}; expected at least 1")
-    for document in documents(seed):
-        yield document.text
-        words -= document.words
+    for text, _ in documents(seed):
+        yield text
+        words -= len(text.split())
         if words <= 0:
             return
 

@@ -1,19 +1,10 @@
 """Reads the words of the generated corpus from lexicon.yaml, and spells the forms of its nouns and verbs."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-
-@dataclass(frozen=True)
-class Topic:
-    """What a scene is about: its first line says so, and its words come up more often for the rest of it."""
-
-    openings: list[str]
-    words: str
 
 
 def read_table(name: str) -> dict[str, Any]:
@@ -27,7 +18,8 @@ VERBS: dict[str, str] = _LEXICON["verbs"]
 WORDS: dict[str, str] = _LEXICON["words"]
 SOUNDS: dict[str, str] = _LEXICON["sounds"]
 FRAGMENTS: list[str] = _LEXICON["fragments"]
-TOPICS = {name: Topic(**topic) for name, topic in _LEXICON["topics"].items()}
+# By topic: its `openings` are the first lines of its scenes, and its `words` come up more often in the rest of them.
+TOPICS: dict[str, dict[str, Any]] = _LEXICON["topics"]
 
 
 def noun(entry: str) -> dict[str, str]:

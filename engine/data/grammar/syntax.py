@@ -55,7 +55,7 @@ def rules(topic: str) -> Rules:
         "Turns": {"Turn": 1 - MORE_TURNS, "Turn / Turns": MORE_TURNS},
         **TEMPLATES["turns"],
         "Fragment": {line: 1 / (rank + 3) for rank, line in enumerate(FRAGMENTS)},
-        "Opening": dict.fromkeys(TOPICS[topic].openings, 1.0),
+        "Opening": dict.fromkeys(TOPICS[topic]["openings"], 1.0),
     }
 
 
@@ -68,7 +68,7 @@ def _add(table: Rules, section: str, factor: float = 1, /, **features: str) -> N
 
 def _words(topic: str) -> Rules:
     """Returns the rules whose expansions are words."""
-    topical = set(TOPICS[topic].words.split())
+    topical = set(TOPICS[topic]["words"].split())
 
     def weigh(entries: str) -> Weights:
         """Returns weights by rank (Zipf-Mandelbrot), those of the topic's words multiplied by TOPIC_BOOST."""

@@ -1,20 +1,35 @@
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from engine.data.batches import TrainingData
+from engine.data.batches import Batch, TrainingData
 from engine.data.masking import MaskedFile, Masking
 
 V, SPECIAL, MASK = 50, (0, 1, 2), 49
 TEXT = np.random.default_rng(0).integers(V - 1, size=(64, 512)).astype(np.uint16)
 CPU = torch.device("cpu")
 MASKING = Masking(V, MASK, SPECIAL, seed=3)
+Read = Callable[..., Batch]
 
 
-def test_of_fifteen_percent_eight_in_ten_are_masked_one_is_random_and_one_stays() -> None:
-    batch = MASKING.batch(TEXT, range(len(TEXT)), CPU)
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """Returns a function that reads rows of tokens from a file, as the sequences of these numbers."""
+
+    def read(tokens_BL: np.ndarray, samples: Sequence[int], masking: Masking = MASKING) -> Batch:
+        length = tokens_BL.shape[1]
+        np.append(tokens_BL, 0).astype("<u2").tofile(tmp_path / "rows.bin")  # A file is longer than one sequence.
+        file = MaskedFile(tmp_path / "rows.bin", "<u2", length, masking)
+        return file.batch(range(0, tokens_BL.size, length), CPU, samples)
+
+    return read
+
+
+def test_of_fifteen_percent_eight_in_ten_are_masked_one_is_random_and_one_stays(read: Read) -> None:
+    batch = read(TEXT, range(len(TEXT)))
     assert batch.rows_N is not None
     before = torch.from_numpy(TEXT.astype(np.int64)).flatten()
     after = batch.tokens_BL.flatten()
@@ -29,24 +44,25 @@ def test_of_fifteen_percent_eight_in_ten_are_masked_one_is_random_and_one_stays(
     assert shares == pytest.approx([0.8, 0.1 + 0.1 / 46, 0.1 - 0.1 / 46], abs=0.02)
 
 
-def test_special_tokens_are_neither_predicted_nor_drawn() -> None:
-    batch = MASKING.batch(TEXT, range(len(TEXT)), CPU)
+def test_special_tokens_are_neither_predicted_nor_drawn(read: Read) -> None:
+    batch = read(TEXT, range(len(TEXT)))
     assert batch.rows_N is not None
     assert not np.isin(batch.targets_N, SPECIAL).any()
     assert not np.isin(batch.tokens_BL.flatten()[batch.rows_N], SPECIAL).any()
-    nothing = MASKING.batch(np.zeros_like(TEXT[:1]), [5], CPU)
+    nothing = read(np.zeros_like(TEXT[:1]), [5])
     assert nothing.targets_N.numel() == 0
     assert not nothing.tokens_BL.any()
 
 
-def test_a_sequence_is_masked_alike_in_any_company_and_anew_in_every_epoch() -> None:
-    whole = MASKING.batch(TEXT[:8], range(8), CPU)
-    alone = [Masking(V, MASK, SPECIAL, seed=3).batch(TEXT[i : i + 1], [i], CPU) for i in range(8)]
+def test_a_sequence_is_masked_alike_in_any_company_and_anew_in_every_epoch(read: Read) -> None:
+    whole = read(TEXT[:8], range(8))
+    alone = [read(TEXT[i : i + 1], [i], Masking(V, MASK, SPECIAL, seed=3)) for i in range(8)]
     assert torch.equal(whole.tokens_BL, torch.cat([batch.tokens_BL for batch in alone]))
     assert torch.equal(whole.targets_N, torch.cat([batch.targets_N for batch in alone]))
-    assert [MASKING.hide(TEXT[i], i)[1].sum() for i in range(8)] == [len(batch.targets_N) for batch in alone]
-    assert not torch.equal(MASKING.batch(TEXT[:1], [1], CPU).tokens_BL, MASKING.batch(TEXT[:1], [0], CPU).tokens_BL)
-    assert not torch.equal(Masking(V, MASK, SPECIAL, seed=4).batch(TEXT[:8], range(8), CPU).tokens_BL, whole.tokens_BL)
+    assert [MASKING.hide(TEXT[i], i, 0)[1].sum() for i in range(8)] == [len(batch.targets_N) for batch in alone]
+    assert not torch.equal(read(TEXT[:1], [1]).tokens_BL, read(TEXT[:1], [0]).tokens_BL)
+    other = Masking(V, MASK, SPECIAL, seed=4)
+    assert not torch.equal(read(TEXT[:8], range(8), other).tokens_BL, whole.tokens_BL)
 
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:

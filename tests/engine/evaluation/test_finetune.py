@@ -76,7 +76,7 @@ def test_a_masked_model_learns_too_and_sees_no_padding(
 
     def watched(trees: list[TokenTree], device: torch.device) -> TreeBatch:
         lengths.append({len(tree.tokens) for tree in trees})
-        assert {tree.rows[0] for tree in trees} == {0}, "the first token's state, which has seen both texts"
+        assert {row for tree in trees for row in tree.rows} == {0}, "the first token's state, which has seen both texts"
         return collate(trees, device)
 
     monkeypatch.setattr(module, "collate", watched)
@@ -199,10 +199,15 @@ def test_predictions_that_are_not_finite_are_no_result(
     assert not list(tmp_path.iterdir())
 
 
-def test_long_examples_are_cut_and_it_is_said(tokenizer: Tokenizer) -> None:
+def test_long_examples_are_cut_and_it_is_said(
+    model: Llama, tokenizer: Tokenizer, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LONGEST", 20)
     said: list[str] = []
     part = Examples([("look " * 40, "the dog"), ("look", "the dog")], [0, 1])
-    long, short = module._trees(part, tokenizer, 20, said.append, "rte", at_first=False)
+    settings, recipe = module.Settings(), module.RECIPES["babylm-2025"]
+    dataset = Dataset("rte", "rte", part, Examples(part.texts[1:], part.labels[1:]))
+    long, short = module._Job(dataset, settings, recipe, model, tokenizer, runtime, said.append).train
     assert (len(long.tokens), long.tokens.count(tokenizer.boundary or 0)) == (20, 2)
     assert long.tokens[-len(tokenizer.encode("the dog")) :] == tokenizer.encode("the dog"), "the longer text is cut"
     assert short.tokens == [
@@ -211,7 +216,7 @@ def test_long_examples_are_cut_and_it_is_said(tokenizer: Tokenizer) -> None:
         tokenizer.boundary,
         *tokenizer.encode("the dog"),
     ]
-    assert (short.targets, short.rows) == ([1], [len(short.tokens) - 1])
+    assert (short.targets, list(short.rows)) == ([1], [len(short.tokens) - 1])
     assert said == ["rte: 1 of 2 examples are longer than 20 tokens and were cut"]
 
 

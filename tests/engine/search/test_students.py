@@ -9,9 +9,8 @@ import yaml
 
 from engine.config.loading import build
 from engine.config.settings import Config, SearchConfig
-from engine.models.families import new_model
-from engine.models.llama import LlamaShape
-from engine.search.students import METHODS, Space, search, target
+from engine.models.families import new_model, shape_of
+from engine.search.students import METHODS, search, size, target
 from engine.system.errors import UserError
 
 PAPER = SearchConfig()
@@ -39,24 +38,26 @@ def test_the_papers_targets_give_the_papers_students(tmp_path: Path) -> None:
 def test_exhaustive_equals_brute_force(tmp_path: Path) -> None:
     students = search(replace(NANO, output=str(tmp_path / "students.yaml")))
     sizes = {}
-    for candidate in Space(NANO).candidates():
-        shape = Space(NANO).shape(candidate)
-        assert isinstance(shape, LlamaShape)
-        assert shape.layers == candidate.layers
+    for _, student in METHODS["exhaustive"](NANO, 1):
+        shape = shape_of(student, NANO.vocab_size)
+        assert (shape.family, shape.layers) == ("llama", student.layers)
         with torch.device("meta"):
-            sizes[candidate] = sum(p.numel() for p in new_model(shape).parameters())
+            sizes[student.layers, student.hidden, student.heads] = sum(p.numel() for p in new_model(shape).parameters())
     assert len(sizes) == 4 * 3 + 4, "only 96 is divisible by 3 heads"
     for number, student in enumerate(students, start=1):
-        assert student == min(sizes, key=lambda s: abs(sizes[s] - 2_000_000 / (number + 1)))
+        assert (student.layers, student.hidden, student.heads) == min(
+            sizes, key=lambda s: abs(sizes[s] - 2_000_000 / (number + 1))
+        )
 
 
 def test_the_papers_method_stays_in_the_space_and_repeats_itself(tmp_path: Path) -> None:
     config = replace(NANO, method="bayesian", students=1, output=str(tmp_path / "students.yaml"))
-    (student,), again = search(config), METHODS["bayesian"](Space(config), 1)
-    assert student == again.student
-    assert len(again.scores) == 5 + 4
-    assert student in set(Space(config).candidates())
-    assert max(again.scores) == -abs(Space(config).size(student) - target(config, 1))
+    (student,), again = search(config), METHODS["bayesian"](config, 1)
+    scores = [score for score, _ in again]
+    assert student == again[scores.index(max(scores))][1]
+    assert len(again) == 5 + 4
+    assert student in {candidate for _, candidate in METHODS["exhaustive"](config, 1)}
+    assert max(scores) == -abs(size(config, student) - target(config, 1))
 
 
 def test_its_output_is_a_runs_settings(tmp_path: Path) -> None:
@@ -66,6 +67,7 @@ def test_its_output_is_a_runs_settings(tmp_path: Path) -> None:
     assert [s.seed for s in config.students] == [1, 2]
 
 
-def test_what_cannot_be_searched_is_refused() -> None:
+def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="hidden=50 is divisible by none of"):
-        Space(replace(NANO, hidden=(50,)))
+        search(replace(NANO, hidden=(50,), output=str(tmp_path / "students.yaml")))
+    assert not list(tmp_path.iterdir())

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from engine.config.settings import OptimizerConfig
-from engine.students.schedule import schedule_factor
+from engine.config.settings import OptimizerConfig, StudentConfig
+from engine.students.schedule import learning_rate
 
 STEPS, WARMUP = 100, 10
 SCHEDULES = ("cosine", "linear", "trapezoid", "constant")
@@ -13,7 +13,8 @@ SCHEDULES = ("cosine", "linear", "trapezoid", "constant")
 def factors(schedule: Any, **changed: Any) -> dict[int, float]:
     settings: dict[str, Any] = dict(warmup=WARMUP, decay_fraction=0.2, min_lr_ratio=0.1, schedule=schedule)
     optimizer = OptimizerConfig(**settings | changed)
-    return {step: schedule_factor(optimizer, step, STEPS) for step in range(1, STEPS + 1)}
+    student = StudentConfig("one", 1, 32, 4, 48, learning_rate=1.0)
+    return {step: learning_rate(student, optimizer, step, STEPS) for step in range(1, STEPS + 1)}
 
 
 @pytest.mark.parametrize(
