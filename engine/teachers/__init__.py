@@ -1,1 +1,1 @@
-"""What is learnt from: frozen teachers, and the cache of what they predict."""
+"""What is learnt from: frozen teachers, and the cache of their hidden states."""

@@ -5,6 +5,10 @@ the teacher is (engine.teachers.store). Where it reads fixed chunks, its states 
 them. Where it reads windows of its own, all of them are computed before the first step. A teacher whose states are all
 there is loaded without its body.
 
+A cached run equals a live one bit for bit where a row's states do not depend on the other rows of its pass. On a CPU
+they do not for passes of equal shape whose activations fill whole vector registers: a micro-batch times train.length
+times the teacher's inner width is a multiple of 32. States computed with another micro-batch are equal up to rounding.
+
 N tokens, D hidden.
 """
 
@@ -22,6 +26,7 @@ from engine.data.batches import Batch, Step, TokenFile, to_device
 from engine.data.prepare import Prepared
 from engine.models.huggingface import shape_of_folder
 from engine.system.distributed import Runtime
+from engine.system.errors import UserError
 from engine.teachers.store import FORMAT, StateStore, Stored, stored
 from engine.teachers.teachers import (
     STORAGE,
@@ -61,6 +66,8 @@ class CachedTeachers(Teachers):
         if batch.teacher_states[number] is not None:
             return super().states(number, batch)
         store = self._stores[number]
+        if self.teachers[number].model is None:
+            raise UserError(f"{store.folder}: a part has gone while the run read it; run again, and it is computed")
         computed = stored(super().states(number, batch), store.int8)
         self._writers[number].add(store.windows.pieces(batch.begins), computed)
         return computed.values(store.dtype)  # The kept ones, so that a run that goes on sees what this one has seen.
@@ -157,10 +164,11 @@ def cached_teachers(
     `load_teacher` does.
     """
     teachers, stores = [], []
-    for number, name in enumerate(teacher_names(config)):
+    for number, folder in enumerate(_folders(config)):
         with runtime.raise_on_all_ranks():
-            store = _open_store(config, prepared, file, number, name, teacher_hashes[number])
-        missing = runtime.broadcast(store.missing(range(store.windows.blocks)))
+            store = _open_store(config, prepared, file, number, folder, teacher_hashes[number])
+        # A rank of another node may not see yet what the others see.
+        missing = sorted(set[int]().union(*runtime.all_gather(store.missing(range(store.windows.blocks)))))
         teacher = load_teacher(
             config, config.teachers[number], prepared.tokenizer, file, runtime.device, with_body=bool(missing)
         )
@@ -178,8 +186,16 @@ def cached_teachers(
     return cached
 
 
+def _folders(config: Config) -> list[Path]:
+    """Returns a folder for each teacher: it has the teacher's name, and its number where names are equal."""
+    assert config.cache is not None
+    names = [name.strip("/").replace("/", "-") for name in teacher_names(config)]
+    numbered = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
+    return [Path(config.cache.path) / name for name in numbered]
+
+
 def _open_store(
-    config: Config, prepared: Prepared, file: TokenFile, number: int, name: str, teacher_hash: str
+    config: Config, prepared: Prepared, file: TokenFile, number: int, folder: Path, teacher_hash: str
 ) -> StateStore:
     assert config.cache is not None
     teacher = config.teachers[number]
@@ -196,7 +212,6 @@ def _open_store(
         "precision": config.train.precision,
         "dtype": config.cache.dtype,
     }
-    folder = Path(config.cache.path) / name.strip("/").replace("/", "-")
     return StateStore(folder, manifest, windows, shape.hidden, STORAGE[config.train.precision])
 
 

@@ -57,7 +57,7 @@ class Teacher:
 
     def states(self, batch: Batch) -> Tensor:
         """Returns the hidden states [N, D] of the batch's rows, and computes them."""
-        assert self.model is not None, "a teacher without a body has all its states in the cache"
+        assert self.model is not None
         if self.windows is None or not self.windows.stream:
             return self.model(batch.tokens_BL, batch.rows_N)
         pieces = self.windows.pieces(batch.begins)
@@ -67,7 +67,7 @@ class Teacher:
 
     def states_of_blocks(self, blocks: Sequence[int]) -> list[Tensor]:
         """Returns the hidden states of each block, [block length, D], and computes them."""
-        assert self.model is not None, "a teacher without a body has all its states in the cache"
+        assert self.model is not None
         assert self.windows is not None
         states, size = [], self.windows.at_once
         for first in range(0, len(blocks), size):

@@ -53,9 +53,10 @@ class Windows:
     def at_once(self) -> int:
         """The windows that a model always reads at once, so that no state depends on what else is read with it.
 
-        Matrix products may round differently with another number of rows.
+        Matrix products may round differently with another number of rows. The number is a power of two, because the
+        last few numbers of a tensor, which fill no vector register, may be rounded differently than those before.
         """
-        return max(1, TOKENS_AT_ONCE // self.length)
+        return 2 ** (max(1, TOKENS_AT_ONCE // self.length).bit_length() - 1)
 
     def first_kept(self, block: int) -> int:
         """Returns where in its window a block begins."""

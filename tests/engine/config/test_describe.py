@@ -57,7 +57,7 @@ def test_what_is_printed_for_lists_mappings_and_optional_settings() -> None:
     printed: dict[str, Any] = yaml.safe_load(describe(Config))
     students = [list(student) for student in printed["students"]]
     assert students == [[field.name for field in dataclasses.fields(settings.StudentConfig)]]
-    assert list(printed["cache"]) == ["path", "k"]
+    assert list(printed["cache"]) == ["path", "dtype"]
     assert "default, leaves it out.\ncache:" in describe(Config)
     sweep = yaml.safe_load(describe(SweepConfig))
     assert sweep["parameters"] == {"<dotted key>": {"low": 0.0, "high": 0.0, "log": False, "choices": []}}

@@ -49,6 +49,21 @@ def test_overrides_reach_nested_keys_and_list_places_over_the_yaml_over_the_defa
     assert config("optimizer.betas.1=0.5", optimizer={"betas": [0.9, 0.98]}).optimizer.betas == (0.9, 0.5)
 
 
+def test_a_name_behind_a_list_sets_the_value_in_each_item() -> None:
+    settings = config("students.layers=8", "students.1.layers=3", "students.learning_rate=1e-3")
+    assert [student.layers for student in settings.students] == [8, 3]
+    assert [student.learning_rate for student in settings.students] == [1e-3, 1e-3]
+    assert [student.layers for student in config("students.1.layers=3", "students.layers=8").students] == [8, 8]
+    taught = config("teachers=[{path: a}, {path: b, weight: 2}]", "teachers.context=stream", "teachers.1.window=8")
+    assert [(t.path, t.context, t.window, t.weight) for t in taught.teachers] == [
+        ("a", "stream", None, 1.0),
+        ("b", "stream", 8, 2.0),
+    ]
+    for override in ("evaluation.tasks.context=x", "optimizer.betas.first=x", "teachers.context=stream"):
+        with pytest.raises(UserError, match=override.partition("=")[0]):
+            config(override, teachers=[], evaluation={"tasks": ["blimp"]}, optimizer={"betas": [0.9, 0.98]})
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -82,11 +97,10 @@ def test_overrides_reach_nested_keys_and_list_places_over_the_yaml_over_the_defa
             "students.-1.layers=4",
             "students.-1.layers: '-1' is not an index of a list of 2: expected 0 to 2 (2 appends an item)",
         ),
-        (
-            "students.a.layers=4",
-            "students.a.layers: 'a' is not an index of a list of 2: expected 0 to 2 (2 appends an item)",
-        ),
-        ("cache.kk=4", "unknown key 'cache.kk': did you mean 'k'?"),
+        ("students.a.layers=4", "unknown key 'students.0.a': expected one of name, layers, "),
+        ("students.layrs=4", "unknown key 'students.0.layrs': did you mean 'layers'?"),
+        ("students.layers=deep", "students.0.layers='deep': input should be a valid integer"),
+        ("cache.pathh=4", "unknown key 'cache.pathh': did you mean 'path'?"),
         ("train.steps", "'train.steps': expected key=value"),
         ("=4", "'=4': expected key=value"),
         ("train.steps=[", "'train.steps=[': the value is not YAML"),

@@ -29,7 +29,7 @@ from engine.students.cohort import Cohort
 from engine.students.gradients import accumulate
 from engine.students.student import Student, decay_groups, student_model
 from engine.system.distributed import Runtime, exit_process, init_distributed
-from engine.teachers.teachers import Teachers, teacher_shares, teacher_streams
+from engine.teachers.teachers import Teacher, Teachers, teacher_shares, teacher_streams
 
 VOCABULARY, LENGTH, BATCH, STEPS = 61, 16, 8, 20
 OPTIMIZER = OptimizerConfig(clip=1.5, weight_decay=0.1)
@@ -68,7 +68,8 @@ def confident_teachers() -> list[LanguageModel]:
 def teaching(precision: str, students: int, runtime: Runtime) -> tuple[Teachers, LossCoefficients]:
     config = Config((), tuple(TeacherConfig(teacher.name) for teacher in TEACHERS))
     models = [model.bfloat16() if precision == "bf16" else model for model in confident_teachers()]
-    teachers = Teachers(*teacher_streams(config), models, teacher_shares(config))
+    frozen = [Teacher(model) for model in models]
+    teachers = Teachers(*teacher_streams(config), frozen, teacher_shares(config))
     return teachers, LossWeighting(OBJECTIVE, students, runtime.device, teachers.weights).coefficients()
 
 

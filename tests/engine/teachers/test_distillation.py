@@ -13,7 +13,7 @@ from engine.data.batches import IGNORED, Batch
 from engine.models.base import LanguageModel
 from engine.models.families import new_model, shape_of
 from engine.students.coefficients import LossWeighting
-from engine.teachers.teachers import Teachers, teacher_shares, teacher_streams
+from engine.teachers.teachers import Teacher, Teachers, teacher_shares, teacher_streams
 from kernels import Projected, linear_ensemble_kl
 
 B, L, V = 3, 12, 61
@@ -69,7 +69,7 @@ def test_loss_and_gradients_equal_the_papers(count: int, reduction: str) -> None
     targets_BL = torch.cat([TOKENS[:, 1:], torch.full((B, 1), IGNORED)], dim=1)
     everywhere = torch.ones(B * L, dtype=torch.bool) if objective.kl_everywhere else None
     batch = Batch(TOKENS, targets_BL.flatten(), kl_mask_N=everywhere)
-    streams = Teachers(*teacher_streams(config), teachers, teacher_shares(config))
+    streams = Teachers(*teacher_streams(config), [Teacher(t) for t in teachers], teacher_shares(config))
     coefficients = LossWeighting(objective, 1, torch.device("cpu"), streams.weights, L - 1).coefficients()
     hidden_ND = student(TOKENS)
     result = linear_ensemble_kl(
@@ -101,9 +101,9 @@ def test_loss_and_gradients_equal_the_papers(count: int, reduction: str) -> None
 def test_one_concatenated_head_is_the_weighted_mean_of_raw_logits() -> None:
     teachers = [random_model(config, seed) for seed, config in enumerate(TEACHERS)]
     config = Config((STUDENT,), (TeacherConfig("a/x"), TeacherConfig("b/y", weight=3.0)))
-    ((hidden_ND, weight_VD, _),) = Teachers(*teacher_streams(config), teachers, teacher_shares(config))(
-        Batch(TOKENS, TOKENS.flatten())
-    )
+    frozen = [Teacher(model) for model in teachers]
+    streams = Teachers(*teacher_streams(config), frozen, teacher_shares(config))
+    ((hidden_ND, weight_VD, _),) = streams(Batch(TOKENS, TOKENS.flatten()))
     with torch.no_grad():
         first, second = (t(TOKENS) @ t.head.T for t in teachers)
     torch.testing.assert_close(hidden_ND @ weight_VD.T, 0.25 * first + 0.75 * second, rtol=1e-5, atol=1e-4)
