@@ -54,6 +54,7 @@ TASKS = {
     "baby-llama": (["16x128x8x256"], ["24x384x8x1024", "24x256x8x768"], 4000),
     "readme": (STUDENTS, TEACHERS, 16000),
 }
+VARIANTS = ("live", "writing", "cached", "none", "heads")
 
 
 def main() -> None:
@@ -95,7 +96,7 @@ def measure(folder: Path, task: str, overrides: list[str], rounds: int) -> None:
     print(f"{device_name(device())}, {git_commit()}, {live}, {rounds} rounds")
     print(f"parameters: {student:,}, teachers {sum(taught) / student:.1f} times as many")
     print(f"cache: {hidden * STORAGE[live.config.train.precision].itemsize:,} bytes a token, int8 {hidden + 8:,}")
-    for name in variants:
+    for name in VARIANTS:
         time = compared.time(name)
         print(f"  {name:8} {1000 * time.median:9.1f} ms ({1000 * time.low:.1f} to {1000 * time.high:.1f})")
     rounds_of = compared.seconds

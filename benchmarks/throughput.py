@@ -36,7 +36,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -460,10 +460,11 @@ def _row(
 
 
 def flops_of(case: Case) -> Flops:
-    """Returns the FLOPs of a step on all ranks, without the outer loop."""
+    """Returns the FLOPs of a step on all ranks, without the outer loop; with a cache only the teachers' heads count."""
     work, recompute = workload(case), case.config.train.recompute
     students = sum((training(shape, work, recompute=recompute) for shape in case.student_shapes), Flops())
-    return sum((inference(shape, work) for shape in teacher_shapes(case)), students)
+    read = work if case.config.cache is None else replace(work, sequences=0)
+    return sum((inference(shape, read) for shape in teacher_shapes(case)), students)
 
 
 def state_bytes(case: Case) -> float:
@@ -589,6 +590,8 @@ def profile(cases: Sequence[Case], name: str) -> int:
 def compare(cases: Sequence[Case], options: argparse.Namespace, first: bool) -> int:
     groups: list[list[Key]] = []
     for case in cases:
+        if any(teacher.context == "stream" for teacher in case.config.teachers):
+            raise UserError("teachers.context=stream: only teachers that read the students' chunks are measured here")
         groups.append([])
         for name in options.variants:
             reason = why_not(name, case)
