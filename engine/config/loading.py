@@ -111,9 +111,10 @@ def _each_item(parents: list[Any], key: str) -> list[Any]:
 
 
 def _key_in(items: Any, key: str, path: str, empty: Any) -> Any:
-    """Returns the key of a dictionary, or the index of a list, that `key` names; where it is new, it holds `empty`."""
+    """Returns the key of a dictionary, or the index of a list, that `key` names; a new or a null one holds `empty`."""
     if isinstance(items, dict):
-        items.setdefault(key, empty)
+        if items.get(key) is None:
+            items[key] = empty
         return key
     if not key.isdecimal() or int(key) > len(items):
         raise UserError(

@@ -113,6 +113,12 @@ def test_what_does_not_fit_is_refused_in_one_line(override: str, message: str) -
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_within_a_null_begins_what_the_null_left_out() -> None:
+    settings = build(Config, {"students": [dict(STUDENT)], "cache": None}, ["cache.path=states"])
+    assert settings.cache is not None
+    assert settings.cache.path == "states"
+
+
 @pytest.mark.parametrize("override", ["train.steps=true", "objective.peer_weight=on", "students.0.learning_rate=yes"])
 def test_a_truth_value_is_no_number(override: str) -> None:
     with pytest.raises(UserError, match=override.partition("=")[0]):
