@@ -122,7 +122,8 @@ class TeacherConfig(Settings):
     context: Literal["chunk", "stream"] = "chunk"
     """chunk reads the students' own sequences; stream reads the text in windows that do not depend on them."""
     window: Even | None = None
-    """stream: tokens of a window, half of which are context; null takes twice train.length, at most its max_length."""
+    """stream: tokens of a window, half of which are context; null takes twice train.length, at most its max_length. A
+    teacher that was trained on shorter sequences needs their length here."""
 
 
 @dataclass(frozen=True)
