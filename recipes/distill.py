@@ -2,12 +2,12 @@
 
     deepspeed recipes/distill.py teachers.0.path=runs/teacher-gpt2 teachers.1.path=runs/teacher-llama
     deepspeed recipes/distill.py --config recipes/baby_llama/student-58m.yaml data.path=babylm_10M
-    deepspeed recipes/distill.py teachers.context=stream teachers.window=64 cache.path=cache
+    deepspeed recipes/distill.py teachers.context=stream cache.path=cache
     python recipes/distill.py --config recipes/baby_llama_2/student.yaml --dry-run
 
 A teacher is a Hugging Face folder of a known family, or the folder of a run; its tokenizer must be the data's. With
 `cache.path` its hidden states are computed once and read from then on: with `teachers.context=stream` from windows of
-its own, whose length should be that of the sequences it was trained on, and otherwise with `train.chunks=fixed`.
+its own, and otherwise with `train.chunks=fixed`.
 
 Settings: recipes/distill.yaml; `--settings` prints every one, with its default and meaning.
 """

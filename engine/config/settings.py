@@ -122,8 +122,8 @@ class TeacherConfig(Settings):
     context: Literal["chunk", "stream"] = "chunk"
     """chunk reads the students' own sequences; stream reads the text in windows that do not depend on them."""
     window: Even | None = None
-    """stream: tokens of a window, half of which are context; null takes twice train.length, at most its max_length. A
-    teacher that was trained on shorter sequences needs their length here."""
+    """stream: tokens of a window, half of which are context; null takes twice train.length, but at most the teacher's
+    max_length and, where its run's folder is there, the length of the sequences that it was trained on."""
 
 
 @dataclass(frozen=True)

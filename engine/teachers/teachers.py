@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.config.loading import build, read_yaml
 from engine.config.settings import Config, TeacherConfig
 from engine.data.batches import Batch, Step, TokenFile, to_device
 from engine.data.tokenizer import Tokenizer
@@ -218,10 +219,17 @@ def windows_of(config: Config, teacher: TeacherConfig, shape: Shape, file: Token
 def stream_window(config: Config, teacher: TeacherConfig, shape: Shape) -> int:
     """Returns the tokens of a window of a teacher with the context stream.
 
-    By default they are twice the students' length, so that each token has as much context as a student's last one, or
-    the most that the model can read.
+    By default they are twice the students' length, so that each token has as much context as a student's last one. But
+    a window is no longer than the model can read and, where a run made it, no longer than that run's sequences: states
+    at positions that were never trained are worth nothing.
     """
-    return teacher.window or 2 * min(config.train.length, shape.max_length // 2)
+    if teacher.window is not None:
+        return teacher.window
+    longest, path = min(2 * config.train.length, shape.max_length), Path(teacher.path)
+    for run in (path, path.parent.parent):  # The teacher is a run, or a folder of its `students`.
+        if (run / "students").is_dir() and (run / "config.yaml").is_file():
+            longest = min(longest, build(Config, read_yaml(run / "config.yaml")).train.length)
+    return max(2, longest - longest % 2)
 
 
 def hash_teachers(config: Config) -> tuple[str, ...]:

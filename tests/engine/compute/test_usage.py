@@ -109,7 +109,8 @@ def test_teacher_students_and_outer_loop_apart(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(("context", "window"), [("chunk", 32), ("stream", 64)])
 def test_filling_a_cache_is_counted_in_every_run_that_reads_it(tmp_path: Path, context: str, window: int) -> None:
     train(config(tmp_path, "teacher", "students.max_length=64"))
-    teachers: dict[str, Any] = {"teachers": [{"path": str(tmp_path / "runs" / "teacher"), "context": context}]}
+    teacher = {"path": str(tmp_path / "runs" / "teacher"), "context": context}
+    teachers: dict[str, Any] = {"teachers": [teacher | ({"window": window} if context == "stream" else {})]}
     train(config(tmp_path, "live", **teachers))
     head = inference(SMALL, replace(WORKLOAD, sequences=0))
     for name in ("first", "second"):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.data.batches import Batch
+from engine.models.huggingface import shape_of_folder
 from engine.models.llama import Llama, LlamaShape
 from engine.run.run import Run
 from engine.system.errors import UserError
-from engine.teachers.teachers import Teacher, Teachers
+from engine.teachers.teachers import Teacher, Teachers, folder_of, stream_window
 from engine.train import train
 from kernels import Projected
 from tests.engine.teachers.tiny_teachers import BOTH, VOCAB_SIZE, distilled, losses, refusal, steps
@@ -137,3 +139,22 @@ def test_what_cannot_be_a_teacher(
     spoil(folder)
     assert expected in refusal(distilled(folder, "refused", *overrides))
     assert not (folder / "runs" / "refused").exists(), "before anything is written"
+
+
+def test_a_window_is_no_longer_than_a_teachers_training(models: Path, folder: Path) -> None:
+    """Its run says how long its sequences were; of a folder without its run only the longest position is known."""
+    shutil.copy(models / "runs" / "llama" / "config.yaml", folder / "runs" / "llama")
+    copy = folder / "copied"
+    shutil.copytree(folder / "runs" / "llama" / "students" / "one", copy)
+    for path, length, expected in (
+        (folder / "runs" / "llama", 16, 16),
+        (folder / "runs" / "llama" / "students" / "one", 16, 16),
+        (folder / "runs" / "llama", 5, 10),
+        (copy, 16, 32),
+        (copy, 31, 32),
+    ):
+        config = distilled(folder, "windows", f"teachers.0.path={path}", f"train.length={length}")
+        shape = shape_of_folder(folder_of(config.teachers[0]), "llama")
+        assert stream_window(config, config.teachers[0], shape) == expected
+        wider = replace(config.teachers[0], window=24)
+        assert stream_window(config, wider, shape) == 24
