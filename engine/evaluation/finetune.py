@@ -138,6 +138,8 @@ def read_datasets(task: str, data: Path) -> list[Dataset]:
 
 
 def _read_examples(task: str, file: Path) -> Examples:
+    if not file.is_file():
+        raise UserError(f"{task}: no {file}: fetch it, or leave the task out")
     texts, labels = [], []
     for _, number, item in read_items(task, file, label=int):
         try:

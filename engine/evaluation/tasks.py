@@ -87,13 +87,11 @@ def read_items(name: str, path: Path, sets: int | None = None, **types: type) ->
     key of `types` is missing, has a value of another type, or an empty text; then it names file and line.
     """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
+    if not files or not all(file.is_file() for file in files):
         raise UserError(f"{name}={path}: expected a file or folder of *.jsonl: fetch it, or leave the task out")
     if len(files) != (sets or len(files)):
         raise UserError(f"{name}: {path} holds {len(files)} sets, expected {sets}: fetch the missing ones")
     for file in files:
-        if not file.is_file():
-            raise UserError(f"{name}: no {file}: fetch it, or leave the task out")
         try:
             text = file.read_text(encoding="utf-8").rstrip("\n")
         except UnicodeDecodeError as error:
