@@ -10,8 +10,8 @@
     heads       the products of the hidden states with the teachers' heads, alone
 
 Every variant but the last is `engine.train.train` itself in a process of its own. They take their steps in turn
-(benchmarks.timing). Before them, teachers read the whole text without students, in turn live and writing a cache, to
-its last byte. Text and weights are random.
+(benchmarks.timing). Before them, teachers read the whole text without students, step by step in turn live and writing
+the cache. Text and weights are random.
 
 N tokens, D hidden of all teachers together, V vocabulary.
 """
@@ -56,7 +56,6 @@ TASKS = {
     "readme": (STUDENTS, TEACHERS, 16000),
 }
 VARIANTS = ("live", "cached", "none", "heads")
-WRITINGS = 2
 
 
 def main() -> None:
@@ -81,12 +80,12 @@ def measure(folder: Path, task: str, overrides: list[str], rounds: int) -> None:
     """Prints the time of every variant's step, and the ratios between them."""
     shapes, teachers, vocab_size = TASKS[task]
     live = case(folder, "distil", 1, len(teachers), vocab_size, "auto", overrides, shapes, teachers)
-    caches = [_with_cache(live, folder / f"cache-{i}") for i in range(1 + WRITINGS)]
-    read_all(caches[0].config)  # The first pass of a process is slower than those after it.
-    writing = [(read_all(cached.config), read_all(live.config)) for cached in caches[1:]]
+    run = replace(live.config.run, name=f"{live.config.run.name}-cached")
+    cached = replace(live, config=replace(live.config, run=run, cache=CacheConfig(str(folder / "cache"))))
+    writing = fill(live.config, cached.config)
     cases = {
         "live": live,
-        "cached": caches[0],
+        "cached": cached,
         "none": case(folder, "plain", 1, 0, vocab_size, "auto", overrides, shapes, teachers),
     }
     with processes([(variant, "ours") for variant in cases.values()]) as running:
@@ -110,13 +109,8 @@ def measure(folder: Path, task: str, overrides: list[str], rounds: int) -> None:
         ("cached / (none + heads)", over),
     ):
         print(f"  {text}: {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
-    print(f"  writing / live, teachers alone: {', '.join(f'{cached / live:.3f}' for cached, live in writing)}")
+    print(f"  writing / live, teachers alone: {writing:.3f}")
     print(f"  {compared.verdict()}")
-
-
-def _with_cache(live: Case, path: Path) -> Case:
-    run = replace(live.config.run, name=f"{live.config.run.name}-{path.name}")
-    return replace(live, config=replace(live.config, run=run, cache=CacheConfig(str(path))))
 
 
 def _always(state: Any, _: int) -> Any:
@@ -142,20 +136,30 @@ def _multiply(products: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         torch.mm(left, right, out=out)
 
 
-def read_all(config: Config) -> float:
-    """Returns the seconds in which the teachers read the whole text and, with a cache, write their hidden states."""
-    runtime, prepared = init_distributed(), prepare(config.data, log=lambda _: None)
-    data = training_data(config, prepared, runtime)
+def fill(live: Config, cached: Config) -> float:
+    """Writes the whole cache, and returns the teachers' time until its last byte over that of live teachers.
+
+    Both read a step in turn. What a thread still writes during the other's step is not counted.
+    """
+    runtime, prepared = init_distributed(), prepare(live.data, log=lambda _: None)
+    data, seconds = training_data(live, prepared, runtime), {"live": 0.0, "writing": 0.0}
+    steps = -(-data.file.chunks // live.train.batch)
     with ExitStack() as stack:
-        if config.cache is None:
-            teachers = load_teachers(config, prepared.tokenizer, data.file, runtime.device)
-        else:
-            teachers = cached_teachers(config, prepared, data.file, runtime, hash_teachers(config), stack)
+        hashes = hash_teachers(cached)
+        teachers: dict[str, Teachers] = {
+            "live": load_teachers(live, prepared.tokenizer, data.file, runtime.device),
+            "writing": cached_teachers(cached, prepared, data.file, runtime, hashes, stack),
+        }
+        readers = {name: t.read_ahead(data.steps(1, steps)) for name, t in teachers.items()}
+        for number in range(steps):
+            for name in timing.order(list(teachers), number):
+                begin = time.perf_counter()
+                for batch in next(readers[name]).micro_batches:
+                    teachers[name](batch)
+                seconds[name] += time.perf_counter() - begin
         begin = time.perf_counter()
-        for step in teachers.read_ahead(data.steps(1, -(-data.file.chunks // config.train.batch))):
-            for batch in step.micro_batches:
-                teachers(batch)
-    return time.perf_counter() - begin
+    seconds["writing"] += time.perf_counter() - begin
+    return seconds["writing"] / seconds["live"]
 
 
 def training_data(config: Config, prepared: Prepared, runtime: Runtime) -> TrainingData:
