@@ -34,7 +34,9 @@ def describe_run(config: Config, recipes: Path) -> str:
     check(config, teachers=False)
     vocab_size = config.data.tokenizer.vocab_size or (1000 if config.data.path == "grammar" else 16000)
     students = {student.name: shape_of(student, vocab_size) for student in config.students}
-    teachers = {t.path: teacher_shape(config, i, vocab_size, recipes) for i, t in enumerate(config.teachers)}
+    paths = [teacher.path for teacher in config.teachers]
+    names = [path if paths.count(path) == 1 else f"{path} (number {i})" for i, path in enumerate(paths)]
+    teachers = {name: teacher_shape(config, i, vocab_size, recipes) for i, name in enumerate(names)}
     text_tokens, exact = training_tokens(config.data)
     length = config.train.length
     steps = number_of_steps(config, chunks=-(-text_tokens // length))
@@ -108,7 +110,7 @@ def _cache_lines(cost: _TeacherCost, total: int, text_tokens: int, epochs: float
 def _memory_table(config: Config, students: dict[str, Shape], teachers: dict[str, Shape]) -> list[str]:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     # With a cache the bodies of those that read fixed chunks are there in the first epoch.
-    streaming = [path for path, teacher in zip(teachers, config.teachers, strict=True) if teacher.context == "stream"]
+    streaming = [name for name, teacher in zip(teachers, config.teachers, strict=True) if teacher.context == "stream"]
     heads_only = [] if config.cache is None else streaming
     lines = ["  ".join(["ranks".rjust(8), "micro".rjust(6), *(f"ZeRO {stage}".rjust(8) for stage in range(4))])]
     for ranks in (number for number in RANKS if config.train.batch % number == 0):

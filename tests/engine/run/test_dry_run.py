@@ -110,6 +110,14 @@ def test_a_cache_by_hand(
     assert "20 bytes a token of text" in less
 
 
+def test_one_teacher_may_teach_in_two_ways() -> None:
+    path = RECIPES / "distill.yaml"
+    twice = ["teachers=[{path: runs/teacher}, {path: runs/teacher, context: stream}]", "cache.path=x"]
+    fixed = ["train.chunks=fixed", "objective.mix=each"]
+    said = describe_run(build(Config, read_yaml(path), [*twice, *fixed]), path.parent)
+    assert said.count("teacher runs/teacher (number") == 2
+
+
 def test_memory_falls_with_ranks_and_no_gpt2_is_allocated() -> None:
     path = RECIPES / "baby_llama" / "gpt2-705m-original.yaml"
     before = torch.random.get_rng_state()
