@@ -207,7 +207,7 @@ def _open_store(
         "tokenizer": prepared.tokenizer.hash,
         "teacher": teacher_hash,
         "context": teacher.context,
-        "window": windows.length,
+        "window" if windows.stream else "train.length": windows.length,
         "blocks": windows.blocks,
         "precision": config.train.precision,
         "dtype": config.cache.dtype,
@@ -227,4 +227,4 @@ def _compute(teacher: Teacher, store: StateStore, missing: Sequence[int], runtim
         if blocks:
             store.write(blocks, [stored(states, store.int8) for states in teacher.states_of_blocks(blocks)])
         if runtime.is_main_process:
-            print(f"{store.folder}: part {number + 1} of {len(parts)} of the teacher's states", flush=True)
+            print(f"{store.folder}: computed part {number + 1} of {len(parts)} of what was missing", flush=True)

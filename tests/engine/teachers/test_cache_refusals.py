@@ -39,8 +39,8 @@ def write_manifest(folder: Path, **changed: Any) -> None:
     ("kind", "spoil", "overrides", "expected"),
     [
         (FIXED, None, ("data.seed=5",), "holds other states: its data is '"),
-        (FIXED, None, ("train.length=8",), "holds other states: its window is 16, this run's 8"),
-        (FIXED, None, ("objective.kl_everywhere=true", "train.length=8"), "its window is 16, this run's 8"),
+        (FIXED, None, ("train.length=8",), "holds other states: its train.length is 16, this run's 8"),
+        (FIXED, None, ("objective.kl_everywhere=true", "train.length=8"), "its train.length is 16, this run's 8"),
         (FIXED, None, ("train.precision=bf16",), "its precision is 'fp32', this run's 'bf16'"),
         (FIXED, None, ("cache.dtype=int8",), "its dtype is 'exact', this run's 'int8'"),
         (FIXED, None, ("teachers.context=stream",), "its context is 'chunk', this run's 'stream'"),
